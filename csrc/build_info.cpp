@@ -1,0 +1,26 @@
+#include "build_info.h"
+
+#include <stdexcept>
+
+#include "cpu/isa.h"
+
+namespace twophase {
+
+std::vector<std::pair<std::string, std::string>> build_info() {
+  std::string supported;
+  for (Isa candidate : {Isa::kBaseline, Isa::kX86V3, Isa::kX86V4})
+    if (isa_supported(candidate))
+      supported += std::string(supported.empty() ? "" : ";") + isa_name(candidate);
+  return {{"version", TP_VERSION},         {"torch_target", TP_TORCH_TARGET},
+          {"compiler", TP_COMPILER},       {"isa", isa_name(isa())},
+          {"isa_variants", supported},     {"cuda", TP_CUDA},
+          {"cuda_architectures", TP_CUDA_ARCHS}};
+}
+
+void set_isa_by_name(const std::string& name) {
+  for (Isa candidate : {Isa::kBaseline, Isa::kX86V3, Isa::kX86V4})
+    if (name == isa_name(candidate)) return set_isa(candidate);
+  throw std::invalid_argument("isa: expected baseline, x86-64-v3 or x86-64-v4, got " + name);
+}
+
+}  // namespace twophase

@@ -1,0 +1,76 @@
+// Argument checks and tensor helpers shared by the CPU and CUDA entry points.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "math/dtype.h"
+
+namespace twophase {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// std::invalid_argument becomes ValueError in Python.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream out;
+  out << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << ']';
+  return out.str();
+}
+
+inline Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    default:
+      throw std::invalid_argument(std::string(name) + ": expected a floating-point tensor, got " +
+                                  torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+inline void require_same_shape(const Tensor& a, const char* a_name, const Tensor& b,
+                               const char* b_name) {
+  bool same = a.dim() == b.dim();
+  for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == b.size(i);
+  require(same, a_name, ": expected the shape of ", b_name, " ", shape_of(b), ", got ",
+          shape_of(a));
+}
+
+// Element k of a's memory is element k of b's: strides agree wherever they matter.
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != b.size(i) || (a.size(i) > 1 && a.stride(i) != b.stride(i))) return false;
+  return true;
+}
+
+// t itself where its memory is laid out as `like`'s, otherwise a copy that is.
+inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
+  if (same_layout(t, like) && t.scalar_type() == like.scalar_type()) return t;
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+}  // namespace twophase

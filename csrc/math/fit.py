@@ -1,0 +1,60 @@
+"""Print the polynomial coefficients of csrc/math (needs mpmath): python csrc/math/fit.py.
+
+Interpolation at Chebyshev nodes in 60-digit arithmetic, within a small factor of the minimax
+polynomial; the printed error is the largest relative error of the unrounded polynomial on a grid.
+"""
+
+import mpmath as mp
+
+mp.mp.dps = 60
+
+
+def fit(function, low, high, degree):
+    """Coefficients, constant first, of the interpolant of `function` on [low, high]."""
+    low, high = mp.mpf(low), mp.mpf(high)
+    nodes = [
+        (low + high) / 2 + (high - low) / 2 * mp.cos(mp.pi * (2 * k + 1) / (2 * degree + 2))
+        for k in range(degree + 1)
+    ]
+    matrix = mp.matrix(degree + 1, degree + 1)
+    for row, node in enumerate(nodes):
+        for column in range(degree + 1):
+            matrix[row, column] = node**column
+    coefficients = list(mp.lu_solve(matrix, mp.matrix([function(node) for node in nodes])))
+    grid = [low + (high - low) * k / 997 for k in range(998)]
+    error = max(abs(mp.polyval(coefficients[::-1], t) / function(t) - 1) for t in grid)
+    return coefficients, error
+
+
+def show(name, digits, result):
+    """Print one C array."""
+    coefficients, error = result
+    print(f"// {name}: relative error {mp.nstr(error, 3)}")
+    for value in coefficients:
+        print(f"    {mp.nstr(value, digits, min_fixed=0, max_fixed=0)},")
+
+
+def log1p_over_t(t):
+    """log(1 + t) / t, continued to 1 at 0."""
+    return mp.log1p(t) / t if t else mp.mpf(1)
+
+
+def atanh_tail(z):
+    """(atanh(sqrt z) / sqrt z - 1) / z, continued to 1/3 at 0."""
+    s = mp.sqrt(z)
+    return (mp.atanh(s) / s - 1) / z if z > mp.mpf(10) ** -30 else mp.mpf(1) / 3
+
+
+def expm1_over_r(r):
+    """(exp r - 1) / r, continued to 1 at 0."""
+    return mp.expm1(r) / r if r else mp.mpf(1)
+
+
+if __name__ == "__main__":
+    half = mp.log(2) / 2 * mp.mpf("1.0001")
+    show("float exp on [-ln2/2, ln2/2]", 10, fit(mp.exp, -half, half, 6))
+    show("float expm1(r)/r", 10, fit(expm1_over_r, -half, half, 6))
+    show("float log1p(t)/t on [0, 1]", 10, fit(log1p_over_t, 0, 1, 9))
+    show("double exp", 19, fit(mp.exp, -half, half, 11))
+    show("double expm1(r)/r", 19, fit(expm1_over_r, -half, half, 11))
+    show("double (atanh(s)/s - 1)/z, z = s^2 in [0, 1/9]", 19, fit(atanh_tail, 0, mp.mpf(1) / 9, 10))

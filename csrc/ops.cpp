@@ -1,0 +1,27 @@
+// The schema of every operator. Kernels register themselves in csrc/cpu/<op>.cpp and
+// csrc/cuda/<op>.cu; autograd, fake kernels and argument types live in twophase_ext/ops/<op>.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(twophase, m) {
+  m.def("softplus(Tensor x, float beta) -> Tensor");
+  m.def("softplus_(Tensor(a!) x, float beta) -> ()");
+  m.def("softplus_backward(Tensor grad, Tensor y, float beta) -> Tensor");
+  m.def(
+      "softplus_double_backward(Tensor grad_grad, Tensor grad, Tensor y, float beta)"
+      " -> (Tensor, Tensor)");
+  // keys: the 64-bit Philox key of each tensor, as a signed integer.
+  m.def("perturb_(Tensor(a!)[] tensors, int[] keys, float[] stds) -> ()");
+  // nu: 0 leaves a tensor and its buffer alone. fresh: 1 where the buffer holds nothing yet.
+  // buffers is empty where momentum is 0.
+  m.def(
+      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, int[] nu, int[] fresh,"
+      " float lr, float momentum, float dampening, float weight_decay, bool nesterov,"
+      " bool maximize) -> ()");
+  // loss: 0 cross-entropy (target int64 [b]), 1 squared error (target [b, k]).
+  m.def(
+      "last_layer_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!)? weight_buffer,"
+      " Tensor(d!)? bias_buffer, Tensor h, Tensor target, int loss, float lr, float momentum,"
+      " float dampening, float weight_decay, bool nesterov, bool fresh) -> Tensor");
+  // (certified rank [b], logabsdet [b], info [b]) of the Gram matrix of [features, 1], [b, n, m].
+  m.def("gram_logdet(Tensor features, bool append_ones) -> (Tensor, Tensor, Tensor)");
+}
