@@ -8,7 +8,8 @@
 namespace twophase {
 
 // Ordered (key, value) pairs; lists are joined by ';'.
-__attribute__((visibility("default"))) std::vector<std::pair<std::string, std::string>> build_info();
+__attribute__((visibility("default"))) std::vector<std::pair<std::string, std::string>>
+build_info();
 __attribute__((visibility("default"))) void set_isa_by_name(const std::string& name);
 
 }  // namespace twophase

@@ -12,10 +12,10 @@ namespace twophase {
 
 enum class Isa : int { kBaseline, kX86V3, kX86V4 };
 
-Isa isa();                           // in use
-const char* isa_name(Isa);           // "baseline", "x86-64-v3", "x86-64-v4"
-bool isa_supported(Isa);             // compiled in, and this processor has it
-void set_isa(Isa);                   // for tests; std::invalid_argument where not supported
+Isa isa();                  // in use
+const char* isa_name(Isa);  // "baseline", "x86-64-v3", "x86-64-v4"
+bool isa_supported(Isa);    // compiled in, and this processor has it
+void set_isa(Isa);          // for tests; std::invalid_argument where not supported
 
 }  // namespace twophase
 
@@ -30,9 +30,9 @@ void set_isa(Isa);                   // for tests; std::invalid_argument where n
   namespace twophase::v4 {                 \
   result name arguments;                   \
   }
-#define TP_DISPATCH(name)                                       \
-  (::twophase::isa() == ::twophase::Isa::kX86V4   ? &v4::name   \
-   : ::twophase::isa() == ::twophase::Isa::kX86V3 ? &v3::name   \
+#define TP_DISPATCH(name)                                     \
+  (::twophase::isa() == ::twophase::Isa::kX86V4   ? &v4::name \
+   : ::twophase::isa() == ::twophase::Isa::kX86V3 ? &v3::name \
                                                   : &baseline::name)
 #else
 #define TP_KERNEL(result, name, arguments) \

@@ -13,7 +13,9 @@ constexpr int64_t kUnit = 16384;  // elements: a few microseconds of work a thre
 int64_t width(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
-const char* at(const void* p, int64_t i, Dtype d) { return static_cast<const char*>(p) + i * width(d); }
+const char* at(const void* p, int64_t i, Dtype d) {
+  return static_cast<const char*>(p) + i * width(d);
+}
 char* at(void* p, int64_t i, Dtype d) { return static_cast<char*>(p) + i * width(d); }
 
 struct Cpu {

@@ -38,8 +38,7 @@ TP_HD float load(Half x) {
   const uint32_t special = (magnitude << 13) | 0x7f800000u;
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>((magnitude << 13) + (113u << 23)) -
                                                 bit_cast<float>(113u << 23));
-  const uint32_t bits =
-      magnitude >= 0x7c00u ? special : (magnitude < 0x0400u ? subnormal : normal);
+  const uint32_t bits = magnitude >= 0x7c00u ? special : (magnitude < 0x0400u ? subnormal : normal);
   return bit_cast<float>(bits | sign);
 }
 

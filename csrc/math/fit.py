@@ -45,16 +45,21 @@ def atanh_tail(z):
     return (mp.atanh(s) / s - 1) / z if z > mp.mpf(10) ** -30 else mp.mpf(1) / 3
 
 
-def expm1_over_r(r):
-    """(exp r - 1) / r, continued to 1 at 0."""
-    return mp.expm1(r) / r if r else mp.mpf(1)
+def exp2m1_over_f(f):
+    """(2^f - 1) / f, continued to ln 2 at 0."""
+    return mp.expm1(f * mp.log(2)) / f if f else mp.log(2)
+
+
+def exp2(f):
+    """2^f."""
+    return mp.power(2, f)
 
 
 if __name__ == "__main__":
-    half = mp.log(2) / 2 * mp.mpf("1.0001")
-    show("float exp on [-ln2/2, ln2/2]", 10, fit(mp.exp, -half, half, 6))
-    show("float expm1(r)/r", 10, fit(expm1_over_r, -half, half, 6))
-    show("float log1p(t)/t on [0, 1]", 10, fit(log1p_over_t, 0, 1, 9))
-    show("double exp", 19, fit(mp.exp, -half, half, 11))
-    show("double expm1(r)/r", 19, fit(expm1_over_r, -half, half, 11))
+    half = mp.mpf("0.50005")
+    show("float 2^f on [-1/2, 1/2]", 10, fit(exp2, -half, half, 5))
+    show("float (2^f - 1)/f", 10, fit(exp2m1_over_f, -half, half, 5))
+    show("float log1p(t)/t on [0, 1]", 10, fit(log1p_over_t, 0, 1, 8))
+    show("double 2^f", 19, fit(exp2, -half, half, 11))
+    show("double (2^f - 1)/f", 19, fit(exp2m1_over_f, -half, half, 11))
     show("double (atanh(s)/s - 1)/z, z = s^2 in [0, 1/9]", 19, fit(atanh_tail, 0, mp.mpf(1) / 9, 10))

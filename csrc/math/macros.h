@@ -3,10 +3,12 @@
 
 #if defined(__CUDACC__)
 #define TP_HD __host__ __device__ __forceinline__
+#define TP_UNROLL _Pragma("unroll")
 #else
 // static + always_inline: the CPU compiles this code once per instruction set; a function left out
 // of line would be merged by the linker and could carry AVX-512 into the baseline path.
 #define TP_HD static inline __attribute__((always_inline))
+#define TP_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace twophase {
@@ -27,5 +29,8 @@ TP_HD double fused(double a, double b, double c) {
   return a * b + c;
 #endif
 }
+
+TP_HD float absolute(float x) { return __builtin_fabsf(x); }
+TP_HD double absolute(double x) { return __builtin_fabs(x); }
 
 }  // namespace twophase
