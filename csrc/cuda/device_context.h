@@ -1,0 +1,20 @@
+// The GPU's side of csrc/cuda/bodies/context.h.
+#pragma once
+
+#include "bodies/context.h"
+
+namespace twophase {
+
+struct DeviceContext {
+  __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x); }
+  __device__ __forceinline__ int threads() const { return static_cast<int>(blockDim.x); }
+  __device__ __forceinline__ int64_t block() const { return blockIdx.x; }
+  __device__ __forceinline__ int64_t blocks() const { return gridDim.x; }
+  __device__ __forceinline__ void sync() const { __syncthreads(); }
+  template <class T>
+  __device__ __forceinline__ T shuffle_xor(T x, int mask) const {
+    return __shfl_xor_sync(0xffffffffu, x, mask);
+  }
+};
+
+}  // namespace twophase
