@@ -13,7 +13,13 @@ struct DeviceContext {
   __device__ __forceinline__ void sync() const { __syncthreads(); }
   template <class T>
   __device__ __forceinline__ T shuffle_xor(T x, int mask) const {
-    return __shfl_xor_sync(0xffffffffu, x, mask);
+    static_assert(sizeof(T) % 4 == 0);
+    unsigned words[sizeof(T) / 4];
+    memcpy(words, &x, sizeof(T));
+#pragma unroll
+    for (unsigned& word : words) word = __shfl_xor_sync(0xffffffffu, word, mask);
+    memcpy(&x, words, sizeof(T));
+    return x;
   }
 };
 

@@ -4,8 +4,7 @@
 //   update    gradient of a tile of outputs over kBlock features, in registers, then SGD
 #pragma once
 
-#include <cmath>
-
+#include "../../math/loss.h"
 #include "reduce.h"
 #include "sgd.h"
 
@@ -14,7 +13,8 @@ namespace twophase {
 constexpr int kStepRows = 64;                        // rows of h in a tile
 constexpr int kStepOutputsPerWarp = 3;
 constexpr int kStepOutputs = 4 * kStepOutputsPerWarp;  // 12: the usual 10 classes in one tile
-constexpr int64_t kStepSlice = 128;                  // features of a slice: depends on nothing
+constexpr int64_t kStepSlice = 128;                  // least features of a slice
+constexpr int64_t kStepBlocks = 4096;  // more slices than give so many blocks only cost memory
 
 template <class T>
 constexpr int kStepWidth = 256 / sizeof(T);  // features of a tile in shared memory
@@ -30,11 +30,17 @@ struct StepShape {
   int64_t b, k, m;   // rows, outputs, features
   int64_t h_stride;  // of rows
 
-  TP_HD int64_t slices() const { return ceil_div(m, kStepSlice); }
   TP_HD int64_t row_tiles() const { return ceil_div(b, kStepRows); }
   TP_HD int64_t output_tiles() const { return ceil_div(k, kStepOutputs); }
+  // Features of a slice: a function of the shape alone, so that sums have one order everywhere.
+  TP_HD int64_t slice() const {
+    return kStepSlice * ceil_div(ceil_div(m, kStepSlice) * row_tiles() * output_tiles(), kStepBlocks);
+  }
+  TP_HD int64_t slices() const { return m == 0 ? 0 : ceil_div(m, slice()); }
   TP_HD int64_t partial_blocks() const { return slices() * row_tiles() * output_tiles(); }
-  TP_HD int64_t update_blocks() const { return ceil_div(m, kBlock) * output_tiles(); }
+  // One at least, for the bias.
+  TP_HD int64_t feature_tiles() const { return m == 0 ? 1 : ceil_div(m, kBlock); }
+  TP_HD int64_t update_blocks() const { return feature_tiles() * output_tiles(); }
 };
 
 // rows x width values from a matrix whose rows are `stride` apart, zeros outside [limit_row, limit]
@@ -56,13 +62,14 @@ TP_BODY void partial_logits_body(const Ctx& ctx, PartialShared<T>& shared, const
                                  const T* weight, T* partial, const StepShape& shape) {
   constexpr int kRowsPerThread = kStepRows / kWarp;
   const int lane = ctx.thread() % kWarp, warp = ctx.thread() / kWarp;
+  const int64_t slices = shape.slices(), width = shape.slice();
   for (int64_t id = ctx.block(); id < shape.partial_blocks(); id += ctx.blocks()) {
-    const int64_t slice = id % shape.slices(), tile = id / shape.slices();
+    const int64_t slice = id % slices, tile = id / slices;
     const int64_t row = tile % shape.row_tiles() * kStepRows;
     const int64_t output = tile / shape.row_tiles() * kStepOutputs;
-    const int64_t end = smaller((slice + 1) * kStepSlice, shape.m);
+    const int64_t end = smaller((slice + 1) * width, shape.m);
     T sum[kRowsPerThread][kStepOutputsPerWarp] = {};
-    for (int64_t f = slice * kStepSlice; f < end; f += kStepWidth<T>) {
+    for (int64_t f = slice * width; f < end; f += kStepWidth<T>) {
       ctx.sync();  // the last tile has been read
       load_tile(ctx, shared.h, h + row * shape.h_stride, shape.h_stride, shape.b - row, f, end);
       load_tile(ctx, shared.weight, weight + output * shape.m, shape.m, shape.k - output, f, end);
@@ -99,55 +106,65 @@ struct LossShared {
   double sums[kWarps];
 };
 
-// One block per row: logits [b, k] (scratch), delta [b, k] = d loss / d logits, row_loss [b].
+// What the loss compares the logits with: labels [b] for cross-entropy, values [b, k] otherwise.
+template <class T>
+struct StepTarget {
+  const int64_t* labels;
+  const T* values;
+};
+
+// One block per row: logits [b, k] (scratch), delta [b, k] = d mean loss / d logits, row_loss [b].
+// A label out of range makes its row's loss and delta NaN.
 template <class T, class Ctx>
 TP_BODY void loss_body(const Ctx& ctx, LossShared& shared, const T* partial, const T* bias,
-                       const int64_t* labels, const T* targets, double* logits, T* delta,
-                       double* row_loss, const StepShape& shape) {
-  const int64_t k = shape.k;
+                       const StepTarget<T>& target, double* logits, T* delta, double* row_loss,
+                       const StepShape& shape) {
+  const int64_t k = shape.k, slices = shape.slices();
   // Few outputs: several threads share one, each with every groups-th slice.
-  const int groups = k < kBlock ? static_cast<int>(kBlock / k) : 1;
+  const int lanes = static_cast<int>(smaller(k, kBlock)), groups = kBlock / lanes;
+  const int group = ctx.thread() / lanes;
+  const double scale = 1.0 / static_cast<double>(shape.b);
   for (int64_t row = ctx.block(); row < shape.b; row += ctx.blocks()) {
     double* z = logits + row * k;
     T* d = delta + row * k;
-    for (int64_t first = 0; first < k; first += kBlock) {
-      const int64_t output = first + ctx.thread() % smaller(k, kBlock);
-      const int group = static_cast<int>(ctx.thread() / smaller(k, kBlock));
+    for (int64_t first = 0; first < k; first += lanes) {
+      const int64_t output = first + ctx.thread() % lanes;
       double sum = 0;
       if (group < groups && output < k)
-        for (int64_t slice = group; slice < shape.slices(); slice += groups)
+        for (int64_t slice = group; slice < slices; slice += groups)
           sum += static_cast<double>(partial[(slice * shape.b + row) * k + output]);
       shared.parts[ctx.thread()] = sum;
       ctx.sync();
       if (group == 0 && output < k) {
-        for (int g = 1; g < groups; ++g) sum += shared.parts[g * k + ctx.thread()];
+        for (int g = 1; g < groups; ++g) sum += shared.parts[g * lanes + ctx.thread()];
         z[output] = sum + (bias ? static_cast<double>(bias[output]) : 0.0);
       }
       ctx.sync();
     }
-    const double scale = 1.0 / static_cast<double>(shape.b);
-    if (labels) {
-      double largest = z[0];
-      for (int64_t o = ctx.thread(); o < k; o += kBlock) largest = z[o] > largest ? z[o] : largest;
-      largest = block_reduce(ctx, shared.sums, largest,
-                             [](double a, double b) { return a > b ? a : b; });
-      double sum = 0;
-      for (int64_t o = ctx.thread(); o < k; o += kBlock) sum += exp(z[o] - largest);
-      sum = block_sum(ctx, shared.sums, sum);
-      const int64_t label = labels[row];
-      for (int64_t o = ctx.thread(); o < k; o += kBlock)
-        d[o] = static_cast<T>((exp(z[o] - largest) / sum - (o == label ? 1.0 : 0.0)) * scale);
-      if (ctx.thread() == 0) row_loss[row] = (largest - z[label] + log(sum)) * scale;
-    } else {
-      double sum = 0;
-      for (int64_t o = ctx.thread(); o < k; o += kBlock) {
-        const double difference = z[o] - static_cast<double>(targets[row * k + o]);
-        sum += difference * difference;
-        d[o] = static_cast<T>(2 * difference * scale);
-      }
-      sum = block_sum(ctx, shared.sums, sum);
-      if (ctx.thread() == 0) row_loss[row] = sum * scale;
+    double max = z[0], sum = 0;
+    if (target.labels) {
+      for (int64_t o = ctx.thread(); o < k; o += kBlock) max = z[o] > max ? z[o] : max;
+      // A NaN may be passed over: it comes back in the sum.
+      max = block_reduce(ctx, shared.sums, max, [](double a, double b) { return a > b ? a : b; });
     }
+    for (int64_t o = ctx.thread(); o < k; o += kBlock) {
+      const double error =
+          target.labels ? 0.0 : z[o] - static_cast<double>(target.values[row * k + o]);
+      sum += target.labels ? exp(z[o] - max) : error * error;
+    }
+    sum = block_sum(ctx, shared.sums, sum);
+    const int64_t label = target.labels ? target.labels[row] : 0;
+    const double valid = label >= 0 && label < k ? 1.0 : __builtin_nan("");
+    for (int64_t o = ctx.thread(); o < k; o += kBlock)
+      d[o] = static_cast<T>(
+          valid *
+          (target.labels
+               ? cross_entropy_delta(exp(z[o] - max), sum, o == label, scale)
+               : squared_error_delta(z[o], static_cast<double>(target.values[row * k + o]), scale)));
+    if (ctx.thread() == 0)
+      row_loss[row] =
+          target.labels ? valid * cross_entropy(z[label >= 0 && label < k ? label : 0], max, sum)
+                        : sum;
   }
 }
 
@@ -178,9 +195,9 @@ TP_BODY void update_body(const Ctx& ctx, UpdateShared<T>& shared, const T* h, co
     double sum = 0;
     for (int64_t row = ctx.thread(); row < shape.b; row += kBlock) sum += row_loss[row];
     sum = block_sum(ctx, shared.sums, sum);
-    if (ctx.thread() == 0) *loss = static_cast<T>(sum);
+    if (ctx.thread() == 0) *loss = static_cast<T>(sum / static_cast<double>(shape.b));
   }
-  const int64_t feature_tiles = ceil_div(shape.m, kBlock);
+  const int64_t feature_tiles = shape.feature_tiles();
   for (int64_t id = ctx.block(); id < shape.update_blocks(); id += ctx.blocks()) {
     const int64_t f = id % feature_tiles * kBlock + ctx.thread();
     const int64_t output = id / feature_tiles * kStepOutputs;
