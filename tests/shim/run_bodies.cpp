@@ -2,6 +2,9 @@
 // Usage: run_bodies [op ...]; prints one line per op; exit code 1 where a check failed.
 #include <cstring>
 
+#include "check_gram_logdet.h"
+#include "check_last_layer_step.h"
+#include "check_multi.h"
 #include "check_softplus.h"
 
 int main(int count, char** names) {
@@ -9,7 +12,11 @@ int main(int count, char** names) {
   const struct {
     const char* name;
     void (*check)(Checks&);
-  } ops[] = {{"softplus", check_softplus}};
+  } ops[] = {{"softplus", check_softplus},
+              {"perturb_", check_perturb},
+              {"sgd_", check_sgd},
+              {"last_layer_step_", check_last_layer_step},
+              {"gram_logdet", check_gram_logdet}};
   bool failed = false;
   for (const auto& op : ops) {
     bool wanted = count == 1;

@@ -15,8 +15,10 @@
 
 #if defined(__CUDACC__)
 #define TP_BODY __device__ __forceinline__
+#define TP_MEMBER __host__ __device__ __forceinline__
 #else
 #define TP_BODY inline
+#define TP_MEMBER inline
 #endif
 
 namespace twophase {

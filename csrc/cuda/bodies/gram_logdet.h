@@ -90,7 +90,6 @@ TP_BODY void gram(const Ctx& ctx, GramShared& shared, const T* features, int n, 
           (second ? shared.b : shared.a)[line][depth] = x;
         }
         ctx.sync();
-        TP_UNROLL
         for (int k = 0; k < kGramDepth; ++k)
           TP_UNROLL
         for (int i = 0; i < 2; ++i)

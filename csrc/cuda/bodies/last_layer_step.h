@@ -30,17 +30,17 @@ struct StepShape {
   int64_t b, k, m;   // rows, outputs, features
   int64_t h_stride;  // of rows
 
-  TP_HD int64_t row_tiles() const { return ceil_div(b, kStepRows); }
-  TP_HD int64_t output_tiles() const { return ceil_div(k, kStepOutputs); }
+  TP_MEMBER int64_t row_tiles() const { return ceil_div(b, kStepRows); }
+  TP_MEMBER int64_t output_tiles() const { return ceil_div(k, kStepOutputs); }
   // Features of a slice: a function of the shape alone, so that sums have one order everywhere.
-  TP_HD int64_t slice() const {
+  TP_MEMBER int64_t slice() const {
     return kStepSlice * ceil_div(ceil_div(m, kStepSlice) * row_tiles() * output_tiles(), kStepBlocks);
   }
-  TP_HD int64_t slices() const { return m == 0 ? 0 : ceil_div(m, slice()); }
-  TP_HD int64_t partial_blocks() const { return slices() * row_tiles() * output_tiles(); }
+  TP_MEMBER int64_t slices() const { return m == 0 ? 0 : ceil_div(m, slice()); }
+  TP_MEMBER int64_t partial_blocks() const { return slices() * row_tiles() * output_tiles(); }
   // One at least, for the bias.
-  TP_HD int64_t feature_tiles() const { return m == 0 ? 1 : ceil_div(m, kBlock); }
-  TP_HD int64_t update_blocks() const { return feature_tiles() * output_tiles(); }
+  TP_MEMBER int64_t feature_tiles() const { return m == 0 ? 1 : ceil_div(m, kBlock); }
+  TP_MEMBER int64_t update_blocks() const { return feature_tiles() * output_tiles(); }
 };
 
 // rows x width values from a matrix whose rows are `stride` apart, zeros outside [limit_row, limit]
