@@ -1,7 +1,6 @@
-#include "../gram_logdet.h"
-
 #include <torch/csrc/stable/library.h>
 
+#include "../gram_logdet.h"
 #include "bodies/gram_logdet.h"
 #include "launch.h"
 

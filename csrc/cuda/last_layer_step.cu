@@ -1,9 +1,8 @@
-#include "../last_layer_step.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
 
+#include "../last_layer_step.h"
 #include "bodies/last_layer_step.h"
 #include "launch.h"
 
@@ -36,11 +35,11 @@ void step(const OnDeviceOf& device, const Tensor& like, const LastLayerStep& s) 
   const StepShape shape{s.b, s.k, s.m, s.h_stride};
   const int64_t logit_count = s.b * s.k, partial_count = shape.slices() * logit_count;
   // One allocation: doubles first, so that everything is aligned.
-  const Tensor scratch = torch::stable::new_empty(
-      like,
-      {static_cast<int64_t>((s.b + logit_count) * sizeof(double) +
-                            (logit_count + partial_count) * sizeof(T))},
-      ScalarType::Byte);
+  const Tensor scratch =
+      torch::stable::new_empty(like,
+                               {static_cast<int64_t>((s.b + logit_count) * sizeof(double) +
+                                                     (logit_count + partial_count) * sizeof(T))},
+                               ScalarType::Byte);
   double* row_loss = static_cast<double*>(scratch.mutable_data_ptr());
   double* logits = row_loss + s.b;
   T* delta = reinterpret_cast<T*>(logits + logit_count);

@@ -1,7 +1,6 @@
-#include "../perturb.h"
-
 #include <torch/csrc/stable/library.h>
 
+#include "../perturb.h"
 #include "bodies/perturb.h"
 #include "multi_tensor.h"
 

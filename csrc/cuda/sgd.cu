@@ -1,7 +1,6 @@
-#include "../sgd.h"
-
 #include <torch/csrc/stable/library.h>
 
+#include "../sgd.h"
 #include "bodies/sgd.h"
 #include "multi_tensor.h"
 
@@ -24,9 +23,12 @@ void run(const OnDeviceOf& device, Dtype dtype, const std::vector<SgdTarget>& ta
   launch_tables<SgdTensor<T>>(
       targets, dtype,
       [](const SgdTarget& t) {
-        return SgdTensor<T>{static_cast<T*>(t.p), static_cast<const T*>(t.g),
-                            static_cast<T*>(t.b), t.n,
-                            0,                    t.fresh};
+        return SgdTensor<T>{static_cast<T*>(t.p),
+                            static_cast<const T*>(t.g),
+                            static_cast<T*>(t.b),
+                            t.n,
+                            0,
+                            t.fresh};
       },
       [&](const TensorTable<SgdTensor<T>>& table) {
         launch("sgd_", sgd<T>, device.grid(table.chunks, kThreads), kThreads, 0, device.stream(),

@@ -29,19 +29,19 @@ void run_step(StepData<T>& d, const StepTarget<T>& target, double lr, double mom
                            fresh,
                            {weight_decay != 0, nesterov},
                            sgd_scalars<T>(lr, momentum, 0, weight_decay, false)};
-  run_grid<PartialShared<T>>(
-      smaller(3, s.partial_blocks()), kBlock, [&](const HostContext& ctx, PartialShared<T>& shared) {
-        partial_logits_body(ctx, shared, d.h.data(), d.weight.data(), partial.data(), s);
-      });
+  run_grid<PartialShared<T>>(smaller(3, s.partial_blocks()), kBlock,
+                             [&](const HostContext& ctx, PartialShared<T>& shared) {
+                               partial_logits_body(ctx, shared, d.h.data(), d.weight.data(),
+                                                   partial.data(), s);
+                             });
   run_grid<LossShared>(2, kBlock, [&](const HostContext& ctx, LossShared& shared) {
     loss_body(ctx, shared, partial.data(), state.bias, target, logits.data(), delta.data(),
               row_loss.data(), s);
   });
-  run_grid<UpdateShared<T>>(smaller(3, s.update_blocks()), kBlock,
-                            [&](const HostContext& ctx, UpdateShared<T>& shared) {
-                              update_body(ctx, shared, d.h.data(), delta.data(), row_loss.data(),
-                                          &d.loss, state, s);
-                            });
+  run_grid<UpdateShared<T>>(
+      smaller(3, s.update_blocks()), kBlock, [&](const HostContext& ctx, UpdateShared<T>& shared) {
+        update_body(ctx, shared, d.h.data(), delta.data(), row_loss.data(), &d.loss, state, s);
+      });
 }
 
 struct StepTruth {
@@ -55,9 +55,12 @@ StepTruth step_truth(const StepData<T>& d, const StepTarget<T>& target, double l
                      double weight_decay, bool nesterov, bool fresh) {
   const auto& [b, k, m, stride] = d.shape;
   const double epsilon = std::numeric_limits<T>::epsilon();
-  StepTruth t{{d.weight.begin(), d.weight.end()}, {d.bias.begin(), d.bias.end()},
+  StepTruth t{{d.weight.begin(), d.weight.end()},
+              {d.bias.begin(), d.bias.end()},
               {d.weight_buffer.begin(), d.weight_buffer.end()},
-              {d.bias_buffer.begin(), d.bias_buffer.end()}, {}, {}};
+              {d.bias_buffer.begin(), d.bias_buffer.end()},
+              {},
+              {}};
   std::vector<double> delta(b * k);
   double logit_size = 1;  // max_i sum_f |h_if w_jf|
   for (int64_t i = 0; i < b; ++i) {
@@ -110,7 +113,11 @@ StepTruth step_truth(const StepData<T>& d, const StepTarget<T>& target, double l
       }
       double& w = f == m ? t.bias[j] : t.weight[j * m + f];
       const bool buffered = momentum != 0;
-      update(w, !buffered ? none : f == m ? t.bias_buffer[j] : t.weight_buffer[j * m + f], gradient);
+      update(w,
+             !buffered ? none
+             : f == m  ? t.bias_buffer[j]
+                       : t.weight_buffer[j * m + f],
+             gradient);
       (f == m ? t.bias_bound : t.weight_bound)
           .push_back(2 * (column * delta_error + epsilon * (b + 8) * (size + 2)));
     }
@@ -139,47 +146,52 @@ StepData<T> step_data(int64_t b, int64_t k, int64_t m, int64_t padding, bool bia
 }
 
 template <class T>
-void check_step_dtype(Checks& checks) {
-  const struct {
-    int64_t b, k, m, padding;
-    bool bias;
-  } shapes[] = {{4, 3, 300, 0, true}, {128, 13, 131, 3, true}, {2, 130, 33, 0, false},
-                {1, 1, 1, 5, true},   {2, 2, 0, 1, true}};
-  for (const auto& [b, k, m, padding, bias] : shapes) {
-    const bool nesterov = k == 13, fresh = k == 3;
-    const double momentum = k == 130 ? 0.0 : 0.5, decay = k == 1 ? 0.0 : 0.25;
-    StepData<T> d = step_data<T>(b, k, m, padding, bias);
-    StepTarget<T> target{nullptr, d.values.data()};
-    StepTruth truth = step_truth(d, target, 0.5, momentum, decay, nesterov, fresh);
-    run_step(d, target, 0.5, momentum, decay, nesterov, fresh);
-    const auto exactly = [&](const std::vector<T>& got, const std::vector<double>& expected,
-                             const char* what) {
-      checks.close(got, expected, std::vector<double>(got.size(), 0.0), what);
-    };
-    exactly(d.weight, truth.weight, "squared error: weight");
-    exactly(d.bias, truth.bias, "squared error: bias");
-    exactly(d.weight_buffer, truth.weight_buffer, "squared error: weight buffer");
-    exactly(d.bias_buffer, truth.bias_buffer, "squared error: bias buffer");
-    checks.that(d.loss == truth.loss, "squared error: loss", k);
+void check_squared_error(Checks& checks, int64_t b, int64_t k, int64_t m, int64_t padding,
+                         bool bias, double momentum, bool nesterov, bool fresh) {
+  StepData<T> d = step_data<T>(b, k, m, padding, bias);
+  const StepTarget<T> target{nullptr, d.values.data()};
+  const StepTruth truth = step_truth(d, target, 0.5, momentum, 0.25, nesterov, fresh);
+  run_step(d, target, 0.5, momentum, 0.25, nesterov, fresh);
+  const auto exactly = [&](const std::vector<T>& got, const std::vector<double>& expected,
+                           const char* what) {
+    checks.close(got, expected, std::vector<double>(got.size(), 0.0), what);
+  };
+  exactly(d.weight, truth.weight, "squared error: weight");
+  exactly(d.bias, truth.bias, "squared error: bias");
+  exactly(d.weight_buffer, truth.weight_buffer, "squared error: weight buffer");
+  exactly(d.bias_buffer, truth.bias_buffer, "squared error: bias buffer");
+  checks.that(d.loss == truth.loss, "squared error: loss", k);
+}
 
-    d = step_data<T>(b, k, m, padding, bias);
-    for (T& w : d.weight) w = static_cast<T>(uniform(-0.1, 0.1));
-    target = {d.labels.data(), nullptr};
-    truth = step_truth(d, target, 0.5, momentum, decay, nesterov, fresh);
-    run_step(d, target, 0.5, momentum, decay, nesterov, fresh);
-    checks.close(d.weight, truth.weight, truth.weight_bound, "cross-entropy: weight");
-    checks.close(d.bias, truth.bias, truth.bias_bound, "cross-entropy: bias");
-    checks.that(std::abs(d.loss - truth.loss) <= truth.loss_bound, "cross-entropy: loss", k);
-  }
-  StepData<T> d = step_data<T>(2, 3, 4, 0, true);
-  d.labels[1] = 3;
-  run_step(d, {d.labels.data(), nullptr}, 0.5, 0, 0, false, false);
-  checks.that(std::isnan(d.loss) && std::isnan(d.bias[0]), "cross-entropy: a label out of range");
+template <class T>
+void check_cross_entropy(Checks& checks, int64_t b, int64_t k, int64_t m, int64_t padding,
+                         bool bias, double momentum, bool nesterov, bool fresh) {
+  StepData<T> d = step_data<T>(b, k, m, padding, bias);
+  for (T& w : d.weight) w = static_cast<T>(uniform(-0.1, 0.1));
+  const StepTarget<T> target{d.labels.data(), nullptr};
+  const StepTruth truth = step_truth(d, target, 0.5, momentum, 0, nesterov, fresh);
+  run_step(d, target, 0.5, momentum, 0, nesterov, fresh);
+  checks.close(d.weight, truth.weight, truth.weight_bound, "cross-entropy: weight");
+  checks.close(d.bias, truth.bias, truth.bias_bound, "cross-entropy: bias");
+  checks.that(std::abs(d.loss - truth.loss) <= truth.loss_bound, "cross-entropy: loss", k);
 }
 
 inline void check_last_layer_step(Checks& checks) {
-  check_step_dtype<float>(checks);
-  check_step_dtype<double>(checks);
+  // Several slices; several tiles of outputs; of rows; more outputs than threads; no features.
+  check_squared_error<float>(checks, 4, 3, 300, 0, true, 0.5, false, true);
+  check_squared_error<double>(checks, 4, 13, 131, 3, true, 0.5, true, false);
+  check_squared_error<float>(checks, 128, 2, 20, 0, true, 0, false, false);
+  check_squared_error<float>(checks, 2, 130, 33, 0, false, 0.5, false, false);
+  check_squared_error<double>(checks, 2, 2, 0, 1, true, 0.5, false, false);
+  check_cross_entropy<float>(checks, 3, 13, 140, 3, true, 0.5, true, false);
+  check_cross_entropy<double>(checks, 5, 10, 70, 0, true, 0.9, false, true);
+  check_cross_entropy<float>(checks, 2, 130, 33, 0, false, 0, false, false);
+  check_cross_entropy<double>(checks, 1, 1, 1, 5, true, 0.5, false, false);
+
+  StepData<float> d = step_data<float>(2, 3, 4, 0, true);
+  d.labels[1] = 3;
+  run_step(d, {d.labels.data(), nullptr}, 0.5, 0, 0, false, false);
+  checks.that(std::isnan(d.loss) && std::isnan(d.bias[0]), "cross-entropy: a label out of range");
 }
 
 }  // namespace twophase

@@ -49,9 +49,8 @@ void check_perturb_dtype(Checks& checks) {
       const double z = noise(key, i);
       expected[t][i + offset] += z * sigma;
       // 3e-7 max(1, |z|): what csrc/math/normal.h states; and one rounding each of product and sum
-      bound[t][i + offset] =
-          3e-7 * std::fmax(1, std::abs(z)) * sigma +
-          1.2e-7 * (std::abs(z * sigma) + std::abs(expected[t][i + offset]));
+      bound[t][i + offset] = 3e-7 * std::fmax(1, std::abs(z)) * sigma +
+                             1.2e-7 * (std::abs(z * sigma) + std::abs(expected[t][i + offset]));
       const NormalBlock block = normal_block(key, static_cast<uint64_t>(i / 4));
       const float lanes[4] = {block.z0, block.z1, block.z2, block.z3};
       exact[t][i + offset] = add_noise(exact[t][i + offset], lanes[i % 4], sigma);
@@ -114,7 +113,8 @@ void check_sgd_case(Checks& checks, bool momentum, bool nesterov, bool weight_de
 
 inline void check_sgd(Checks& checks) {
   for (const bool weight_decay : {false, true})
-    for (const auto& [momentum, nesterov] : {std::pair{false, false}, {true, false}, {true, true}}) {
+    for (const auto& [momentum, nesterov] :
+         {std::pair{false, false}, {true, false}, {true, true}}) {
       check_sgd_case<float>(checks, momentum, nesterov, weight_decay);
       check_sgd_case<double>(checks, momentum, nesterov, weight_decay);
     }

@@ -37,7 +37,7 @@ inline bool skipped([[maybe_unused]] const std::source_location& where) {
 
 // What the threads of one running block have in common.
 struct Team {
-  explicit Team(int threads) : block(threads), slots(threads) {
+  explicit Team(int threads) : block(threads), slots(2 * threads) {
     for (int first = 0; first < threads; first += kWarp)
       warps.push_back(
           std::make_unique<std::barrier<>>(static_cast<int>(smaller(kWarp, threads - first))));
@@ -64,11 +64,13 @@ class HostContext {
   template <class T>
   T shuffle_xor(T x, int mask) const {
     static_assert(sizeof(T) <= sizeof(Team::Slot));
-    std::barrier<>& warp = *team_->warps[thread_ / kWarp];
-    std::memcpy(team_->slots[thread_].bytes, &x, sizeof(T));
-    warp.arrive_and_wait();
-    std::memcpy(&x, team_->slots[thread_ ^ mask].bytes, sizeof(T));
-    warp.arrive_and_wait();
+    // Two sets of slots in turn: the next shuffle does not overwrite what a slower lane still
+    // reads.
+    Team::Slot* slots = team_->slots.data() + turn_ * threads_;
+    turn_ = 1 - turn_;
+    std::memcpy(slots[thread_].bytes, &x, sizeof(T));
+    team_->warps[thread_ / kWarp]->arrive_and_wait();
+    std::memcpy(&x, slots[thread_ ^ mask].bytes, sizeof(T));
     return x;
   }
 
@@ -76,11 +78,13 @@ class HostContext {
   int thread_, threads_;
   int64_t block_, blocks_;
   Team* team_;
+  mutable int turn_ = 0;
 };
 
-// body(ctx, shared) for every thread of every block; `teams` blocks run at the same time.
+// body(ctx, shared) for every thread of every block; two blocks run at the same time.
 template <class Shared, class Body>
-void run_grid(int64_t blocks, int threads, const Body& body, int teams = 2) {
+void run_grid(int64_t blocks, int threads, const Body& body) {
+  const int teams = blocks < 2 ? 1 : 2;
   std::vector<std::thread> running;
   std::vector<std::unique_ptr<Team>> team(teams);
   std::vector<std::unique_ptr<Shared>> shared(teams);

@@ -13,10 +13,10 @@ int main(int count, char** names) {
     const char* name;
     void (*check)(Checks&);
   } ops[] = {{"softplus", check_softplus},
-              {"perturb_", check_perturb},
-              {"sgd_", check_sgd},
-              {"last_layer_step_", check_last_layer_step},
-              {"gram_logdet", check_gram_logdet}};
+             {"perturb_", check_perturb},
+             {"sgd_", check_sgd},
+             {"last_layer_step_", check_last_layer_step},
+             {"gram_logdet", check_gram_logdet}};
   bool failed = false;
   for (const auto& op : ops) {
     bool wanted = count == 1;

@@ -13,8 +13,8 @@
 
 namespace twophase {
 
-constexpr int kGramTile = 32;   // entries of the Gram matrix formed at a time, in each direction
-constexpr int kGramDepth = 16;  // columns of the features in shared memory at a time
+constexpr int kGramTile = 32;    // entries of the Gram matrix formed at a time, in each direction
+constexpr int kGramDepth = 16;   // columns of the features in shared memory at a time
 constexpr int kGramLimit = 256;  // the largest n
 
 struct Candidate {
@@ -28,7 +28,7 @@ struct GramShared {
   double diagonal[kGramLimit];  // of the Gram matrix
   double column[kGramLimit];
   int exponents[kGramLimit];  // of the rows
-  int order[kGramLimit];  // positions 0..j-1 hold the pivots taken
+  int order[kGramLimit];      // positions 0..j-1 hold the pivots taken
   double sums[kWarps];
   Candidate candidates[kWarps];
 };
@@ -90,23 +90,19 @@ TP_BODY void gram(const Ctx& ctx, GramShared& shared, const T* features, int n, 
           (second ? shared.b : shared.a)[line][depth] = x;
         }
         ctx.sync();
-        for (int k = 0; k < kGramDepth; ++k)
-          TP_UNROLL
-        for (int i = 0; i < 2; ++i)
-          TP_UNROLL
+        for (int k = 0; k < kGramDepth; ++k) TP_UNROLL
+        for (int i = 0; i < 2; ++i) TP_UNROLL
         for (int j = 0; j < 4; ++j)
           sum[i][j] = fused(shared.a[row + i][k], shared.b[column + j][k], sum[i][j]);
       }
       TP_UNROLL
-      for (int i = 0; i < 2; ++i)
-        TP_UNROLL
+      for (int i = 0; i < 2; ++i) TP_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int r = tile_row * kGramTile + row + i, c = tile_column * kGramTile + column + j;
         if (r < n && c < r) s.at(r, c) = s.at(c, r) = sum[i][j];
         if (r < n && c == r) shared.diagonal[r] = s.at(r, r) = sum[i][j];
       }
     }
-  ctx.sync();
 }
 
 struct Elimination {
@@ -114,7 +110,8 @@ struct Elimination {
   double log_product;  // of those pivots
 };
 
-// Cholesky of the lower triangle of s, which it overwrites.
+// Cholesky of the lower triangle of s, which it overwrites. Begins with a barrier: what the threads
+// wrote before is seen. Does not end with one.
 template <bool kPivoting, class Ctx>
 TP_BODY Elimination eliminate(const Ctx& ctx, GramShared& shared, int n, const Square& s) {
   for (int i = ctx.thread(); i < n; i += kBlock) shared.order[i] = i;
@@ -175,7 +172,6 @@ TP_BODY void gram_logdet_body(const Ctx& ctx, GramShared& shared, const T* featu
   const Square s{square, leading_dimension(n)};
   for (int64_t item = ctx.block(); item < batch; item += ctx.blocks()) {
     const T* matrix = features + item * n * m;
-    ctx.sync();  // the last matrix is done with
     if (!scale_rows(ctx, shared, matrix, n, m, append_ones)) {
       if (ctx.thread() == 0) {
         result.rank[item] = 0;
@@ -197,13 +193,13 @@ TP_BODY void gram_logdet_body(const Ctx& ctx, GramShared& shared, const T* featu
     for (int c = ctx.thread() / kWarp; c < n; c += kWarps)
       for (int r = c + ctx.thread() % kWarp; r < n; r += kWarp)
         s.at(r, c) = r == c ? shifted_down(shared.diagonal[r], shift) : s.at(c, r);
-    ctx.sync();
     const Elimination shifted = eliminate<true>(ctx, shared, n, s);
     if (ctx.thread() == 0) {
       const bool complete = plain.pivots == n;
       result.rank[item] = shifted.pivots;
-      result.logabsdet[item] = complete ? plain.log_product + 2 * kLn2 * static_cast<double>(exponents)
-                                        : -__builtin_inf();
+      result.logabsdet[item] = complete
+                                   ? plain.log_product + 2 * kLn2 * static_cast<double>(exponents)
+                                   : -__builtin_inf();
       result.info[item] = complete ? 0 : plain.pivots + 1;
     }
   }

@@ -10,10 +10,10 @@
 
 namespace twophase {
 
-constexpr int kStepRows = 64;                        // rows of h in a tile
+constexpr int kStepRows = 64;  // rows of h in a tile
 constexpr int kStepOutputsPerWarp = 3;
 constexpr int kStepOutputs = 4 * kStepOutputsPerWarp;  // 12: the usual 10 classes in one tile
-constexpr int64_t kStepSlice = 128;                  // least features of a slice
+constexpr int64_t kStepSlice = 128;                    // least features of a slice
 constexpr int64_t kStepBlocks = 4096;  // more slices than give so many blocks only cost memory
 
 template <class T>
@@ -34,7 +34,8 @@ struct StepShape {
   TP_MEMBER int64_t output_tiles() const { return ceil_div(k, kStepOutputs); }
   // Features of a slice: a function of the shape alone, so that sums have one order everywhere.
   TP_MEMBER int64_t slice() const {
-    return kStepSlice * ceil_div(ceil_div(m, kStepSlice) * row_tiles() * output_tiles(), kStepBlocks);
+    return kStepSlice *
+           ceil_div(ceil_div(m, kStepSlice) * row_tiles() * output_tiles(), kStepBlocks);
   }
   TP_MEMBER int64_t slices() const { return m == 0 ? 0 : ceil_div(m, slice()); }
   TP_MEMBER int64_t partial_blocks() const { return slices() * row_tiles() * output_tiles(); }
@@ -83,17 +84,14 @@ TP_BODY void partial_logits_body(const Ctx& ctx, PartialShared<T>& shared, const
         for (int o = 0; o < kStepOutputsPerWarp; ++o)
           w[o] = packs(shared.weight[warp * kStepOutputsPerWarp + o])[c];
         TP_UNROLL
-        for (int e = 0; e < Pack<T>::kSize; ++e)
-          TP_UNROLL
-        for (int r = 0; r < kRowsPerThread; ++r)
-          TP_UNROLL
+        for (int e = 0; e < Pack<T>::kSize; ++e) TP_UNROLL
+        for (int r = 0; r < kRowsPerThread; ++r) TP_UNROLL
         for (int o = 0; o < kStepOutputsPerWarp; ++o)
           sum[r][o] = fused(x[r].v[e], w[o].v[e], sum[r][o]);
       }
     }
     TP_UNROLL
-    for (int r = 0; r < kRowsPerThread; ++r)
-      TP_UNROLL
+    for (int r = 0; r < kRowsPerThread; ++r) TP_UNROLL
     for (int o = 0; o < kStepOutputsPerWarp; ++o) {
       const int64_t i = row + lane + r * kWarp, j = output + warp * kStepOutputsPerWarp + o;
       if (i < shape.b && j < shape.k) partial[(slice * shape.b + i) * shape.k + j] = sum[r][o];
@@ -157,14 +155,14 @@ TP_BODY void loss_body(const Ctx& ctx, LossShared& shared, const T* partial, con
     const double valid = label >= 0 && label < k ? 1.0 : __builtin_nan("");
     for (int64_t o = ctx.thread(); o < k; o += kBlock)
       d[o] = static_cast<T>(
-          valid *
-          (target.labels
-               ? cross_entropy_delta(exp(z[o] - max), sum, o == label, scale)
-               : squared_error_delta(z[o], static_cast<double>(target.values[row * k + o]), scale)));
+          valid * (target.labels
+                       ? cross_entropy_delta(exp(z[o] - max), sum, o == label, scale)
+                       : squared_error_delta(z[o], static_cast<double>(target.values[row * k + o]),
+                                             scale)));
     if (ctx.thread() == 0)
-      row_loss[row] =
-          target.labels ? valid * cross_entropy(z[label >= 0 && label < k ? label : 0], max, sum)
-                        : sum;
+      row_loss[row] = target.labels
+                          ? valid * cross_entropy(z[label >= 0 && label < k ? label : 0], max, sum)
+                          : sum;
   }
 }
 
@@ -220,16 +218,14 @@ TP_BODY void update_body(const Ctx& ctx, UpdateShared<T>& shared, const T* h, co
           for (int u = 0; u < kRowsInFlight; ++u)
             x[u] = r + u < rows ? h[(row + r + u) * shape.h_stride + f] : T(0);
           TP_UNROLL
-          for (int u = 0; u < kRowsInFlight; ++u)
-            TP_UNROLL
+          for (int u = 0; u < kRowsInFlight; ++u) TP_UNROLL
           for (int o = 0; o < kStepOutputs; ++o)
             gradient[o] = fused(shared.delta[r + u][o], x[u], gradient[o]);
         }
       if (has_bias && ctx.thread() < kStepOutputs)
         for (int r = 0; r < rows; ++r) bias_gradient += shared.delta[r][ctx.thread()];
     }
-    if (f < shape.m)
-      TP_UNROLL
+    if (f < shape.m) TP_UNROLL
     for (int o = 0; o < kStepOutputs; ++o)
       if (output + o < shape.k) {
         const int64_t at = (output + o) * shape.m + f;
