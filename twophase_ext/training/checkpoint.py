@@ -56,7 +56,8 @@ def load(path: Path) -> tuple[dict[str, Any], Path]:
         try:
             state = _read(candidate)
         except Exception as error:  # torch raises many types for a damaged file
-            failures.append(f"{candidate.name}: {str(error).splitlines()[0]}")
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            failures.append(f"{candidate.name}: {first_line}")
             continue
         if failures:
             warnings.warn(

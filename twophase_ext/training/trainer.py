@@ -260,9 +260,7 @@ class Trainer:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         absent = [name for name, p in parameters.items() if id(p) not in held]
         if absent:
-            raise ValueError(
-                f"optimizer: does not hold {absent[0]} ({len(absent)} such parameters)"
-            )
+            raise ValueError(f"optimizer: lacks {absent[0]} ({len(absent)} such parameters)")
         return optimizer
 
     def _checkpoint_path(self, resume: bool | str | Path) -> Path:
