@@ -258,7 +258,7 @@ def toy_linear_head() -> nn.Module:
 
 
 def test_divergence_is_reported_and_the_last_checkpoint_kept(tmp_path):
-    x, y = toy_data()
+    x, _ = toy_data()
     target = x[:, :2] * 1e3
 
     class Explode:
