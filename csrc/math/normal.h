@@ -81,7 +81,7 @@ struct NormalBlock {
 };
 
 TP_HD NormalBlock normal_block(uint64_t key, uint64_t counter) {
-  const PhiloxWords w = philox_block(key, counter);
+  const PhiloxWords<uint32_t> w = philox_block(key, counter);
   const NormalPair low = box_muller(w.w0, w.w1), high = box_muller(w.w2, w.w3);
   return {low.even, low.odd, high.even, high.odd};
 }
