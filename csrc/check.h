@@ -5,9 +5,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "math/dtype.h"
 
@@ -63,6 +65,29 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   for (int64_t i = 0; i < a.dim(); ++i)
     if (a.size(i) != b.size(i) || (a.size(i) > 1 && a.stride(i) != b.stride(i))) return false;
   return true;
+}
+
+// Every element of t's memory is one element of t, in whatever order (channels_last, transposed).
+inline bool is_dense(const Tensor& t) {
+  std::vector<int64_t> dims;
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (t.size(i) != 1) dims.push_back(i);
+  std::sort(dims.begin(), dims.end(),
+            [&](int64_t a, int64_t b) { return t.stride(a) < t.stride(b); });
+  int64_t expected = 1;
+  for (int64_t i : dims) {
+    if (t.stride(i) != expected) return false;
+    expected *= t.size(i);
+  }
+  return true;
+}
+
+// An expanded tensor repeats its memory: what is written to one element would change others.
+inline void require_no_repeats(const Tensor& t, const char* name) {
+  for (int64_t i = 0; i < t.dim(); ++i)
+    require(t.size(i) < 2 || t.stride(i) != 0, name,
+            ": expected a tensor that can be written in place, got one expanded along dimension ",
+            i, " (shape ", shape_of(t), "); clone it first");
 }
 
 // t itself where its memory is laid out as `like`'s, otherwise a copy that is.
