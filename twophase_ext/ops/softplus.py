@@ -46,9 +46,10 @@ def softplus_(x: Tensor, beta: float = 100.0) -> Tensor:
         return x.copy_(_traced(x, beta))
     _check_types(x, beta)
     # copy_ carries batching and tangents through every nesting of transforms; a Function that
-    # writes its input cannot.
+    # writes its input cannot. The clone: copy_ overwrites x's tangent, which is still needed to
+    # differentiate the new one.
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return x.copy_(_Softplus.apply(x, beta))
+        return x.copy_(_Softplus.apply(x.clone(), beta))
     if torch.is_grad_enabled() and x.requires_grad:
         _refuse_leaf(x)
     return _SoftplusInPlace.apply(x, beta)
