@@ -199,7 +199,7 @@ def _traced(x: Tensor, beta: float) -> Tensor:
     return _Softplus.apply(x, beta)
 
 
-# The raw operators: what torch.compile traces; the right gradient for whoever calls them.
+# The raw operators: what torch.compile traces, with a gradient for whoever calls them directly.
 @torch.library.register_fake("twophase::softplus")
 def _(x: Tensor, beta: float) -> Tensor:
     return torch.empty_like(x)

@@ -1,0 +1,5 @@
+"""Analytic building blocks."""
+
+from .softplus import Softplus
+
+__all__ = ["Softplus"]
