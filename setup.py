@@ -80,8 +80,14 @@ class CMakeBuild(build_ext):
             "TWOPHASE_SANITIZE": sanitize,
         }
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        # A cached generator or compiler from an isolated build's vanished folder would be reused.
-        if (build / "CMakeCache.txt").exists():
+        # A cache from an isolated build names tools in a folder that has vanished.
+        cache = build / "CMakeCache.txt"
+        if cache.exists() and not all(
+            Path(tool).exists()
+            for tool in re.findall(
+                r"^CMAKE_(?:COMMAND|MAKE_PROGRAM):\w+=(.+)", cache.read_text(), re.M
+            )
+        ):
             configure.append("--fresh")
         if ninja := shutil.which("ninja"):
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
