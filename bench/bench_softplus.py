@@ -74,7 +74,8 @@ def test_backward(which, row, interleaved, small):
 
 @pytest.mark.parametrize("which", ROLES)
 def test_in_place(which, row, interleaved, small):
-    # Each call lifts the values a little: softplus is larger than x. The time does not depend on it.
+    # Each call lifts the values a little (softplus is larger than x); the time does not depend
+    # on them.
     x = argument("16M", torch.float32, small)
     before, target, out = x.clone(), x.clone(), torch.empty_like(x)
     rows = {

@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    parser.add_argument("--update", type=Path, metavar="README.md", help="rewrite this file's table")
+    parser.add_argument("--update", type=Path, metavar="README.md", help="rewrite its table")
     arguments = parser.parse_args()
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.runs]
     if arguments.update:

@@ -9,6 +9,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "math/dtype.h"
@@ -67,27 +68,26 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Every element of t's memory is one element of t, in whatever order (channels_last, transposed).
+// The elements fill their memory without gaps, in any order of dimensions.
 inline bool is_dense(const Tensor& t) {
-  std::vector<int64_t> dims;
-  for (int64_t i = 0; i < t.dim(); ++i)
-    if (t.size(i) != 1) dims.push_back(i);
-  std::sort(dims.begin(), dims.end(),
-            [&](int64_t a, int64_t b) { return t.stride(a) < t.stride(b); });
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) != 1) dims.emplace_back(t.stride(d), t.size(d));
+  std::sort(dims.begin(), dims.end());
   int64_t expected = 1;
-  for (int64_t i : dims) {
-    if (t.stride(i) != expected) return false;
-    expected *= t.size(i);
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
   }
   return true;
 }
 
-// An expanded tensor repeats its memory: what is written to one element would change others.
-inline void require_no_repeats(const Tensor& t, const char* name) {
-  for (int64_t i = 0; i < t.dim(); ++i)
-    require(t.size(i) < 2 || t.stride(i) != 0, name,
-            ": expected a tensor that can be written in place, got one expanded along dimension ",
-            i, " (shape ", shape_of(t), "); clone it first");
+// Every element has its own memory, so that an update can be written back.
+inline void require_no_overlap(const Tensor& t, const std::string& name) {
+  for (int64_t d = 0; d < t.dim(); ++d)
+    require(t.size(d) < 2 || t.stride(d) != 0, name,
+            ": expected a tensor whose elements do not share memory, got stride 0 in dimension ",
+            d);
 }
 
 // t itself where its memory is laid out as `like`'s, otherwise a copy that is.

@@ -220,7 +220,7 @@ def test_in_place_allocates_nothing_where_dense():
 def test_in_place_refuses_repeated_memory():
     column = torch.randn(4, 1)
     before = column.clone()
-    with pytest.raises(ValueError, match=r"x: expected .* expanded along dimension 1"):
+    with pytest.raises(ValueError, match=r"^x: expected .* do not share memory, got stride 0"):
         softplus_(column.expand(4, 3))
     assert torch.equal(column, before)
 
@@ -301,10 +301,21 @@ def test_bad_dtype(function, dtype):
         function(torch.zeros(3, dtype=dtype))
 
 
+def test_arrays_share_their_memory():
+    x = np.linspace(-0.1, 0.1, 12).reshape(3, 4).T
+    y = softplus(x)
+    assert y.dtype == torch.float64 and y.stride() == (1, 4)
+    assert torch.equal(y, softplus(torch.from_numpy(x)))
+    with pytest.raises(ValueError, match=r"^x: expected a floating-point tensor, got Long"):
+        softplus(np.arange(3))
+
+
 @pytest.mark.parametrize("function", [softplus, softplus_])
 def test_bad_types(function):
-    with pytest.raises(TypeError, match=r"^x: expected a torch.Tensor, got list"):
-        function([1.0])
+    with pytest.raises(TypeError, match=r"^x: expected a .*, got str"):
+        function("1.0")
+    with pytest.raises(TypeError, match=r"^x: expected a torch.Tensor, got ndarray"):
+        softplus_(np.zeros(3))  # a read-only array would be copied, and not written
     for beta in ("100", None, torch.tensor(1.0)):
         with pytest.raises(TypeError, match=r"^beta: expected a number, got"):
             function(torch.zeros(3), beta)

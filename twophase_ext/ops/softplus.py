@@ -12,39 +12,42 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
+from ..arrays import as_tensor
 from ._softplus_terms import Term, Terms, batch_first, evaluate
 
 _ops = torch.ops.twophase
 
 
-def softplus(x: Tensor, beta: float = 100.0) -> Tensor:
+def softplus(x: Any, beta: float = 100.0) -> Tensor:
     """Softplus max(x, 0) + log1p(exp(-beta |x|)) / beta, elementwise, without a threshold.
 
-    x: floating-point tensor (float16, bfloat16, float32, float64) of any shape and strides; the
-    result has its shape, dtype and, where x is dense, its strides. 16-bit types are computed in
-    float32 and rounded once. NaN propagates, +inf gives +inf; in float32 (float64) the result is
-    2^-126 (2^-1022) where it or exp(-beta |x|) would be smaller, so that no subnormal is ever
-    produced. beta: 1e-30 to 1e30.
+    x: floating-point tensor (float16, bfloat16, float32, float64) of any shape and strides, or a
+    NumPy, CuPy or other DLPack array, whose memory is shared. The result is a tensor of its shape,
+    dtype and, where x is dense, strides. 16-bit types are computed in float32 and rounded once.
+    NaN propagates, +inf gives +inf; in float32 (float64) the result is 2^-126 (2^-1022) where it or
+    exp(-beta |x|) would be smaller, so that no subnormal is ever produced. beta: 1e-30 to 1e30.
 
     Works under autograd to any order, torch.func (vmap, grad, jvp), torch.compile and autocast.
-    Raises ValueError for another dtype or a beta out of range, TypeError for anything but a tensor
+    Raises ValueError for another dtype or a beta out of range, TypeError for anything but an array
     and a number.
     """
     if torch.compiler.is_compiling():
         return _traced(x, beta)
-    _check_types(x, beta)
-    return _Softplus.apply(x, beta)
+    _check_beta(beta)
+    return _Softplus.apply(as_tensor(x, name="x"), beta)
 
 
 def softplus_(x: Tensor, beta: float = 100.0) -> Tensor:
     """Softplus in place: as `softplus`, overwrites x and returns it; only the output is kept.
 
-    Raises also RuntimeError where x is a leaf that requires grad (or a view of one), and ValueError
-    where x repeats memory (an expanded tensor); x is then as it was.
+    x must be a torch.Tensor. Raises also RuntimeError where x is a leaf that requires grad (or a
+    view of one), and ValueError where x repeats memory (an expanded tensor); x is then as it was.
     """
     if torch.compiler.is_compiling():
         return x.copy_(_traced(x, beta))
-    _check_types(x, beta)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    _check_beta(beta)
     # copy_ carries batching and tangents through every nesting of transforms; a Function that
     # writes its input cannot. The clone: copy_ overwrites x's tangent, which is still needed to
     # differentiate the new one.
@@ -55,9 +58,7 @@ def softplus_(x: Tensor, beta: float = 100.0) -> Tensor:
     return _SoftplusInPlace.apply(x, beta)
 
 
-def _check_types(x: Any, beta: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+def _check_beta(beta: Any) -> None:
     if not isinstance(beta, Real):
         raise TypeError(f"beta: expected a number, got {type(beta).__name__}")
 
