@@ -34,7 +34,9 @@ def sgd_(
     a new buffer. Ignored where momentum is 0. nu: 0 or 1 for each tensor (default 1); 0 leaves the
     parameter and its buffer as they are, weight decay and momentum included.
 
-    The result has the bits of torch.optim.SGD where torch's own kernels use fused multiply-add.
+    The result has the bits of torch.optim.SGD (foreach=False) where torch's own kernels use fused
+    multiply-add, as on every x86 processor with AVX2; a gradient that is expanded along its last
+    dimension is the exception, torch itself rounds some of its elements twice.
     Raises TypeError for float16 and bfloat16 parameters, other dtypes and sparse gradients;
     ValueError for lists, shapes, dtypes or devices that do not match. Everything is checked before
     any tensor is changed.
