@@ -20,6 +20,8 @@ ARCHITECTURE = "90"
 # What CMakeLists.txt gives nvcc.
 FLAGS = ["-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr"]
 
+SIGNATURE = r"'(?:void )?(?:twophase::)?(?:\(anonymous namespace\)::)?([^(]+)"
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -41,7 +43,7 @@ def parse(source: str, text: str) -> list[Kernel]:
     """
     kernels = []
     for part in text.split("Compiling entry function ")[1:]:
-        signature = re.match(r"'(?:void )?(?:twophase::)?(?:\(anonymous namespace\)::)?([^(]+)", part)
+        signature = re.match(SIGNATURE, part)
         spills = re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
         )

@@ -122,7 +122,8 @@ def test_no_kernel_spills(ptxas):
 def test_spills_are_read(ptxas):
     text = (
         "ptxas info : Compiling entry function 'void twophase::(anonymous namespace)::f<float>"
-        "(float*)' for 'sm_90'\n    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
+        "(float*)' for 'sm_90'\n"
+        "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
         "ptxas info : Used 40 registers, used 1 barriers, 16 bytes smem\n"
     )
     (kernel,) = ptxas.parse("f.cu", text)
