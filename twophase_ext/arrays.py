@@ -72,8 +72,10 @@ def _shared(convert: Callable[[Any], Tensor], a: Any, name: str) -> Tensor:
 
 def _from_numbers(a: Any, name: str) -> Tensor:
     try:
-        return torch.tensor(a)
+        array = np.array(a)
     except ValueError as error:
         raise ValueError(f"{name}: expected a rectangular list of numbers: {error}") from error
-    except (TypeError, RuntimeError) as error:
+    except TypeError as error:
         raise TypeError(f"{name}: expected numbers: {error}") from error
+    tensor = _from_numpy(array, name)
+    return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor

@@ -36,6 +36,11 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def cuda_devices() -> range:
+    """The CUDA devices whose random state may move: none until CUDA is in use."""
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+
+
 def input_of(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
     """The input that `module` gets when the model runs on x; nothing behind it is computed.
 
@@ -112,10 +117,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     values = [
         (b, b.detach().clone()) for own in buffers.values() for b in own.values() if b is not None
     ]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices()):
             yield
     finally:
         for module, mode in modes.items():

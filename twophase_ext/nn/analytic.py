@@ -124,6 +124,11 @@ def _findings(model: nn.Module, seen: Trace) -> Iterator[Finding]:
         if status != "analytic":
             finding = Finding(name, f"function {function_name(node)}", status, reason)
             calls.setdefault(name, {})[finding] = None
+    for name in seen.random:
+        drawn = Finding(
+            name, "random numbers", "not analytic", "drawn in the forward: not a fixed function"
+        )
+        calls.setdefault(name, {})[drawn] = None
     for name, module in model.named_modules():
         judged = judge_module(module)
         kind = type(module).__name__

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from twophase_ext import ops
+from twophase_ext.probing import cuda_devices
 
 from .catalog import CONTAINERS, function_name, rule_for
 
@@ -26,12 +27,14 @@ class Trace:
 
     calls: (path of the module whose forward makes the call, the call's node), constants left out.
     visited: paths of the modules whose own forward was traced. failures: path -> why not.
+    random: paths whose trace drew random numbers, which are then mere constants to the tracer.
     output: path of the module whose result is the model's result, None where it is not a module's.
     """
 
     calls: list[tuple[str, fx.Node]] = field(default_factory=list)
     visited: set[str] = field(default_factory=set)
     failures: dict[str, str] = field(default_factory=dict)
+    random: set[str] = field(default_factory=set)
     output: str | None = None
 
 
@@ -73,8 +76,7 @@ def trace(model: nn.Module) -> Trace:
     except Exception as error:
         found.failures[""] = f"could not be traced: it cannot be copied ({_first_line(error)})"
         return found
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=cuda_devices()):
         _trace_into(found, twin, "")
     return found
 
@@ -85,6 +87,7 @@ def _trace_into(found: Trace, module: nn.Module, prefix: str) -> None:
         return
     if not isinstance(module, CONTAINERS) or isinstance(module, nn.Sequential):
         tracer = _Tracer(prefix)
+        random_state = _random_state()
         try:
             graph = tracer.trace(module, concrete_args=_omitted(module))
         # whatever a user's forward raises on proxies means one thing: it cannot be traced
@@ -93,11 +96,18 @@ def _trace_into(found: Trace, module: nn.Module, prefix: str) -> None:
         else:
             found.visited |= tracer.visited
             found.calls += _calls(graph, prefix)
+            if _random_state() != random_state:
+                found.random.add(prefix)
             if prefix == "":
                 found.output = _output(graph)
             return
     for name, child in module.named_children():
         _trace_into(found, child, join(prefix, name))
+
+
+def _random_state() -> list[bytes]:
+    states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda_devices())]
+    return [state.numpy().tobytes() for state in states]
 
 
 def _omitted(module: nn.Module) -> dict[str, None]:
