@@ -129,7 +129,7 @@ def test_unusual_arrays_keep_their_values(array):
 
 def test_lists_are_copied():
     assert torch.equal(as_tensor([[1, 2], [3, 4]], name="y"), torch.tensor([[1, 2], [3, 4]]))
-    assert as_tensor([0.5, 1], name="y").dtype == torch.get_default_dtype()
+    assert as_tensor([0.5, 1], name="y").dtype == torch.float64
     assert as_tensor(3, name="y").shape == ()
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Given
 from torch import nn
 
 import twophase_ext as tp
@@ -66,13 +67,13 @@ def test_nested_last_layer_behind_skip_connections(device, given):
     assert hook_count(model) == 0
 
 
-def test_order_of_execution_counts_not_of_registration(make_model):
-    model = make_model(lambda m, x: m.out(m.hidden(x)), out=nn.Linear(6, 3), hidden=nn.Linear(4, 6))
+def test_order_of_execution_counts_not_of_registration():
+    model = Given(lambda m, x: m.out(m.hidden(x)), out=nn.Linear(6, 3), hidden=nn.Linear(4, 6))
     assert layers.find_last_layer(model, rows()).name == "out"
 
 
-def test_unused_head_is_ignored(make_model):
-    model = make_model(lambda m, x: m.b(x), a=nn.Linear(4, 3), b=nn.Linear(4, 3), c=nn.Linear(4, 3))
+def test_unused_head_is_ignored():
+    model = Given(lambda m, x: m.b(x), a=nn.Linear(4, 3), b=nn.Linear(4, 3), c=nn.Linear(4, 3))
     nn.init.zeros_(model.a.weight)
     assert layers.find_last_layer(model, rows()).name == "b"
 
@@ -128,26 +129,26 @@ NOT_THE_OUTPUT = {
 
 @pytest.mark.parametrize("case", NOT_THE_OUTPUT)
 @pytest.mark.parametrize("given", [None, "out"])
-def test_output_that_is_not_the_last_layers_is_refused(case, given, make_model):
-    model = make_model(NOT_THE_OUTPUT[case], hidden=nn.Linear(4, 6), out=nn.Linear(6, 3))
+def test_output_that_is_not_the_last_layers_is_refused(case, given):
+    model = Given(NOT_THE_OUTPUT[case], hidden=nn.Linear(4, 6), out=nn.Linear(6, 3))
     with pytest.raises(
         ValueError, match=r"last_layer: the model's output is not .*'hidden', 'out'"
     ):
         layers.find_last_layer(model, rows(), given)
 
 
-def test_two_heads_are_ambiguous(make_model):
+def test_two_heads_are_ambiguous():
     # equal values are no proof: the second head adds exact zeros until it is trained
     with pytest.raises(ValueError, match=r"last_layer: .*sum of heads.*'first', 'second'"):
         layers.find_last_layer(Summed(), rows())
-    pair = make_model(lambda m, x: (m.a(x), m.b(x)), a=nn.Linear(4, 3), b=nn.Linear(4, 3))
+    pair = Given(lambda m, x: (m.a(x), m.b(x)), a=nn.Linear(4, 3), b=nn.Linear(4, 3))
     with pytest.raises(ValueError, match=r"model: expected one tensor.*got tuple.*'a', 'b'"):
         layers.find_last_layer(pair, rows())
 
 
 @pytest.mark.parametrize("given", [None, "fc"])
-def test_layer_that_runs_twice_is_ambiguous(given, make_model):
-    model = make_model(lambda m, x: m.fc(torch.tanh(m.fc(x))), fc=nn.Linear(4, 4))
+def test_layer_that_runs_twice_is_ambiguous(given):
+    model = Given(lambda m, x: m.fc(torch.tanh(m.fc(x))), fc=nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"last_layer: 'fc' runs 2 times"):
         layers.find_last_layer(model, rows(), given)
 
@@ -161,14 +162,14 @@ def test_tied_weights_are_refused(way):
         layers.find_last_layer(model, rows())
 
 
-def test_one_module_under_two_names_is_not_tied(make_model):
-    model = make_model(lambda m, x: m.fc(x), fc=nn.Linear(4, 3))
+def test_one_module_under_two_names_is_not_tied():
+    model = Given(lambda m, x: m.fc(x), fc=nn.Linear(4, 3))
     model.alias = model.fc
     assert layers.find_last_layer(model, rows()).module is model.fc
 
 
-def test_given_layer_that_does_not_run(make_model):
-    model = make_model(lambda m, x: m.b(x), a=nn.Linear(4, 3), b=nn.Linear(4, 3))
+def test_given_layer_that_does_not_run():
+    model = Given(lambda m, x: m.b(x), a=nn.Linear(4, 3), b=nn.Linear(4, 3))
     with pytest.raises(ValueError, match=r"'a' runs 0 times .*'b'"):
         layers.find_last_layer(model, rows(), "a")
 
@@ -250,9 +251,9 @@ NO_WIDE_LAYER = {
 
 
 @pytest.mark.parametrize("case", NO_WIDE_LAYER)
-def test_no_wide_layer(case, make_model):
+def test_no_wide_layer(case):
     extra = {"side": nn.Linear(4, 6), "side_out": nn.Linear(4, 3)}
-    model = make_model(NO_WIDE_LAYER[case], **mlp(**extra))
+    model = Given(NO_WIDE_LAYER[case], **mlp(**extra))
     last = layers.find_last_layer(model, rows())
     assert layers.find_wide_layer(model, rows(), last) is None
     with pytest.raises(ValueError, match="no wide layer"):
@@ -286,7 +287,7 @@ def test_split_gives_the_features(device, wrap):
     assert hook_count(inner) == 0
 
 
-def test_nothing_runs_behind_the_cut(make_model):
+def test_nothing_runs_behind_the_cut():
     ran = []
 
     class Loud(nn.Linear):
@@ -301,7 +302,7 @@ def test_nothing_runs_behind_the_cut(make_model):
             x = x.new_zeros(len(x), 6)
         return m.out(x) if m.out is not None else m.late(x)
 
-    model = make_model(run, wide=nn.Linear(4, 6), act=Softplus(), out=nn.Linear(6, 3))
+    model = Given(run, wide=nn.Linear(4, 6), act=Softplus(), out=nn.Linear(6, 3))
     last = layers.find_last_layer(model, rows())
     model.wide = Loud(4, 6)
     assert layers.input_of(model, model.wide, rows()).shape == (5, 4)
@@ -343,8 +344,8 @@ def test_canonical_name():
     assert layers.canonical_name("modules.a") == "modules.a"
 
 
-def test_names_that_collide_are_refused(make_model):
-    model = make_model(lambda m, x: m.fc(x), module=nn.Sequential(), fc=nn.Linear(4, 3))
+def test_names_that_collide_are_refused():
+    model = Given(lambda m, x: m.fc(x), module=nn.Sequential(), fc=nn.Linear(4, 3))
     model.module.fc = nn.Linear(4, 4)
     last = layers.find_last_layer(model, rows())
     with pytest.raises(ValueError, match=r"two parameters are called 'fc\.weight'"):

@@ -6,6 +6,7 @@ from fractions import Fraction
 import mpmath
 import pytest
 import torch
+from helpers import Given
 from torch import nn
 
 import twophase_ext as tp
@@ -97,14 +98,14 @@ def test_bad_sizes(n, ratio, error, name):
     assert isinstance(model[0], nn.Linear)
 
 
-def nested(make_model) -> nn.Module:
+def nested() -> nn.Module:
     body = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
     head = nn.ModuleDict({"out": nn.Linear(6, 3, bias=False)})
-    return make_model(lambda m, x: m.head["out"](m.body(x)), head=head, body=body)
+    return Given(lambda m, x: m.head["out"](m.body(x)), head=head, body=body)
 
 
-def branching(make_model) -> nn.Module:
-    return make_model(
+def branching() -> nn.Module:
+    return Given(
         lambda m, x: m.out(m.body(x if x.sum() > 0 else -x)),
         out=nn.Linear(6, 3),
         body=nn.Linear(4, 6),
@@ -120,8 +121,8 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_widen_nested_last_layer(device, way, make_model):
-    model = nested(make_model).to(device, torch.float32)
+def test_widen_nested_last_layer(device, way):
+    model = nested().to(device, torch.float32)
     body = model.body[0].weight.clone()
     arguments = dict(WAYS[way])
     if way == "example":
@@ -158,10 +159,10 @@ def test_widen_keeps_dtype_and_default_initialisation():
     assert torch.equal(model[0].last_layer.bias, last.bias)
 
 
-def test_widen_sequential_twice_and_shared_name(make_model):
+def test_widen_sequential_twice_and_shared_name():
     model = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(4, 3)))
     model.alias = model[1][0]
-    model = make_model(lambda m, x: m.net[1](m.net[0](x)), net=model)
+    model = Given(lambda m, x: m.net[1](m.net[0](x)), net=model)
     widen(model, 2)
     assert model.net.alias is model.net[1][0]
     widen(model, 3)
@@ -176,11 +177,11 @@ def test_widen_wrapped_model():
     assert isinstance(inner[0], WideHead)
 
 
-def test_widen_asks_where_it_cannot_tell(make_model):
+def test_widen_asks_where_it_cannot_tell():
     with pytest.raises(ValueError, match=r"could not be traced.*give last_layer or example_input"):
-        widen(branching(make_model), 5)
-    assert isinstance(widen(branching(make_model), 5, example_input=torch.ones(2, 4)).out, WideHead)
-    assert isinstance(widen(branching(make_model), 5, last_layer="out").out, WideHead)
+        widen(branching(), 5)
+    assert isinstance(widen(branching(), 5, example_input=torch.ones(2, 4)).out, WideHead)
+    assert isinstance(widen(branching(), 5, last_layer="out").out, WideHead)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def as_tensor(a: Any, *, name: str) -> Tensor:
     arrays that are read-only (torch has no read-only tensors, and an in-place operation would
     write into them; a memory map opened with mode "c" is shared), of foreign byte order, or with
     strides that torch lacks (negative ones); objects with `__array__` alone; nested lists of
-    numbers, where floats take torch's default dtype.
+    numbers (int64, float64, ...).
 
     name: the argument's name, for the errors. Raises TypeError for what is no array or has a dtype
     that torch does not compute with (uint16, uint32, uint64, longdouble, object, strings),
@@ -77,5 +77,4 @@ def _from_numbers(a: Any, name: str) -> Tensor:
         raise ValueError(f"{name}: expected a rectangular list of numbers: {error}") from error
     except TypeError as error:
         raise TypeError(f"{name}: expected numbers: {error}") from error
-    tensor = _from_numpy(array, name)
-    return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
+    return _from_numpy(array, name)

@@ -48,7 +48,7 @@ class Split:
     def backbone_features(self, x: Tensor) -> Tensor:
         """z, the input of the wide layer: [batch, d]. ValueError where there is no wide layer."""
         if self.wide is None:
-            raise ValueError("wide: the model has no wide layer (nn.Linear, then nn.Softplus)")
+            raise ValueError("model: it has no wide layer (nn.Linear, then tp.nn.Softplus)")
         return input_of(self.model, self.wide.linear, x)
 
 
@@ -177,15 +177,16 @@ def split(model: nn.Module, last: LastLayer, wide: WideLayer | None = None) -> S
 
 def last_parameters(model: nn.Module, last: LastLayer) -> dict[str, nn.Parameter]:
     """The trainable parameters of the last layer, w_(H+1), by canonical name."""
-    return {n: p for n, p in _trainable(model).items() if _belongs(p, last.module)}
+    return {n: p for n, p in trainable_parameters(model).items() if _belongs(p, last.module)}
 
 
 def hidden_parameters(model: nn.Module, last: LastLayer) -> dict[str, nn.Parameter]:
     """The other trainable parameters, w_(1:H), by canonical name. They get the noise at tau."""
-    return {n: p for n, p in _trainable(model).items() if not _belongs(p, last.module)}
+    return {n: p for n, p in trainable_parameters(model).items() if not _belongs(p, last.module)}
 
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every trainable parameter by canonical name; ValueError where two names become one."""
     found: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if canonical_name(name) in found:

@@ -55,6 +55,22 @@ def exp2(f):
     return mp.power(2, f)
 
 
+def log_tail(f):
+    """(f - log(1 + f)) / f^2, continued to 1/2 at 0."""
+    return (f - mp.log1p(f)) / f**2 if abs(f) > mp.mpf(10) ** -20 else mp.mpf(1) / 2
+
+
+def sine_of_turns(z):
+    """sin(2 pi r) / r, r = sqrt z, continued to 2 pi at 0."""
+    r = mp.sqrt(z)
+    return mp.sin(2 * mp.pi * r) / r if z else 2 * mp.pi
+
+
+def cosine_of_turns_tail(z):
+    """(cos(2 pi r) - 1) / z, r = sqrt z, continued to -2 pi^2 at 0."""
+    return -2 * mp.sin(mp.pi * mp.sqrt(z)) ** 2 / z if z else -2 * mp.pi**2
+
+
 if __name__ == "__main__":
     half = mp.mpf("0.50005")
     show("float 2^f on [-1/2, 1/2]", 10, fit(exp2, -half, half, 5))
@@ -63,3 +79,7 @@ if __name__ == "__main__":
     show("double 2^f", 19, fit(exp2, -half, half, 11))
     show("double (2^f - 1)/f", 19, fit(exp2m1_over_f, -half, half, 11))
     show("double (atanh(s)/s - 1)/z, z = s^2 in [0, 1/9]", 19, fit(atanh_tail, 0, mp.mpf(1) / 9, 10))
+    root = mp.sqrt(2)
+    show("float (f - log(1 + f))/f^2", 10, fit(log_tail, 1 / root - 1, root - 1, 7))
+    show("float sin(2 pi r)/r, z = r^2 in [0, 1/64]", 10, fit(sine_of_turns, 0, mp.mpf(1) / 64, 3))
+    show("float (cos(2 pi r) - 1)/z", 10, fit(cosine_of_turns_tail, 0, mp.mpf(1) / 64, 3))

@@ -17,7 +17,8 @@ from .tracing import Trace, join, trace
 class Finding(NamedTuple):
     """One module, or one function that a forward calls.
 
-    name: the module's dotted path, "" for the model itself. kind: its type, or "function relu".
+    name: the module's dotted path, "" for the model itself. kind: the module's type, or, for a
+    call in that module's forward, "function relu" and the like.
     status: "analytic", "not analytic" or "unknown". reason: why, or what to use instead.
     """
 
@@ -53,7 +54,7 @@ class AnalyticReport:
 
     @property
     def is_analytic(self) -> bool:
-        """Whether every module and every traced call is analytic in the model's present mode."""
+        """Whether every module and every traced call is analytic in eval mode."""
         return self.traced and not self.remaining
 
     def __str__(self) -> str:
@@ -78,8 +79,9 @@ class AnalyticReport:
 def analytic(model: nn.Module, beta: float = 100.0) -> AnalyticReport:
     """Replace the ReLU-like modules of `model` by `Softplus(beta)`, in place and at any depth.
 
-    Replaced are ReLU, ReLU6, LeakyReLU, PReLU, RReLU, ELU, CELU, Threshold(0, 0) and torch's
-    thresholded nn.Softplus (which keeps its own beta), and the relu of torch's transformer layers.
+    Replaced are ReLU, ReLU6, LeakyReLU, PReLU, RReLU, ELU, CELU, SELU, Hardswish, Threshold(0, 0),
+    torch's thresholded nn.Softplus (which keeps its own beta), and the relu inside torch's
+    transformer layers.
     One instance used in several places is replaced by one instance; `inplace` and the training
     mode are kept. What the stand-in changes (a slope, a bound) is noted. Modules that are analytic
     stay. What is neither (max-pooling, hard functions, and functional calls such as `F.relu`,
@@ -96,7 +98,7 @@ def analytic(model: nn.Module, beta: float = 100.0) -> AnalyticReport:
     if _stand_in(model, beta) is not None:
         raise ValueError(
             f"model: it is itself an nn.{type(model).__name__}, nothing can be replaced in place; "
-            "use twophase_ext.nn.Softplus"
+            "use tp.nn.Softplus"
         )
     replaced = tuple(_replace(model, beta))
     seen = trace(model)
@@ -105,7 +107,7 @@ def analytic(model: nn.Module, beta: float = 100.0) -> AnalyticReport:
 
 
 def classify(model: nn.Module) -> list[Finding]:
-    """Judge every module of `model`, in its present mode, and every functional call traced.
+    """Judge every module of `model`, as it is in eval mode, and every functional call traced.
 
     torch's containers (nn.Sequential, nn.ModuleList, ...) are left out. A module with a forward of
     its own is analytic if all that it calls is; otherwise each offending function is one entry. It
@@ -126,7 +128,7 @@ def _findings(model: nn.Module, seen: Trace) -> Iterator[Finding]:
             calls.setdefault(name, {})[finding] = None
     for name in seen.random:
         drawn = Finding(
-            name, "random numbers", "not analytic", "drawn in the forward: not a fixed function"
+            name, "function (random)", "not analytic", "draws random numbers: not a fixed function"
         )
         calls.setdefault(name, {})[drawn] = None
     for name, module in model.named_modules():
@@ -192,6 +194,10 @@ def _stand_in(module: Any, beta: float) -> tuple[Softplus, str] | None:
             note = "the random negative slope is dropped"
         case nn.ELU() | nn.CELU():
             note = f"the negative branch, down to -{module.alpha:g}, is dropped"
+        case nn.SELU():
+            note = "the negative branch and the scale 1.0507 are dropped"
+        case nn.Hardswish():
+            note = "the dip below 0 is dropped; nn.SiLU is closer"
         case nn.Threshold(threshold=0, value=0) | nn.ReLU():
             note = ""
         case _:

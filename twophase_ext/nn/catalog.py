@@ -1,7 +1,8 @@
 """Which modules of torch.nn and which functions are real analytic (section 5.2 of the paper).
 
 A composition of real analytic functions is real analytic, so every operation is judged by itself,
-as a function of its tensors (parameters included) on all of their space.
+as a function of its tensors (parameters included) on all of their space, in eval mode: that is how
+the hidden layers run in the second phase.
 """
 
 from collections.abc import Callable
@@ -41,10 +42,11 @@ def _hard(reason: str) -> Judgement:
 
 
 _AFFINE = _analytic("affine in its input and in its parameters")
-_RELU_LIKE = _hard("a kink or a piecewise definition; twophase_ext.nn.Softplus stands in for it")
+_RELU_LIKE = _hard("a kink or a piecewise definition; tp.nn.analytic puts tp.nn.Softplus there")
+_ATTENTION = _analytic("products, sums and softmax")
+_RANDOM = _hard("random: not a fixed function of the weights")
 _MAX_POOL = _hard("a maximum has kinks where two entries tie; use average pooling")
-_RANDOM = _hard("random in train mode: not a fixed function of the weights; off in eval mode")
-_OFF = _analytic("the identity while it is off (eval mode or p = 0)")
+_DROPOUT = _analytic("the identity in eval mode; in train mode random, not a fixed function")
 
 
 def _by_eps(module: Any) -> Judgement:
@@ -53,20 +55,10 @@ def _by_eps(module: Any) -> Judgement:
     return _analytic("Proposition 1: quotient by the root of a variance + eps > 0")
 
 
-def _dropout(module: Any) -> Judgement:
-    return _RANDOM if module.training and module.p > 0 else _OFF
-
-
 def _recurrent(module: Any) -> Judgement:
     if getattr(module, "nonlinearity", "tanh") != "tanh":
         return _hard("nonlinearity='relu' has a kink; use nonlinearity='tanh'")
-    if module.training and getattr(module, "dropout", 0) > 0:
-        return _RANDOM
     return _analytic("sigmoid, tanh, products and sums")
-
-
-def _attention(module: Any) -> Judgement:
-    return _RANDOM if module.training and module.dropout > 0 else _analytic("products and softmax")
 
 
 def _embedding(module: Any) -> Judgement:
@@ -81,6 +73,18 @@ def _local_response(module: Any) -> Judgement:
     positive = module.k > 0 and module.alpha >= 0
     status: Status = "analytic" if positive else "unknown"
     return Judgement(status, "a power of k + alpha * mean of squares, analytic for k > 0")
+
+
+def _threshold(module: Any) -> Judgement:
+    if module.threshold == 0 and module.value == 0:
+        return _RELU_LIKE
+    return _hard("jumps at its threshold; there is no smooth stand-in")
+
+
+def _torch_softplus(module: Any) -> Judgement:
+    return _hard(
+        f"returns x where beta x > {module.threshold:g}; tp.nn.analytic puts tp.nn.Softplus there"
+    )
 
 
 def _transformer_layer(module: Any) -> Judgement:
@@ -131,12 +135,12 @@ MODULES: dict[type[nn.Module], Rule] = {
     ),
     **_modules(_local_response, "LocalResponseNorm"),
     **_modules(
-        _dropout,
+        _DROPOUT,
         *("Dropout", "AlphaDropout", "FeatureAlphaDropout"),
         *_for_dims("Dropout"),
     ),
     **_modules(_recurrent, "RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"),
-    **_modules(_attention, "MultiheadAttention"),
+    **_modules(_ATTENTION, "MultiheadAttention"),
     **_modules(_embedding, "Embedding", "EmbeddingBag"),
     **_modules(_transformer_layer, "TransformerEncoderLayer", "TransformerDecoderLayer"),
     **_modules(
@@ -144,11 +148,11 @@ MODULES: dict[type[nn.Module], Rule] = {
         *("TransformerEncoder", "TransformerDecoder", "Transformer"),
     ),
     **_modules(
-        _RELU_LIKE, "ReLU", "ReLU6", "LeakyReLU", "PReLU", "RReLU", "ELU", "CELU", "Threshold"
+        _RELU_LIKE,
+        *("ReLU", "ReLU6", "LeakyReLU", "PReLU", "RReLU", "ELU", "CELU", "SELU", "Hardswish"),
     ),
-    **_modules(_hard("returns x itself where beta x > threshold: piecewise"), "Softplus"),
-    **_modules(_hard("a kink at 0, and a scale that softplus would not keep; use nn.SiLU"), "SELU"),
-    **_modules(_hard("piecewise; nn.SiLU is its smooth counterpart"), "Hardswish"),
+    **_modules(_threshold, "Threshold"),
+    **_modules(_torch_softplus, "Softplus"),
     **_modules(_hard("piecewise linear; nn.Sigmoid is its smooth counterpart"), "Hardsigmoid"),
     **_modules(_hard("piecewise linear; nn.Tanh is its smooth counterpart"), "Hardtanh"),
     **_modules(_hard("not analytic at 0; nn.Tanh is a smooth counterpart"), "Softsign"),
@@ -199,13 +203,11 @@ def _masked(node: fx.Node) -> Judgement:
 def _function_dropout(node: fx.Node) -> Judgement:
     # F.dropout is on by default; torch.dropout and F.dropout agree on the order (x, p, training).
     training = _argument(node, 2, "training", True)
-    return _OFF if training is False or _argument(node, 1, "p", 0.5) == 0 else _RANDOM
+    return _DROPOUT if training is False or _argument(node, 1, "p", 0.5) == 0 else _RANDOM
 
 
 def _sdpa(node: fx.Node) -> Judgement:
-    return (
-        _analytic("products and softmax") if not _argument(node, 4, "dropout_p", 0.0) else _RANDOM
-    )
+    return _ATTENTION if not _argument(node, 4, "dropout_p", 0.0) else _RANDOM
 
 
 FUNCTIONS: dict[str, Rule] = {
@@ -245,7 +247,7 @@ FUNCTIONS: dict[str, Rule] = {
         "std norm vector_norm matrix_norm cdist hypot rdiv local_response_norm",
     ),
     **_spread(
-        _hard("a kink or a piecewise definition; use twophase_ext.softplus(x, beta)"),
+        _hard("a kink or a piecewise definition; use tp.softplus(x, beta)"),
         "relu relu6 leaky_relu rrelu prelu elu selu celu threshold softplus",
     ),
     **_spread(_hard("piecewise; use silu, sigmoid or tanh"), "hardswish hardsigmoid hardtanh"),
@@ -270,7 +272,7 @@ FUNCTIONS: dict[str, Rule] = {
         "ge le eq ne greater less isclose bucketize searchsorted one_hot nan_to_num bool int long",
     ),
     **_spread(
-        _hard("random: not a fixed function of the weights"),
+        _RANDOM,
         "rand randn rand_like randn_like randint randint_like randperm bernoulli normal uniform "
         "multinomial gumbel_softmax",
     ),
@@ -287,7 +289,7 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 
 def judge_module(module: nn.Module) -> Judgement | None:
-    """Is this module real analytic in its present mode? None where there is no rule for it."""
+    """Is this module real analytic in eval mode? None where there is no rule for it."""
     rule = rule_for(module)
     return rule(module) if callable(rule) else rule
 

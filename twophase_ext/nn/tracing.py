@@ -67,12 +67,12 @@ def join(prefix: str, name: str) -> str:
 def trace(model: nn.Module) -> Trace:
     """Trace the model; where that fails, its children one by one, so that they are still seen.
 
-    The model itself is not touched: a copy that shares its parameters is traced.
+    The model itself is not touched: a copy that shares its parameters is traced, in eval mode.
     """
     found = Trace()
     try:
         # A forward may keep its tensors as attributes or change buffers: let it do so in a copy.
-        twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        twin = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
     except Exception as error:
         found.failures[""] = f"could not be traced: it cannot be copied ({_first_line(error)})"
         return found

@@ -93,7 +93,8 @@ def widen(
         )
     if example_input is not None:
         example = arrays.as_tensor(example_input, name="example_input")
-        old = layers.find_last_layer(inner, example, last_layer).module
+        parameter = next(inner.parameters(), example)
+        old = layers.find_last_layer(inner, example.to(parameter.device), last_layer).module
     else:
         named = _traced_last_layer(inner) if last_layer is None else last_layer
         old = layers.named_last_layer(inner, named).module

@@ -141,9 +141,7 @@ class _SoftplusDoubleBackward(torch.autograd.Function):
         return a * (1 - rest) + b_slope * grad, b_slope * gg, y_part, None
 
     @staticmethod
-    def jvp(
-        ctx: Any, gg_t: Tensor, grad_t: Tensor, y_t: Tensor, _: None
-    ) -> tuple[Tensor, Tensor]:
+    def jvp(ctx: Any, gg_t: Tensor, grad_t: Tensor, y_t: Tensor, _: None) -> tuple[Tensor, Tensor]:
         gg, grad, y = ctx.saved_tensors
         rest = torch.exp(-ctx.beta * y)
         first = gg_t * (1 - rest) + gg * y_t * ctx.beta * rest
@@ -158,7 +156,7 @@ class _SoftplusDoubleBackward(torch.autograd.Function):
         return _SoftplusDoubleBackward.apply(*tensors, beta), (0, 0)
 
 
-# The raw operators: what torch.compile traces, and a right gradient for whoever calls them directly.
+# The raw operators: what torch.compile traces, with a gradient for whoever calls them directly.
 @torch.library.register_fake("twophase::softplus")
 def _(x: Tensor, beta: float) -> Tensor:
     return torch.empty_like(x)

@@ -1,0 +1,25 @@
+"""Algorithm 1 and every kernel in plain PyTorch: specification, oracle of the tests, baseline.
+
+Nothing here imports twophase_ext.
+"""
+
+from .gram import gram_logdet
+from .last_layer import last_layer_step_
+from .perturb import normal, perturb_, philox4x32_10, stream_key
+from .sgd import sgd_
+from .softplus import softplus, softplus_backward, softplus_double_backward
+from .two_phase import two_phase
+
+__all__ = [
+    "gram_logdet",
+    "last_layer_step_",
+    "normal",
+    "perturb_",
+    "philox4x32_10",
+    "sgd_",
+    "softplus",
+    "softplus_backward",
+    "softplus_double_backward",
+    "stream_key",
+    "two_phase",
+]

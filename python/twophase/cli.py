@@ -1,0 +1,289 @@
+"""The command line: twophase demo | train | doctor."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from torch import nn
+
+import twophase_ext as tp
+from twophase_ext.files import write_atomically
+
+from . import data, models
+
+DataName = Literal["digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "cifar100", "svhn"]
+
+
+def build_model(
+    name: str, images: torch.Tensor, classes: int, *, width: int, wide: int, seed: int
+) -> nn.Module:
+    """A built-in model ("mlp", "small", "preactresnet18"), or "package.module:callable" of yours.
+
+    Your callable is called without arguments and returns an nn.Module; the wide softplus layer is
+    then added by tp.nn.widen where wide > 0. The initialisation comes from the seed's own stream.
+    """
+    channels, height, breadth = images.shape[1:]
+    with torch.random.fork_rng():
+        torch.manual_seed(tp.stream_seed(seed, "init"))
+        if name == "mlp":
+            hidden = models.MLP([channels * height * breadth, width, wide or width, classes])
+            return nn.Sequential(nn.Flatten(), hidden)
+        if name == "small":
+            return models.SmallConvNet(channels, classes, width=width, wide=wide or None)
+        if name == "preactresnet18":
+            return models.PreActResNet18(channels, classes, width=width, wide=wide or None)
+        module, _, attribute = name.partition(":")
+        if not attribute:
+            raise ValueError(
+                "model: expected mlp, small, preactresnet18 or package.module:callable, "
+                f"got {name!r}"
+            )
+        sys.path.insert(0, str(Path.cwd()))
+        model = getattr(importlib.import_module(module), attribute)()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: {name} returned {type(model).__name__}, not an nn.Module")
+        if wide:
+            tp.nn.widen(model, wide, ratio=1.0, example_input=data.as_float(images[:2]))
+        return model
+
+
+class SaveOptions:
+    """Writes the command's resolved options into the run folder when training starts."""
+
+    def __init__(self, text: str) -> None:
+        """text: YAML that --config reads back."""
+        self.text = text
+
+    def on_fit_start(self, run: object) -> None:
+        """Called by the Trainer."""
+        folder = run.folder  # type: ignore[attr-defined]
+        if folder is not None:
+            write_atomically(folder / "options.yaml", lambda f: f.write(self.text.encode()))
+
+
+def demo(
+    run_dir: str | None = None,
+    epochs: int = 20,
+    seed: int = 1,
+    progress: bool = True,
+    callbacks: tuple = (),
+) -> int:
+    """Train a small softplus network in two phases on real images and verify its condition.
+
+    MNIST (2,000 images) where TWOPHASE_DATA points to it, scikit-learn's digits otherwise.
+
+    Args:
+        run_dir: the run's folder; a new one under runs/ by default.
+        epochs: epochs in all; the second phase begins at 60 % of them.
+        seed: seed of every random stream.
+        progress: print what happens.
+        callbacks: passed to the Trainer (not on the command line).
+    """
+    try:
+        images, labels = data.load("mnist", "train", download=False)
+        test = data.load("mnist", "test", download=False)
+        images, labels = images[:2000], labels[:2000]
+        name = "2,000 MNIST images"
+    except FileNotFoundError:
+        images, labels = data.load("digits", "train")
+        test = data.load("digits", "test")
+        name = f"{len(images):,} images of scikit-learn's digits"
+    wide = models.wide_units(len(images))
+    if progress:
+        print(
+            f"Two-phase training of a small convolutional softplus network on {name}:\n"
+            f"first phase {round(0.6 * epochs)} epochs on all layers, then Gaussian noise on the "
+            f"hidden layers,\nthen only the last layer, over {wide} fixed features (1.1 n).\n"
+        )
+    model = build_model("small", images, 10, width=8, wide=wide, seed=seed)
+    trainer = tp.Trainer(
+        model, epochs=epochs, seed=seed, run_dir=run_dir, progress=progress, callbacks=callbacks
+    )
+    result = trainer.fit((images, labels), test)
+    if progress:
+        print(f"\n{result}")
+        _explain(result)
+    return _exit_code(result.status)
+
+
+def train(
+    data_name: DataName = "digits",
+    model: str = "small",
+    n: int | None = None,
+    width: int = 8,
+    ratio: float = 1.1,
+    loss: Literal["cross_entropy", "squared_error"] = "cross_entropy",
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-5,
+    epochs: int = 100,
+    tau: float | int = 0.6,
+    noise_std: float = 1e-3,
+    batch_size: int = 64,
+    batch_norm: Literal["frozen", "batch"] = "frozen",
+    feature_cache: Literal["auto", "hidden", "backbone", "none"] = "auto",
+    verify: Literal["auto", "svd", "off"] = "auto",
+    precision: Literal["float32", "float64"] = "float32",
+    device: str = "auto",
+    seed: int = 1,
+    run_dir: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    callbacks: tuple = (),
+) -> int:
+    """Train a model in two phases and leave a run folder.
+
+    Args:
+        data_name: data set; read from TWOPHASE_DATA or downloaded.
+        model: mlp, small, preactresnet18, or package.module:callable of your own.
+        n: train on the first n samples only.
+        width: channels (or units) of the built-in models' hidden layers.
+        ratio: the wide last hidden layer has ceil(ratio * n) units; 0 adds none.
+        loss: squared_error trains on one-hot targets.
+        lr: learning rate of SGD.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of SGD.
+        epochs: epochs in all.
+        tau: the second phase begins at this fraction of the epochs, or epoch.
+        noise_std: sigma of the noise on the hidden layers.
+        batch_size: samples a step.
+        batch_norm: frozen statistics in the second phase, or batch statistics.
+        feature_cache: what the second phase keeps in memory.
+        verify: check the expressivity condition after the perturbation.
+        precision: of training.
+        device: auto is CUDA where there is one, else the CPU.
+        seed: seed of every random stream.
+        run_dir: the run's folder; a new one under runs/ by default.
+        resume: continue the run in run_dir.
+        progress: print what happens.
+        callbacks: passed to the Trainer (not on the command line).
+    """
+    images, labels = data.load(data_name, "train")
+    test_images, test_labels = data.load(data_name, "test")
+    if n is not None:
+        images, labels = images[:n], labels[:n]
+    classes = int(labels.max()) + 1
+    wide = models.wide_units(len(images), ratio) if ratio > 0 else 0
+    network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    network.to(device)
+    if loss == "squared_error":
+        labels, test_labels = (
+            nn.functional.one_hot(part, classes).float() for part in (labels, test_labels)
+        )
+    trainer = tp.Trainer(
+        network,
+        loss=loss,
+        optimizer=lambda parameters: tp.optim.SGD(
+            parameters, lr=lr, momentum=momentum, weight_decay=weight_decay
+        ),
+        epochs=epochs,
+        tau=tau,
+        noise_std=noise_std,
+        batch_size=batch_size,
+        batch_norm=batch_norm,
+        feature_cache=feature_cache,
+        verify=False if verify == "off" else verify,
+        precision=precision,
+        device=device,
+        seed=seed,
+        run_dir=run_dir,
+        progress=progress,
+        callbacks=callbacks,
+    )
+    result = trainer.fit((images, labels), (test_images, test_labels), resume=resume or None)
+    if progress:
+        print(f"\n{result}")
+        _explain(result)
+    return _exit_code(result.status)
+
+
+def doctor(
+    data_name: DataName = "digits",
+    model: str = "small",
+    n: int | None = None,
+    width: int = 8,
+    ratio: float = 1.1,
+    loss: Literal["cross_entropy", "squared_error"] = "cross_entropy",
+    seed: int = 1,
+) -> int:
+    """Say which premises of Theorem 1 hold for a model, its loss and its data, and what to do.
+
+    Args:
+        data_name: data set; read from TWOPHASE_DATA or downloaded.
+        model: mlp, small, preactresnet18, or package.module:callable of your own.
+        n: look at the first n samples only.
+        width: channels (or units) of the built-in models' hidden layers.
+        ratio: the wide last hidden layer has ceil(ratio * n) units; 0 adds none.
+        loss: the training loss.
+        seed: seed of the initialisation.
+    """
+    images, labels = data.load(data_name, "train")
+    if n is not None:
+        images, labels = images[:n], labels[:n]
+    wide = models.wide_units(len(images), ratio) if ratio > 0 else 0
+    classes = int(labels.max()) + 1
+    network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
+    assumptions = tp.check_assumptions(network, images, loss=loss)
+    print(assumptions)
+    return 0 if assumptions.hold else 1
+
+
+def _explain(result: tp.Result) -> None:
+    if result.status != "completed" or result.verdict is None:
+        return
+    if result.verdict.status == "full rank":
+        print(
+            "\nThe features have full rank: at these hidden weights the training loss is convex in "
+            "the last\nlayer and its infimum is the global one. Full rank was counted numerically "
+            "in float64, not proved.\nWith momentum and a constant rate (second_phase='base', the "
+            "paper's experiments) no rate is claimed."
+        )
+
+
+def _exit_code(status: str) -> int:
+    return {"completed": 0, "interrupted": 130, "diverged": 1}[status]
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"demo": demo, "train": train, "doctor": doctor}
+
+
+def make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    """The parser and its subcommands' parsers."""
+    parser = ArgumentParser(
+        prog="twophase", description="Two-phase training with a global-convergence guarantee."
+    )
+    subcommands = parser.add_subcommands(required=True)
+    parts = {}
+    for name, function in COMMANDS.items():
+        part = ArgumentParser(description=function.__doc__.splitlines()[0])
+        part.add_function_arguments(function, skip={"callbacks"})
+        part.add_argument("--config", action="config", help="YAML file with these options")
+        subcommands.add_subcommand(name, part, help=function.__doc__.splitlines()[0])
+        parts[name] = part
+    return parser, parts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; the exit code: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
+    parser, parts = make_parser()
+    options: Namespace = parser.parse_args(arguments)
+    name = options.subcommand
+    chosen = options[name]
+    keywords = {key: value for key, value in chosen.as_dict().items() if key != "config"}
+    if name != "doctor":
+        keywords["callbacks"] = (SaveOptions(parts[name].dump(chosen)),)
+    try:
+        return COMMANDS[name](**keywords)
+    except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
+        print(f"twophase {name}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""One mini-batch step of the last layer over given features."""
+
+import torch
+from torch import Tensor
+
+from .sgd import sgd_
+
+
+@torch.no_grad()
+def last_layer_step_(
+    weight: Tensor,
+    bias: Tensor | None,
+    buffers: list[Tensor | None],
+    h: Tensor,
+    target: Tensor,
+    *,
+    loss: str,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> Tensor:
+    """Forward, loss, gradient and SGD update; returns the loss before the update.
+
+    weight [m_y, m_H], bias [m_y], h [b, m_H]. loss: "cross_entropy" (target int64 [b]) or
+    "squared_error" (target [b, m_y]), averaged over the b samples. buffers: [weight's, bias's].
+    """
+    b = len(h)
+    q = h @ weight.T if bias is None else h @ weight.T + bias
+    if loss == "cross_entropy":
+        log_p = q - torch.logsumexp(q, 1, keepdim=True)
+        value = -log_p[torch.arange(b), target].mean()
+        delta = log_p.exp()
+        delta[torch.arange(b), target] -= 1
+        delta = delta / b
+    else:
+        value = (q - target).square().sum(1).mean()
+        delta = 2 * (q - target) / b
+    params, grads = [weight], [delta.T @ h]
+    if bias is not None:
+        params, grads = [*params, bias], [*grads, delta.sum(0)]
+    sgd_(
+        params,
+        grads,
+        buffers,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+    )
+    return value

@@ -1,0 +1,185 @@
+"""Bad input ends in an error that names the argument, before anything is changed."""
+
+import pytest
+import torch
+from helpers import bits, quiet, same_bits, toy_data, toy_mlp
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+
+import twophase_ext as tp
+
+
+def nan_at(index: int):
+    x, y = toy_data()
+    x[index, 1] = float("nan")
+    return x, y
+
+
+def swapped(y_value: int, index: int):
+    x, y = toy_data()
+    y[index] = y_value
+    return x, y
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from ()
+
+
+def weighted_loader():
+    dataset = TensorDataset(*toy_data())
+    return DataLoader(dataset, sampler=WeightedRandomSampler(torch.ones(60), 60), batch_size=8)
+
+
+DATA = {
+    "nan": (lambda: nan_at(17), ValueError, r"train: NaN or infinity in the input of sample 17"),
+    "nan in a dataset": (
+        lambda: TensorDataset(*nan_at(17)),
+        ValueError,
+        r"train: NaN or infinity in the input of sample 17 \(1 such",
+    ),
+    "label too large": (
+        lambda: swapped(3, 5),
+        ValueError,
+        r"train: expected labels in 0..2 \(the last layer has 3 outputs\), got 3 at sample 5",
+    ),
+    "negative label": (lambda: swapped(-1, 9), ValueError, r"got -1 at sample 9"),
+    "float labels": (
+        lambda: (toy_data()[0], toy_data()[1].float()),
+        TypeError,
+        "train: expected integer class labels, got torch.float32",
+    ),
+    "wrong length": (
+        lambda: (toy_data()[0], toy_data()[1][:50]),
+        ValueError,
+        r"train: expected as many targets as inputs \(60\), got 50",
+    ),
+    "empty": (
+        lambda: (torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)),
+        ValueError,
+        "train: the data set is empty",
+    ),
+    "scalar": (lambda: (torch.tensor(1.0), torch.tensor(1)), ValueError, "sample dimension"),
+    "not data": (
+        lambda: "mnist",
+        TypeError,
+        r"train: expected \(x, y\), a Dataset or a DataLoader",
+    ),
+    "strings": (lambda: (["a"], [1]), TypeError, r"train\[0\]: "),
+    "stream": (Stream, ValueError, "expected a map-style dataset"),
+    "sampler": (weighted_loader, ValueError, "WeightedRandomSampler cannot be honoured"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data(case, tmp_path):
+    make, error, message = DATA[case]
+    model = toy_mlp()
+    before = bits(model)
+    with pytest.raises(error, match=message):
+        quiet(model, tmp_path / "run").fit(make())
+    if case != "nan in a dataset":  # such samples are only seen when they are fetched
+        assert same_bits(before, bits(model))
+        assert not (tmp_path / "run").exists()
+
+
+def test_validation_data_are_checked_before_training():
+    model = toy_mlp()
+    before = bits(model)
+    with pytest.raises(ValueError, match=r"val: expected labels in 0\.\.2"):
+        quiet(model).fit(toy_data(), swapped(7, 0))
+    assert same_bits(before, bits(model))
+
+
+def test_squared_error_targets():
+    x, y = toy_data()
+    with pytest.raises(ValueError, match=r"expected targets of shape \[n, 3\] for squared_error"):
+        quiet(toy_mlp(), loss="squared_error").fit((x, y))
+    quiet(toy_mlp(classes=1), loss="squared_error").fit((x, x[:, 0]))  # [n] for one output
+
+
+ARGUMENTS = {
+    "tau zero": ({"tau": 0.0}, ValueError, r"tau: expected a fraction in \(0, 1\), got 0.0"),
+    "tau one": ({"tau": 1.0}, ValueError, r"tau: expected a fraction in \(0, 1\)"),
+    "tau epoch": ({"tau": 4}, ValueError, r"tau: expected an epoch in 1..3, got 4"),
+    "tau nan": ({"tau": float("nan")}, ValueError, "tau: expected"),
+    "tau bool": ({"tau": True}, TypeError, "tau: expected"),
+    "noise zero": ({"noise_std": 0.0}, ValueError, "noise_std: expected a number > 0"),
+    "noise negative": ({"noise_std": {"0.bias": -1.0}}, ValueError, "0.bias"),
+    "noise nan": ({"noise_std": float("nan")}, ValueError, "noise_std"),
+    "one epoch": ({"epochs": 1}, ValueError, "epochs: expected at least 2"),
+    "epochs float": ({"epochs": 2.5}, TypeError, "epochs: expected an integer"),
+    "batch size": ({"batch_size": 0}, ValueError, "batch_size: expected at least 1"),
+    "loss name": ({"loss": "hinge"}, ValueError, "loss: expected one of"),
+    "loss undeclared": (
+        {"loss": nn.functional.cross_entropy},
+        ValueError,
+        "cross_entropy is not declared convex",
+    ),
+    "second phase": ({"second_phase": "adam"}, ValueError, "second_phase: expected one of"),
+    "batch norm": ({"batch_norm": "eval"}, ValueError, "batch_norm: expected one of"),
+    "cache": ({"feature_cache": "disk"}, ValueError, "feature_cache: expected one of"),
+    "precision": ({"precision": "float16"}, ValueError, "precision: expected one of"),
+    "verify": ({"verify": True}, ValueError, "verify: expected"),
+    "checkpoints": ({"checkpoint_every": 0}, ValueError, "checkpoint_every: expected"),
+    "optimizer": ({"optimizer": "sgd"}, TypeError, "optimizer: expected a callable"),
+    "device": (
+        {"device": "cuda:0"},
+        ValueError,
+        "device: asked for cuda:0, but the model is on cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments(case):
+    settings, error, message = ARGUMENTS[case]
+    with pytest.raises(error, match=message):
+        quiet(toy_mlp(), **settings)
+
+
+def test_model_on_two_devices():
+    model = toy_mlp()
+    model[0].to("meta")
+    with pytest.raises(ValueError, match="expected all parameters on one device, got cpu, meta"):
+        quiet(model)
+
+
+def test_optimizers_that_cannot_work():
+    with pytest.raises(ValueError, match="LBFGS needs a closure"):
+        quiet(toy_mlp(), optimizer=torch.optim.LBFGS).fit(toy_data())
+    with pytest.raises(ValueError, match=r"optimizer: lacks 0.weight \(5 such parameters\)"):
+        quiet(toy_mlp(), optimizer=lambda ps: torch.optim.SGD(ps[-1:], lr=0.1)).fit(toy_data())
+
+
+def test_last_layer_errors_reach_the_user():
+    for last, error, message in (
+        ("2x", ValueError, "'2x' is not in the model"),
+        ("3", TypeError, "expected an affine layer"),
+        ("2", ValueError, "is not the output of 2"),
+    ):
+        with pytest.raises(error, match=message):
+            quiet(toy_mlp(), last_layer=last).fit(toy_data())
+    with pytest.raises(ValueError, match="is there a softmax behind it"):
+        quiet(nn.Sequential(*toy_mlp(), nn.Softmax(1))).fit(toy_data())
+
+
+def test_batch_norm_without_statistics():
+    model = nn.Sequential(
+        nn.Linear(5, 8), nn.BatchNorm1d(8, track_running_stats=False), *toy_mlp(8)
+    )
+    with pytest.raises(ValueError, match=r"batch_norm: 1 was made with track_running_stats=False"):
+        quiet(model).fit(toy_data())
+
+
+def test_fewer_than_one_sample_per_class_is_fine():
+    x, _ = toy_data()
+    result = quiet(toy_mlp()).fit((x, torch.zeros(60, dtype=torch.long)))
+    assert result.status == "completed"
+
+
+def test_convex_loss_declaration():
+    with pytest.raises(ValueError, match="smoothness: expected a number L_ell > 0"):
+        tp.ConvexLoss(nn.functional.cross_entropy, smoothness=0.0)
+    with pytest.raises(TypeError, match="function: expected a callable"):
+        tp.ConvexLoss("cross_entropy", smoothness=1.0)

@@ -1,0 +1,107 @@
+"""Verdicts against matrices whose rank is known."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
+from torch import nn
+
+import twophase_ext as tp
+
+
+def features(model: nn.Module, x: torch.Tensor) -> np.ndarray:
+    """[h, 1] in float64 by hand, for the toy MLP."""
+    with torch.no_grad():
+        h = model.double()[:-1](x.double())
+    return torch.cat([h, torch.ones(len(h), 1, dtype=torch.float64)], 1).numpy()
+
+
+def test_full_rank_agrees_with_numpy():
+    x, _ = toy_data(30)
+    model = toy_mlp()
+    before = bits(model)
+    verdict = tp.verify_expressivity(model, x, method="svd")
+    assert same_bits(before, bits(model)) and model[0].weight.dtype == torch.float32
+    matrix = features(model, x)
+    assert verdict.status == "full rank" and verdict.claim == "at w"
+    assert verdict.rank == np.linalg.matrix_rank(matrix) == 30
+    sigma = np.linalg.svd(matrix, compute_uv=False)
+    assert verdict.sigma_min == pytest.approx(sigma[-1], rel=1e-6)
+    assert verdict.logabsdet == pytest.approx(2 * np.log(sigma).sum(), rel=1e-9)
+
+
+def test_numerically_low_rank_is_undecided_not_deficient():
+    x, _ = toy_data(30)
+    model = toy_mlp()
+    with torch.no_grad():
+        model[2].weight.zero_()  # constant features: no longer a function of x
+    verdict = tp.verify_expressivity(model, x)
+    assert verdict.status == "undecided" and verdict.rank == 1
+    assert verdict.rank == np.linalg.matrix_rank(features(model, x))
+
+
+def test_identical_inputs_are_named():
+    x, _ = toy_data(30)
+    x[7], x[21], x[3] = x[2], x[2], x[11]
+    verdict = tp.verify_expressivity(toy_mlp(), x)
+    assert verdict.status == "deficient" and verdict.claim == "exists"
+    assert verdict.culprits == [[2, 7, 21], [3, 11]]
+    assert "samples 2, 7, 21 have identical inputs" in str(verdict)
+
+
+def test_negative_zero_is_zero():
+    x = torch.zeros(2, 5)
+    x[1] = -0.0
+    assert tp.verify_expressivity(toy_mlp(), x).culprits == [[0, 1]]
+
+
+def test_too_many_samples_for_the_width():
+    x, _ = toy_data(50)
+    verdict = tp.verify_expressivity(toy_mlp(width=48), x)
+    assert verdict.status == "deficient" and "n = 50 > m_H + 1 = 49" in verdict.reason
+    assert tp.verify_expressivity(toy_mlp(width=49), x).status != "deficient"
+
+
+def test_batch_norm_network_in_evaluation_mode():
+    x, _ = toy_images(20)
+    model = toy_convnet().train()
+    verdict = tp.verify_expressivity(model, x)
+    assert verdict.status == "full rank" and model.training
+
+
+def test_large_problems_are_left_with_an_estimate(monkeypatch):
+    x, _ = toy_data(30)
+    monkeypatch.setattr("twophase_ext.expressivity.verify.AUTO_SECONDS", 0.0)
+    verdict = tp.verify_expressivity(toy_mlp(), x)
+    assert verdict.status == "undecided" and "pass method='svd'" in verdict.reason
+    assert tp.verify_expressivity(toy_mlp(), x, method="svd").status == "full rank"
+
+
+def test_uint8_numpy_and_bad_arguments():
+    x = torch.randint(0, 256, (20, 5), dtype=torch.uint8)
+    a = tp.verify_expressivity(toy_mlp(), x.numpy())
+    b = tp.verify_expressivity(toy_mlp(), x.double() / 255)
+    assert a.sigma_min == pytest.approx(b.sigma_min, rel=1e-9)
+    with pytest.raises(ValueError, match="method: expected one of"):
+        tp.verify_expressivity(toy_mlp(), x, method="qr")
+    with pytest.raises(ValueError, match="w: expected 'current'"):
+        tp.verify_expressivity(toy_mlp(), x, w="best")
+    with pytest.raises(ValueError, match="x: the data set is empty"):
+        tp.verify_expressivity(toy_mlp(), x[:0])
+
+
+def test_nan_weights_are_undecided():
+    model = toy_mlp()
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    verdict = tp.verify_expressivity(model, toy_data(10)[0], last_layer="4")
+    assert verdict.status == "undecided" and "NaN" in verdict.reason
+
+
+def test_save_and_load(tmp_path):
+    verdict = tp.verify_expressivity(toy_mlp(), toy_data(20)[0])
+    verdict.save(tmp_path / "v.json")
+    assert tp.Verdict.load(tmp_path / "v.json") == verdict
+    (tmp_path / "other.json").write_text('{"status": "fine"}')
+    with pytest.raises(ValueError, match="is not a verdict file"):
+        tp.Verdict.load(tmp_path / "other.json")

@@ -1,0 +1,90 @@
+"""A model seen as the paper sees it: hidden layers w_(1:H), then the affine last layer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import layers, ops
+from .layers import canonical_name
+
+
+class Network:
+    """The user's model with its last layer and, where it has one, its wide softplus layer named.
+
+    h = hidden(x) is the input of the last layer, z = backbone(x) the input of the wide layer,
+    widen(z) = h. These three run without gradients, in whatever mode the model is.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor, last_layer: Any = None) -> None:
+        """Find the layers by running `example` (a few samples) through the model once.
+
+        Raises ValueError where the last layer is not found, not affine or ambiguous.
+        """
+        self.model = model
+        self.last = layers.find_last_layer(model, example, last_layer)
+        self.wide = layers.find_wide_layer(model, example, self.last)
+        self._split = layers.split(model, self.last, self.wide)
+
+    @property
+    def outputs(self) -> int:
+        """m_y, the number of outputs."""
+        return self.last.module.out_features
+
+    @property
+    def width(self) -> int:
+        """m_H, the number of features that enter the last layer."""
+        return self.last.module.in_features
+
+    @torch.no_grad()
+    def hidden(self, x: Tensor) -> Tensor:
+        """h: the input of the last layer, [b, m_H]."""
+        return self._split.hidden_features(x)
+
+    @torch.no_grad()
+    def backbone(self, x: Tensor) -> Tensor:
+        """z: the input of the wide layer, [b, d]."""
+        return self._split.backbone_features(x)
+
+    @torch.no_grad()
+    def widen(self, z: Tensor) -> Tensor:
+        """h from z by the wide layer."""
+        assert self.wide is not None
+        return ops.softplus_(self.wide.linear(z), self.wide.beta)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """The outputs from h."""
+        return self.last.module(h)
+
+    def last_parameters(self) -> dict[str, nn.Parameter]:
+        """The last layer's parameters by canonical name."""
+        return layers.last_parameters(self.model, self.last)
+
+    def hidden_parameters(self) -> dict[str, nn.Parameter]:
+        """Every other trainable parameter by canonical name."""
+        return layers.hidden_parameters(self.model, self.last)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every trainable parameter by canonical name."""
+        return layers.trainable_parameters(self.model)
+
+    def hidden_state(self, *, buffers: bool = True) -> dict[str, Tensor]:
+        """Parameters, trainable or not, and buffers of everything but the last layer."""
+        own = {id(p) for p in self.last.module.parameters()}
+        state = {
+            canonical_name(n): p.detach()
+            for n, p in self.model.named_parameters()
+            if id(p) not in own
+        }
+        if buffers:
+            state |= {canonical_name(n): b for n, b in self.model.named_buffers()}
+        return state
+
+    def state(self) -> dict[str, Tensor]:
+        """The whole state dict under canonical names."""
+        return {canonical_name(n): t for n, t in self.model.state_dict().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Copy a state of `state()` back into the model."""
+        own = {canonical_name(n): n for n in self.model.state_dict()}
+        self.model.load_state_dict({own[n]: t for n, t in state.items()})

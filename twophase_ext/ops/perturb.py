@@ -1,0 +1,141 @@
+"""Gaussian noise on named tensors: the same numbers on every device and for any thread count.
+
+Element i (logical row-major index) of the tensor called `name` receives sigma z_i, where z_i is
+lane i mod 4 of Philox4x32-10(key, counter floor(i / 4)) after Box-Muller, and key comes from the
+seed and the name alone. Nothing depends on the order of the tensors or on the other tensors.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from .. import _load  # noqa: F401  registers torch.ops.twophase
+
+_ops = torch.ops.twophase
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
+_SIGMAS = torch.finfo(torch.float32)
+
+
+def perturb_(
+    named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    std: float | Mapping[str, float],
+    *,
+    seed: int,
+) -> None:
+    """Add Gaussian noise to every tensor in place (Algorithm 1's perturbation of w_(1:H)).
+
+    named_tensors: pairs (name, tensor), as of `module.named_parameters()`, or a dict; float32 or
+    float64 of any shape and strides, on any devices; parameters that require grad are allowed.
+    std: one sigma, or a dict with a sigma for every name; each must be a normal float32 number
+    above 0. seed: any 64-bit integer, signed or unsigned.
+
+    The components `module.` and `_orig_mod.` that DistributedDataParallel and torch.compile put into
+    names do not count. p + sigma z: sigma z is rounded once to float32, also for a float64 tensor.
+
+    Raises TypeError for something that is no tensor, for float16 and bfloat16 tensors (the noise
+    would round away beside the weight: keep float32 master weights) and other dtypes; ValueError
+    for a sigma out of range, a name without sigma or a sigma without tensor, two tensors of one
+    name or of one memory. Everything is checked before any tensor is changed.
+    """
+    pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in pairs:
+        _check_tensor(name, tensor)
+        if (key := _canonical(name)) in tensors:
+            raise ValueError(f"named_tensors: expected distinct names, got {key!r} twice")
+        tensors[key] = tensor
+    _check_memory(tensors)
+    sigmas = _sigmas(std, tensors)
+    stream = _seed_bytes(seed)
+
+    by_device: dict[torch.device, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_device.setdefault(tensor.device, []).append(name)
+    with torch.no_grad():
+        for names in by_device.values():
+            changed = [tensors[name] for name in names]
+            keys = [_key(stream, name) for name in names]
+            _ops.perturb_(changed, keys, [sigmas[name] for name in names])
+            torch.autograd.graph.increment_version(changed)
+
+
+def _canonical(name: str) -> str:
+    """The name without the components that wrapping a module adds."""
+    return _WRAPPER.sub("", name)
+
+
+def _seed_bytes(seed: int) -> bytes:
+    if not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
+    return (seed % 2**64).to_bytes(8, "little")
+
+
+def _key(stream: bytes, name: str) -> int:
+    """The Philox key of a tensor, as the signed 64-bit integer that the operator takes."""
+    digest = hashlib.sha256(stream + name.encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"named_tensors: expected names of type str, got {type(name).__name__}")
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"{name}: expected float32 or float64, got {tensor.dtype}: beside a 16-bit weight the "
+            "noise rounds away; keep master weights in float32, perturb those and cast them"
+        )
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float32 or float64, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
+    if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{name}: expected elements with memory of their own, got stride 0")
+
+
+def _check_memory(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tied tensors: their noise would be added twice, and at the same time."""
+    owners: dict[tuple[torch.device, int], str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            owner = owners.setdefault((tensor.device, tensor.data_ptr()), name)
+            if owner != name:
+                raise ValueError(f"{name}: expected memory of its own, got that of {owner!r}")
+
+
+def _sigmas(std: float | Mapping[str, float], tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """A sigma for every tensor, each checked."""
+    if isinstance(std, Mapping):
+        given: dict[str, float] = {}
+        for name, sigma in std.items():
+            if (key := _canonical(name)) in given:
+                raise ValueError(f"std: expected distinct names, got {key!r} twice")
+            given[key] = sigma
+        if missing := [name for name in tensors if name not in given]:
+            raise ValueError(f"std: expected a sigma for every tensor, got none for {missing}")
+        if unknown := [name for name in given if name not in tensors]:
+            raise ValueError(f"std: expected names of the given tensors, got {unknown}")
+    else:
+        given = dict.fromkeys(tensors, std)
+    sigmas = {}
+    for name, sigma in given.items():
+        try:
+            sigmas[name] = float(sigma)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"std of {name}: expected a number, got {sigma!r}") from error
+        if not _SIGMAS.tiny <= sigmas[name] <= _SIGMAS.max:
+            raise ValueError(
+                f"std of {name}: expected a finite number > 0 in float32's range, got {sigma}"
+            )
+    return sigmas
+
+
+@torch.library.register_fake("twophase::perturb_")
+def _(tensors: list[Tensor], keys: list[int], stds: list[float]) -> None:
+    return None

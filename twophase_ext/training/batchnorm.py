@@ -1,0 +1,52 @@
+"""BatchNorm statistics: recomputed once after the perturbation, then constants of the network."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers of the model by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, forward: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Set every BatchNorm's running statistics to the mean over `batches`.
+
+    The rule of torch.optim.swa_utils.update_bn: statistics reset, momentum None (the plain mean of
+    the batches' statistics), each batch passed once. Here only the BatchNorm layers are in training
+    mode while it runs, so that dropout does not add noise to the statistics; the caller's modes and
+    momenta come back afterwards. `forward` is called on each batch's inputs.
+    """
+    layers = list(batch_norms(model).values())
+    if not layers:
+        return
+    modes = {module: module.training for module in model.modules()}
+    momenta = [layer.momentum for layer in layers]
+    model.eval()
+    try:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None
+            layer.train()
+        for x, _ in batches:
+            forward(x)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def check_freezable(model: nn.Module) -> None:
+    """Raise ValueError where a BatchNorm layer has no running statistics to freeze."""
+    for name, layer in batch_norms(model).items():
+        if layer.running_mean is None:
+            raise ValueError(
+                f"batch_norm: {name} was made with track_running_stats=False and has no statistics "
+                "to freeze; make it with track_running_stats=True, or pass batch_norm='batch'"
+            )

@@ -1,0 +1,116 @@
+"""The Trainer's arguments, checked and resolved."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .features import MODES
+
+SECOND_PHASES = ("base",)
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Plain data that, with the model and the data, determines a run."""
+
+    loss: str
+    epochs: int
+    tau_epoch: int
+    noise_std: float | dict[str, float]
+    second_phase: str
+    batch_norm: str
+    feature_cache: str
+    batch_size: int
+    seed: int
+    precision: str
+    verify: str | bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The training precision as torch names it."""
+        return PRECISIONS[self.precision]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For config.json and for the comparison with a checkpoint's."""
+        return asdict(self)
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return value
+
+
+def _choice(name: str, value: Any, choices: Any) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {sorted(choices)}, got {value!r}")
+    return str(value)
+
+
+def resolve_tau(tau: float | int, epochs: int) -> int:
+    """The first epoch of the second phase: round(tau * epochs), kept within 1..epochs - 1.
+
+    tau: a fraction in (0, 1), or an epoch number in 1..epochs - 1. ValueError otherwise.
+    """
+    if isinstance(tau, bool) or not isinstance(tau, int | float):
+        raise TypeError(f"tau: expected a fraction of the epochs or an epoch, got {tau!r}")
+    if isinstance(tau, int):
+        if not 1 <= tau <= epochs - 1:
+            raise ValueError(f"tau: expected an epoch in 1..{epochs - 1}, got {tau}")
+        return tau
+    if not 0 < tau < 1:
+        raise ValueError(f"tau: expected a fraction in (0, 1), got {tau}")
+    return min(max(round(tau * epochs), 1), epochs - 1)
+
+
+def _resolve_noise(noise_std: Any) -> float | dict[str, float]:
+    entries = noise_std.items() if isinstance(noise_std, dict) else [("noise_std", noise_std)]
+    for name, sigma in entries:
+        if isinstance(sigma, bool) or not isinstance(sigma, int | float):
+            raise TypeError(f"noise_std: expected a number for {name}, got {sigma!r}")
+        if not (math.isfinite(sigma) and sigma > 0):
+            raise ValueError(
+                f"noise_std: expected a number > 0 for {name} (the Gaussian must not be "
+                f"degenerate), got {sigma}"
+            )
+    if isinstance(noise_std, dict):
+        return {str(name): float(sigma) for name, sigma in noise_std.items()}
+    return float(noise_std)
+
+
+def resolve(
+    *,
+    loss: str,
+    epochs: Any,
+    tau: Any,
+    noise_std: Any,
+    second_phase: Any,
+    batch_norm: Any,
+    feature_cache: Any,
+    batch_size: Any,
+    seed: Any,
+    precision: Any,
+    verify: Any,
+) -> Config:
+    """Check every argument; TypeError or ValueError names the first one that is wrong."""
+    epochs = _integer("epochs", epochs, 2)
+    if verify not in (False, "auto", "svd"):
+        raise ValueError(f"verify: expected False, 'auto' or 'svd', got {verify!r}")
+    return Config(
+        loss=loss,
+        epochs=epochs,
+        tau_epoch=resolve_tau(tau, epochs),
+        noise_std=_resolve_noise(noise_std),
+        second_phase=_choice("second_phase", second_phase, SECOND_PHASES),
+        batch_norm=_choice("batch_norm", batch_norm, ("frozen", "batch")),
+        feature_cache=_choice("feature_cache", feature_cache, MODES),
+        batch_size=_integer("batch_size", batch_size, 1),
+        seed=_integer("seed", seed, -(2**63)),
+        precision=_choice("precision", precision, PRECISIONS),
+        verify=verify,
+    )

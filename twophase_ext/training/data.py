@@ -1,0 +1,177 @@
+"""Training data in one form: batches by sample index, checked before anything is trained."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
+
+from ..arrays import as_tensor
+from .losses import ConvexLoss, prepare_targets
+
+
+class Samples:
+    """n samples (x_i, y_i), fetched by index as tensors on one device.
+
+    Made by `Samples.of` from a pair of arrays, a map-style Dataset or a DataLoader over one. uint8
+    inputs are scaled to [0, 1] when they are fetched, so that images stay small in memory.
+    """
+
+    def __init__(self, name: str, n: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Use `Samples.of`."""
+        self.name, self.n, self.device, self.dtype = name, n, device, dtype
+        self.batch_size: int | None = None
+        self.random = False
+
+    @staticmethod
+    def of(source: Any, *, name: str, device: torch.device, dtype: torch.dtype) -> "Samples":
+        """Samples from `source`; see the class. Errors name the argument `name`."""
+        if isinstance(source, DataLoader):
+            return _from_loader(source, name, device, dtype)
+        if isinstance(source, IterableDataset):
+            raise ValueError(f"{name}: expected a map-style dataset, got an IterableDataset")
+        if isinstance(source, Dataset):
+            return _Fetched(source, default_collate, name, device, dtype)
+        if isinstance(source, tuple | list) and len(source) == 2:
+            return _Arrays(source[0], source[1], name, device, dtype)
+        raise TypeError(
+            f"{name}: expected (x, y), a Dataset or a DataLoader, got {type(source).__name__}"
+        )
+
+    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, y) of the samples `index` (int64 on the CPU), on the device."""
+        raise NotImplementedError
+
+    def prepare(self, loss: ConvexLoss, outputs: int) -> None:
+        """Check and convert the targets for `loss` and a last layer of `outputs` units."""
+        raise NotImplementedError
+
+    def in_order(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of `size` in index order; a last single sample joins the batch before it.
+
+        (BatchNorm has no variance over one sample.)
+        """
+        starts = list(range(0, self.n, size))
+        if len(starts) > 1 and self.n - starts[-1] == 1:
+            starts.pop()
+        for start, end in zip(starts, [*starts[1:], self.n], strict=True):
+            yield self.fetch(torch.arange(start, end))
+
+    def _place(self, x: Tensor) -> Tensor:
+        x = x.to(self.device, non_blocking=True)
+        if x.dtype == torch.uint8:
+            return x.to(self.dtype).div_(255)
+        return x.to(self.dtype) if x.is_floating_point() else x
+
+
+def _check_length(name: str, n: int, n_targets: int) -> None:
+    if n != n_targets:
+        raise ValueError(f"{name}: expected as many targets as inputs ({n}), got {n_targets}")
+    if n == 0:
+        raise ValueError(f"{name}: the data set is empty")
+
+
+def _require_finite(x: Tensor, name: str, what: str, indices: list[int] | None = None) -> None:
+    """Raise ValueError that names the first sample with a NaN or an infinity.
+
+    indices: the samples' numbers where x holds only some of them.
+    """
+    if not x.is_floating_point():
+        return
+    finite = torch.isfinite(x.flatten(1) if x.dim() > 1 else x[:, None]).all(1)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().flatten().tolist()
+        sample = indices[bad[0]] if indices else bad[0]
+        raise ValueError(
+            f"{name}: NaN or infinity in the {what} of sample {sample} ({len(bad)} such samples)"
+        )
+
+
+class _Arrays(Samples):
+    """Two arrays held whole: the batch is one index_select."""
+
+    def __init__(self, x: Any, y: Any, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        self.x = as_tensor(x, name=f"{name}[0]")
+        self.y = as_tensor(y, name=f"{name}[1]")
+        for part, tensor in (("x", self.x), ("y", self.y)):
+            if tensor.dim() == 0:
+                raise ValueError(f"{name}: expected {part} with a sample dimension, got a scalar")
+        _check_length(name, len(self.x), len(self.y))
+        _require_finite(self.x, name, "input")
+        _require_finite(self.y, name, "target")
+        super().__init__(name, len(self.x), device, dtype)
+
+    def prepare(self, loss: ConvexLoss, outputs: int) -> None:
+        self.y = prepare_targets(loss, self.y, outputs, name=self.name)
+        if self.y.is_floating_point():
+            self.y = self.y.to(self.dtype)
+        # Labels are small: on the device once. Inputs move batch by batch unless they are there.
+        self.y = self.y.to(self.device)
+
+    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.x.index_select(0, index.to(self.x.device))
+        return self._place(x), self.y.index_select(0, index.to(self.y.device))
+
+
+class _Fetched(Samples):
+    """A map-style dataset: samples are fetched one by one and collated."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Any,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        _check_length(name, len(dataset), len(dataset))
+        super().__init__(name, len(dataset), device, dtype)
+        self.dataset, self.collate = dataset, collate
+        self.loss: ConvexLoss | None = None
+        self.outputs = 0
+        # A random transform gives another x at every visit: such features cannot be cached.
+        self.random = not torch.equal(self._collate([0])[0], self._collate([0])[0])
+
+    def _collate(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        batch = self.collate([self.dataset[i] for i in indices])
+        if not (isinstance(batch, tuple | list) and len(batch) == 2):
+            raise ValueError(f"{self.name}: expected samples (x, y), got {type(batch).__name__}")
+        x, y = (as_tensor(part, name=self.name) for part in batch)
+        return x, y
+
+    def prepare(self, loss: ConvexLoss, outputs: int) -> None:
+        self.loss, self.outputs = loss, outputs
+
+    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        indices = index.tolist()
+        x, y = self._collate(indices)
+        _require_finite(x, self.name, "input", indices)
+        _require_finite(y, self.name, "target", indices)
+        if self.loss is not None:
+            y = prepare_targets(self.loss, y, self.outputs, name=self.name)
+        y = y.to(self.device)
+        return self._place(x), y.to(self.dtype) if y.is_floating_point() else y
+
+
+def _from_loader(
+    loader: DataLoader, name: str, device: torch.device, dtype: torch.dtype
+) -> Samples:
+    """A DataLoader's dataset, collate function and batch size; the order stays the Trainer's."""
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError(f"{name}: expected a loader over a map-style dataset")
+    if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+        raise ValueError(
+            f"{name}: the order of samples comes from the Trainer's seed; a DataLoader with "
+            f"{type(loader.sampler).__name__} cannot be honoured, pass its dataset"
+        )
+    samples = _Fetched(loader.dataset, loader.collate_fn, name, device, dtype)
+    samples.batch_size = loader.batch_size
+    return samples

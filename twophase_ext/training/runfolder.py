@@ -1,0 +1,95 @@
+"""The folder that a run leaves: configuration, environment, metrics, verdict, checkpoints."""
+
+import csv
+import io
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from .._load import build_info
+from ..files import write_atomically
+
+COLUMNS = (
+    "epoch",
+    "phase",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "learning_rate",
+    "seconds",
+)
+
+
+def environment(device: torch.device, seed: int) -> dict[str, Any]:
+    """Versions, device, seed and the commit of the working folder, as plain data."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "twophase_ext": build_info(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "commit": commit.stdout.strip() or None,
+        "seed": seed,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def processor_name() -> str:
+    """The CPU's name as the system gives it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def create(run_dir: str | Path | None, *, resuming: bool) -> Path:
+    """Make or reopen the run folder; None names a new one under runs/ by the time.
+
+    Raises ValueError where the folder holds a run already and it is not resumed.
+    """
+    if run_dir is None:
+        stem = time.strftime("%Y%m%d-%H%M%S")
+        for attempt in range(1000):
+            folder = Path("runs") / (stem if attempt == 0 else f"{stem}-{attempt}")
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                continue
+    folder = Path(run_dir or ".")
+    if not resuming and (folder / "config.json").exists():
+        raise ValueError(
+            f"run_dir: {folder} holds a run already; pass resume=True to continue it, or another "
+            "folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"run_dir: {folder} cannot be written")
+    return folder
+
+
+def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
+    """metrics.csv: one row an epoch, rewritten whole and atomically (empty cell: not measured)."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_atomically(folder / "metrics.csv", lambda file: file.write(out.getvalue().encode()))

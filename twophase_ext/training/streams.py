@@ -1,0 +1,22 @@
+"""Named seed streams: each use of randomness has its own, so that one never shifts another."""
+
+import hashlib
+
+import torch
+
+
+def stream_seed(seed: int, name: str, *position: int) -> int:
+    """A 63-bit seed for the stream `name` ("init", "shuffle", "augment", "noise", "model").
+
+    The first 8 bytes of SHA-256 over the text "seed/name/position...", the top bit dropped. Streams
+    of different names or positions are independent: changing noise_std does not change the
+    shuffle, and the order of epoch e comes from (seed, e) alone.
+    """
+    text = "/".join([str(int(seed)), name, *(str(int(p)) for p in position)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> torch.Tensor:
+    """The order in which epoch `epoch` visits the n samples: int64 [n], on the CPU."""
+    generator = torch.Generator().manual_seed(stream_seed(seed, "shuffle", epoch))
+    return torch.randperm(n, generator=generator)
