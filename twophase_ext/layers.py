@@ -80,12 +80,18 @@ def _record(
 ) -> tuple[list[tuple[nn.Module, Tensor, Tensor]], Any]:
     """Run the model once: (module, input, output) of each wanted call, and the model's output."""
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    inputs: list[Tensor] = []
 
-    def note(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        # clones: an in-place activation behind the layer would change what is compared later
-        calls.append((module, arguments[0].detach().clone(), output.detach().clone()))
+    # Clones, and the input before the call: an in-place activation overwrites what it is given.
+    def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        inputs.append(arguments[0].detach().clone())
 
-    handles = [m.register_forward_hook(note) for m in model.modules() if wanted(m)]
+    def after(module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
+        calls.append((module, inputs.pop(), output.detach().clone()))
+
+    wanted_modules = [m for m in model.modules() if wanted(m)]
+    handles = [m.register_forward_pre_hook(before) for m in wanted_modules]
+    handles += [m.register_forward_hook(after) for m in wanted_modules]
     try:
         with _untouched(model):
             output = model(example)
