@@ -1,6 +1,7 @@
 """Build the native libraries with CMake; everything else stands in pyproject.toml.
 
-Environment: TWOPHASE_CUDA=ON|OFF|AUTO, TWOPHASE_CUDA_ARCHS="90;100", TWOPHASE_SANITIZE=address,undefined.
+Environment: TWOPHASE_CUDA=ON|OFF|AUTO, TWOPHASE_CUDA_ARCHS="90;100",
+TWOPHASE_SANITIZE=address,undefined (the CPU code, in a build folder of its own).
 """
 
 import os
@@ -31,18 +32,17 @@ def find_torch() -> Path:
     """
     installed = Path(sysconfig.get_path("platlib")) / "torch"
     if not (installed / "include").is_dir():
-        code = (
-            "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
-        )
+        code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
         # -I: without the PYTHONPATH through which pip isolates the build.
         origin = subprocess.run(
             [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False
         ).stdout.strip()
         installed = Path(origin).parent if origin else installed
     if not (installed / "include" / "torch" / "csrc" / "stable").is_dir():
+        python = Path(sys.executable).name
         sys.exit(
-            f"twophase_ext needs torch >= 2.11 in this environment before it is installed: "
-            f"run `{Path(sys.executable).name} -m pip install torch` first, then repeat this command"
+            "twophase_ext needs torch >= 2.11 in this environment before it is installed: "
+            f"run `{python} -m pip install torch` first, then repeat this command"
         )
     return installed
 
@@ -63,7 +63,9 @@ class CMakeBuild(build_ext):
         torch = find_torch()
         inplace = bool(self.inplace or getattr(self, "editable_mode", False))
         target = ROOT / "twophase_ext" if inplace else Path(self.build_lib) / "twophase_ext"
-        build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        sanitize = os.environ.get("TWOPHASE_SANITIZE", "")
+        folder = f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / (f"{folder}-sanitize" if sanitize else folder)
         build.mkdir(parents=True, exist_ok=True)
         definitions = {
             "CMAKE_BUILD_TYPE": "Release",
@@ -75,16 +77,23 @@ class CMakeBuild(build_ext):
             "TWOPHASE_VERSION": version(),
             "TWOPHASE_CUDA": os.environ.get("TWOPHASE_CUDA", "AUTO").upper(),
             "TWOPHASE_CUDA_ARCHS": os.environ.get("TWOPHASE_CUDA_ARCHS", "90"),
-            "TWOPHASE_SANITIZE": os.environ.get("TWOPHASE_SANITIZE", ""),
+            "TWOPHASE_SANITIZE": sanitize,
         }
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        # A cached generator or compiler from an isolated build's vanished folder would be reused.
-        if (build / "CMakeCache.txt").exists():
+        # A cache from an isolated build names tools in a folder that has vanished.
+        cache = build / "CMakeCache.txt"
+        if cache.exists() and not all(
+            Path(tool).exists()
+            for tool in re.findall(
+                r"^CMAKE_(?:COMMAND|MAKE_PROGRAM):\w+=(.+)", cache.read_text(), re.M
+            )
+        ):
             configure.append("--fresh")
         if ninja := shutil.which("ninja"):
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         configure += [f"-D{key}={value}" for key, value in definitions.items()]
-        for command in (configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]):
+        compile_, install = ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]
+        for command in (configure, compile_, install):
             try:
                 subprocess.run(command, check=True)
             except FileNotFoundError:
@@ -94,8 +103,11 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=find_packages(include=["twophase_ext*"])
-    + [f"twophase{suffix}" for suffix in ("", *(f".{p}" for p in find_packages("python/twophase")))],
+    packages=[
+        *find_packages(include=["twophase_ext*"]),
+        "twophase",
+        *(f"twophase.{package}" for package in find_packages("python/twophase")),
+    ],
     package_dir={"twophase": "python/twophase"},
     package_data={"twophase_ext": ["py.typed"]},
     ext_modules=[Extension("twophase_ext._C", sources=[])],

@@ -5,9 +5,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "math/dtype.h"
 
@@ -63,6 +66,28 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   for (int64_t i = 0; i < a.dim(); ++i)
     if (a.size(i) != b.size(i) || (a.size(i) > 1 && a.stride(i) != b.stride(i))) return false;
   return true;
+}
+
+// The elements fill their memory without gaps, in any order of dimensions.
+inline bool is_dense(const Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) != 1) dims.emplace_back(t.stride(d), t.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// Every element has its own memory, so that an update can be written back.
+inline void require_no_overlap(const Tensor& t, const std::string& name) {
+  for (int64_t d = 0; d < t.dim(); ++d)
+    require(t.size(d) < 2 || t.stride(d) != 0, name,
+            ": expected a tensor whose elements do not share memory, got stride 0 in dimension ",
+            d);
 }
 
 // t itself where its memory is laid out as `like`'s, otherwise a copy that is.

@@ -29,12 +29,4 @@ inline void require_same_device(const Tensor& t, const std::string& name, const 
   require(t.device() == first.device(), name, ": expected the device of the first tensor");
 }
 
-// Every element has its own memory, so that an update can be written back.
-inline void require_no_overlap(const Tensor& t, const std::string& name) {
-  for (int64_t d = 0; d < t.dim(); ++d)
-    require(t.size(d) < 2 || t.stride(d) != 0, name,
-            ": expected a tensor whose elements do not share memory, got stride 0 in dimension ",
-            d);
-}
-
 }  // namespace twophase

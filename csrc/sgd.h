@@ -3,7 +3,6 @@
 // over flat memory; `like` names the device. The update itself is math/sgd.h.
 #pragma once
 
-#include <algorithm>
 #include <utility>
 
 #include "multi_tensor.h"
@@ -23,20 +22,6 @@ struct SgdOptions {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize;
 };
-
-// The elements fill their memory without gaps, in any order of dimensions.
-inline bool is_dense(const Tensor& t) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = 0; d < t.dim(); ++d)
-    if (t.size(d) != 1) dims.emplace_back(t.stride(d), t.size(d));
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
 
 template <class Backend>
 void sgd_op(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> buffers,

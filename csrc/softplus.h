@@ -32,7 +32,8 @@ Tensor softplus_op(const Tensor& x, double beta) {
 template <class Backend>
 void softplus_inplace_op(Tensor x, double beta) {
   const Dtype dtype = check_softplus(x, "x", beta);
-  if (x.is_contiguous()) {
+  require_no_overlap(x, "x");
+  if (is_dense(x)) {
     Backend::forward(x, dtype, x.const_data_ptr(), x.mutable_data_ptr(), x.numel(), beta);
     return;
   }

@@ -78,7 +78,8 @@ if __name__ == "__main__":
     show("float log1p(t)/t on [0, 1]", 10, fit(log1p_over_t, 0, 1, 8))
     show("double 2^f", 19, fit(exp2, -half, half, 11))
     show("double (2^f - 1)/f", 19, fit(exp2m1_over_f, -half, half, 11))
-    show("double (atanh(s)/s - 1)/z, z = s^2 in [0, 1/9]", 19, fit(atanh_tail, 0, mp.mpf(1) / 9, 10))
+    ninth = mp.mpf(1) / 9
+    show("double (atanh(s)/s - 1)/z, z = s^2 in [0, 1/9]", 19, fit(atanh_tail, 0, ninth, 10))
     root = mp.sqrt(2)
     show("float (f - log(1 + f))/f^2", 10, fit(log_tail, 1 / root - 1, root - 1, 7))
     show("float sin(2 pi r)/r, z = r^2 in [0, 1/64]", 10, fit(sine_of_turns, 0, mp.mpf(1) / 64, 3))

@@ -4,45 +4,71 @@ Derivatives are taken from the output y alone (s = sigmoid(beta x) = 1 - exp(-be
 but y is kept for the backward pass and the in-place form is possible.
 """
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
+from ..arrays import as_tensor
+from ._softplus_terms import Term, Terms, batch_first, evaluate
 
 _ops = torch.ops.twophase
 
 
-def softplus(x: Tensor, beta: float = 100.0) -> Tensor:
+def softplus(x: Any, beta: float = 100.0) -> Tensor:
     """Softplus max(x, 0) + log1p(exp(-beta |x|)) / beta, elementwise, without a threshold.
 
-    x: floating-point tensor (float16, bfloat16, float32, float64) of any shape and strides; the
-    result has its shape, dtype and, where x is dense, its strides. 16-bit types are computed in
-    float32 and rounded once. NaN propagates, +inf gives +inf; in float32 (float64) a result below
-    2^-126 (2^-1022) is that number, so that no subnormal is ever produced. beta: 1e-30 to 1e30.
+    x: floating-point tensor (float16, bfloat16, float32, float64) of any shape and strides, or a
+    NumPy, CuPy or other DLPack array, whose memory is shared. The result is a tensor of its shape,
+    dtype and, where x is dense, strides. 16-bit types are computed in float32 and rounded once.
+    NaN propagates, +inf gives +inf; in float32 (float64) the result is 2^-126 (2^-1022) where it or
+    exp(-beta |x|) would be smaller, so that no subnormal is ever produced. beta: 1e-30 to 1e30.
 
     Works under autograd to any order, torch.func (vmap, grad, jvp), torch.compile and autocast.
-    Raises ValueError for another dtype or a beta out of range.
+    Raises ValueError for another dtype or a beta out of range, TypeError for anything but an array
+    and a number.
     """
     if torch.compiler.is_compiling():
-        return _ops.softplus(x, beta)
-    return _Softplus.apply(x, beta)
+        return _traced(x, beta)
+    _check_beta(beta)
+    return _Softplus.apply(as_tensor(x, name="x"), beta)
 
 
 def softplus_(x: Tensor, beta: float = 100.0) -> Tensor:
-    """Softplus in place: as `softplus`, overwrites x and returns it; only the output is kept."""
+    """Softplus in place: as `softplus`, overwrites x and returns it; only the output is kept.
+
+    x must be a torch.Tensor. Raises also RuntimeError where x is a leaf that requires grad (or a
+    view of one), and ValueError where x repeats memory (an expanded tensor); x is then as it was.
+    """
     if torch.compiler.is_compiling():
-        return x.copy_(_ops.softplus(x, beta))
+        return x.copy_(_traced(x, beta))
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    _check_beta(beta)
+    # copy_ carries batching and tangents through every nesting of transforms; a Function that
+    # writes its input cannot. The clone: copy_ overwrites x's tangent, which is still needed to
+    # differentiate the new one.
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return x.copy_(_Softplus.apply(x.clone(), beta))
+    if torch.is_grad_enabled() and x.requires_grad:
+        _refuse_leaf(x)
     return _SoftplusInPlace.apply(x, beta)
 
 
-def _one_batch_size(info: Any, dims: tuple, *tensors: Tensor) -> list[Tensor]:
-    """Put vmap's dimension in front of every tensor, added where it is missing."""
-    return [
-        tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip(tensors, dims, strict=False)
-    ]
+def _check_beta(beta: Any) -> None:
+    if not isinstance(beta, Real):
+        raise TypeError(f"beta: expected a number, got {type(beta).__name__}")
+
+
+def _refuse_leaf(x: Tensor) -> None:
+    # torch says so only after the forward has overwritten x
+    source = x._base if x._is_view() else x
+    if source is not None and source.is_leaf and source.requires_grad:
+        kind = "a leaf" if source is x else "a view of a leaf"
+        raise RuntimeError(f"x: {kind} Variable that requires grad cannot be overwritten in place")
 
 
 class _Softplus(torch.autograd.Function):
@@ -69,7 +95,7 @@ class _Softplus(torch.autograd.Function):
         return _Softplus.apply(x, beta), dims[0]
 
 
-class _SoftplusInPlace(_Softplus):
+class _SoftplusInPlace(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, beta: float) -> Tensor:
         _ops.softplus_(x, beta)
@@ -78,16 +104,22 @@ class _SoftplusInPlace(_Softplus):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.mark_dirty(inputs[0])
-        _Softplus.setup_context(ctx, inputs, output)
+        ctx.beta = inputs[1]
+        ctx.save_for_backward(output)
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        # forward AD asks an in-place function to change the tangent in place too
-        return tangent.copy_(_SoftplusBackward.apply(tangent, ctx.saved_tensors[0], ctx.beta))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _SoftplusBackward.apply(grad, ctx.saved_tensors[0], ctx.beta), None
 
-    @staticmethod
-    def vmap(info: Any, dims: tuple, x: Tensor, beta: float) -> tuple[Tensor, int]:
-        return _SoftplusInPlace.apply(x, beta), dims[0]
+
+def _first_order(beta: float) -> Terms:
+    """grad * s, of the tensors (grad,)."""
+    return Terms(beta, (Term(1.0, 1, 0, (0,)),))
+
+
+def _second_order(beta: float) -> tuple[Terms, Terms]:
+    """(gg * s, gg * grad * beta * r), of the tensors (gg, grad)."""
+    return _first_order(beta), Terms(beta, (Term(beta, 0, 1, (0, 1)),))
 
 
 class _SoftplusBackward(torch.autograd.Function):
@@ -110,12 +142,11 @@ class _SoftplusBackward(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, grad_tangent: Tensor, y_tangent: Tensor, _: None) -> Tensor:
         grad, y = ctx.saved_tensors
-        s_part = _SoftplusBackward.apply(grad_tangent, y, ctx.beta)
-        return s_part + _SoftplusDoubleBackward.apply(y_tangent, grad, y, ctx.beta)[1]
+        return _first_order(ctx.beta).tangent(y, (grad,), y_tangent, grad_tangent)
 
     @staticmethod
     def vmap(info: Any, dims: tuple, grad: Tensor, y: Tensor, beta: float) -> tuple[Tensor, int]:
-        return _SoftplusBackward.apply(*_one_batch_size(info, dims, grad, y), beta), 0
+        return _SoftplusBackward.apply(*batch_first(info, dims[:2], (grad, y)), beta), 0
 
 
 class _SoftplusDoubleBackward(torch.autograd.Function):
@@ -131,29 +162,42 @@ class _SoftplusDoubleBackward(torch.autograd.Function):
         ctx.save_for_backward(gg, grad, y)
         ctx.save_for_forward(gg, grad, y)
 
-    # Third derivatives and beyond are rare: plain torch operations of y, themselves differentiable.
+    # Third derivatives and beyond are rare: plain torch operations.
     @staticmethod
     def backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         gg, grad, y = ctx.saved_tensors
-        rest = torch.exp(-ctx.beta * y)  # 1 - s
-        b_slope = b * ctx.beta * rest
-        y_part = ctx.beta * rest * (a * gg - b * gg * grad * ctx.beta)
-        return a * (1 - rest) + b_slope * grad, b_slope * gg, y_part, None
+        first, second = _second_order(ctx.beta)
+        tensors = (gg, grad, a, b)
+        by = (
+            first.by_factor(0, 2) + second.by_factor(0, 3),
+            second.by_factor(1, 3),
+            first.by_y(2) + second.by_y(3),
+        )
+        by_gg, by_grad, by_y = (evaluate(ctx.beta, terms, y, *tensors) for terms in by)
+        return by_gg, by_grad, by_y, None
 
     @staticmethod
-    def jvp(ctx: Any, gg_t: Tensor, grad_t: Tensor, y_t: Tensor, _: None) -> tuple[Tensor, Tensor]:
+    def jvp(
+        ctx: Any, gg_tangent: Tensor, grad_tangent: Tensor, y_tangent: Tensor, _: None
+    ) -> tuple[Tensor, Tensor]:
         gg, grad, y = ctx.saved_tensors
-        rest = torch.exp(-ctx.beta * y)
-        first = gg_t * (1 - rest) + gg * y_t * ctx.beta * rest
-        second = (gg_t * grad + gg * grad_t - ctx.beta * gg * grad * y_t) * ctx.beta * rest
-        return first, second
+        tangents = (y_tangent, gg_tangent, grad_tangent)
+        first, second = _second_order(ctx.beta)
+        return first.tangent(y, (gg, grad), *tangents), second.tangent(y, (gg, grad), *tangents)
 
     @staticmethod
     def vmap(
         info: Any, dims: tuple, gg: Tensor, grad: Tensor, y: Tensor, beta: float
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        tensors = _one_batch_size(info, dims, gg, grad, y)
+        tensors = batch_first(info, dims[:3], (gg, grad, y))
         return _SoftplusDoubleBackward.apply(*tensors, beta), (0, 0)
+
+
+@torch.compiler.allow_in_graph
+def _traced(x: Tensor, beta: float) -> Tensor:
+    # Kept whole by dynamo, traced by AOTAutograd: transforms inside a compiled function meet the
+    # Functions above, which know their derivatives, and not the raw operators.
+    return _Softplus.apply(x, beta)
 
 
 # The raw operators: what torch.compile traces, with a gradient for whoever calls them directly.
@@ -186,13 +230,21 @@ def _raw_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return _ops.softplus_backward(grad, ctx.saved_tensors[0], ctx.beta), None
 
 
+def _save_inputs(ctx: Any, inputs: tuple, output: Any) -> None:
+    *tensors, ctx.beta = inputs
+    ctx.save_for_backward(*tensors)
+
+
 def _raw_double_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return *_ops.softplus_double_backward(grad_grad, *ctx.saved_tensors, ctx.beta), None
 
 
 torch.library.register_autograd("twophase::softplus", _raw_backward, setup_context=_save_output)
 torch.library.register_autograd(
-    "twophase::softplus_backward",
-    _raw_double_backward,
-    setup_context=_SoftplusBackward.setup_context,
+    "twophase::softplus_backward", _raw_double_backward, setup_context=_save_inputs
+)
+torch.library.register_autograd(
+    "twophase::softplus_double_backward",
+    _SoftplusDoubleBackward.backward,
+    setup_context=_save_inputs,
 )

@@ -1,0 +1,77 @@
+# make demo | test | bench | lint | format | sanitize | clean
+#
+# Needs python3 (3.11 or newer), a C++ compiler and make; cmake and ninja come with pip. Everything
+# is installed into .venv, with the versions in constraints.txt. Stamp files make repeated calls
+# quick; a changed source reinstalls the package.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BENCH_JSON ?= runs/bench.json
+SANITIZED := build/sanitized
+SOURCES := setup.py CMakeLists.txt pyproject.toml README.md $(shell find csrc twophase_ext python \
+  -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name py.typed)
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test bench lint format sanitize clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMPS)/package
+	$(BIN)/twophase demo
+
+test: $(STAMPS)/package $(STAMPS)/test
+	$(BIN)/pytest --benchmark-disable
+
+bench: $(STAMPS)/package $(STAMPS)/test
+	mkdir -p $(dir $(BENCH_JSON))
+	$(BIN)/pytest bench --benchmark-only --benchmark-quiet --benchmark-json=$(BENCH_JSON)
+	$(BIN)/python bench/table.py $(BENCH_JSON)
+
+lint: $(STAMPS)/package $(STAMPS)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+format: $(STAMPS)/venv $(STAMPS)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Python itself is not
+# instrumented: the runtimes are preloaded, and its own leaks at exit are not reported.
+sanitize: $(STAMPS)/torch $(STAMPS)/test
+	$(PIP) install --quiet "setuptools>=68" "pybind11>=2.12" ninja "cmake>=3.24"
+	TWOPHASE_SANITIZE=address,undefined TWOPHASE_CUDA=OFF PATH="$(abspath $(BIN)):$$PATH" \
+	  $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q -m "not cuda" $(SANITIZE_TESTS)
+SANITIZE_TESTS ?= tests/test_softplus.py
+
+clean:
+	rm -rf build $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -f twophase_ext/*.so
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# torch first: the package is compiled against the one that is here.
+$(STAMPS)/torch: constraints.txt | $(STAMPS)/venv
+	$(PIP) install -c constraints.txt torch
+	touch $@
+
+# build/lib keeps modules that have been renamed since: they would be installed again.
+$(STAMPS)/package: $(STAMPS)/torch $(SOURCES)
+	rm -rf build/lib* build/bdist*
+	$(PIP) install -c constraints.txt .
+	touch $@
+
+$(STAMPS)/test $(STAMPS)/lint: constraints.txt pyproject.toml $(STAMPS)/venv
+	$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*extras['$(@F)'], sep='\n')" > $@.txt
+	$(PIP) install -c constraints.txt -r $@.txt
+	touch $@

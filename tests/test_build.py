@@ -1,0 +1,214 @@
+"""The build and the tree: what the library is made of, what happens where it cannot be built."""
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+import twophase_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(twophase_ext.__file__).resolve().parent
+FOLDERS = ["csrc", "twophase_ext", "python", "tests", "bench", "docs", ".ci"]
+TEXT = {".py", ".h", ".cpp", ".cu", ".cuh", ".md", ".toml", ".txt", ".sh", ".yaml", ".yml", ""}
+
+
+def run(command, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(part) for part in command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        **options,
+    )
+
+
+def files() -> list[Path]:
+    """Every text file of the project, no build product."""
+    found = [p for p in ROOT.iterdir() if p.is_file() and p.name != ".git"]  # a worktree's
+    for folder in FOLDERS:
+        found += (p for p in (ROOT / folder).rglob("*") if p.is_file())
+    return [p for p in found if p.suffix in TEXT and "__pycache__" not in p.parts]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This environment without PYTHONPATH and preloaded sanitizers."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "LD_PRELOAD")}
+    return kept | changes
+
+
+def copy_sources(target: Path) -> Path:
+    """The package's Python files without the compiled ones."""
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    return shutil.copytree(ROOT / "twophase_ext", target / "twophase_ext", ignore=ignored)
+
+
+def test_build_info():
+    info = twophase_ext.build_info()
+    texts = {"version", "torch_target", "compiler", "isa", "cuda"}
+    lists = {"isa_variants", "cuda_architectures"}
+    assert set(info) == texts | lists
+    assert all(isinstance(info[key], str) for key in texts)
+    assert all(isinstance(v, str) for key in lists for v in info[key])
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert info["version"] == version
+    assert info["torch_target"] == "2.11"
+    assert re.match(r"(GNU|Clang|AppleClang) \d+", info["compiler"])
+    assert info["isa"] in info["isa_variants"] and "baseline" in info["isa_variants"]
+    assert bool(info["cuda"]) == bool(info["cuda_architectures"])
+
+
+def test_tests_import_the_installed_package():
+    """The source folder must not shadow it, unless a developer put it on the path."""
+    if ROOT in {Path(p).resolve() for p in sys.path}:
+        pytest.skip("the source folder is on sys.path: an in-place build is being tested")
+    try:
+        distribution = importlib.metadata.distribution("twophase-ext")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("twophase_ext comes from a folder on PYTHONPATH")
+    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+    if origin.get("dir_info", {}).get("editable"):
+        pytest.skip("editable installation")
+    assert Path(distribution.locate_file("twophase_ext")).resolve() == PACKAGE
+    assert PACKAGE != ROOT / "twophase_ext"
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_library_uses_the_stable_abi_only():
+    symbols = run(["nm", "-D", "--undefined-only", PACKAGE / "libtwophase_ops.so"])
+    assert symbols.returncode == 0
+    assert "aoti_torch" in symbols.stdout or "torch_call_dispatcher" in symbols.stdout
+    unstable = re.findall(r"\b_ZNK?(?:2at|3c10|5torch)\w*", symbols.stdout)
+    assert unstable == []
+    needed = run(["readelf", "-d", PACKAGE / "libtwophase_ops.so"]).stdout
+    assert not re.search(r"NEEDED.*lib(torch_cuda|cudart|c10)", needed)
+
+
+def test_installing_without_torch_ends_in_one_clear_line(tmp_path):
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    # setuptools alone: the site-packages of this environment hold torch too
+    source = Path(__import__("setuptools").__file__).parent
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for package in (source, source.parent / "_distutils_hack"):
+        if package.exists():
+            (tools / package.name).symlink_to(package)
+    result = run(
+        [python, "setup.py", "--quiet", "build_ext", "--build-lib", tmp_path / "lib"],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(tools)),
+    )
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert "needs torch >= 2.11" in last and "-m pip install torch`" in last
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake on PATH")
+def test_cuda_on_without_nvcc_is_a_clear_error(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("cmake", "c++", "g++", "cc", "make", "ld", "as", "ar", "ranlib", "uname", "sh"):
+        if (found := shutil.which(name)) is not None:
+            (tools / name).symlink_to(Path(found))
+    result = run(
+        ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-DTWOPHASE_CUDA=ON"],
+        env=environment(PATH=str(tools), CUDACXX=str(tmp_path / "no-nvcc"))
+        if os.environ.get("CUDACXX")
+        else environment(PATH=str(tools)),
+    )
+    assert result.returncode != 0
+    text = " ".join(result.stderr.split())
+    assert "TWOPHASE_CUDA=ON, but no CUDA compiler was found" in text
+    assert "put nvcc on PATH" in text
+
+
+def test_importing_without_the_library_says_why(tmp_path):
+    copy_sources(tmp_path)
+    result = run([sys.executable, "-c", "import twophase_ext"], cwd=tmp_path, env=environment())
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: twophase_ext has no compiled library beside it")
+    assert "pip install -e . --no-build-isolation" in last
+
+
+def test_importing_a_broken_library_says_why(tmp_path):
+    target = copy_sources(tmp_path)
+    module = next(PACKAGE.glob("_C.*"))
+    shutil.copy(module, target)  # libtwophase_ops.so, to which it is linked, is missing
+    result = run([sys.executable, "-c", "import twophase_ext"], cwd=tmp_path, env=environment())
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: the compiled library of twophase_ext could not be loaded")
+    assert "libtwophase_ops.so" in last and "torch" in last
+
+
+def test_files_are_short():
+    long = {
+        str(p.relative_to(ROOT)): count
+        for p in files()
+        if p.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}
+        and (count := len(p.read_text(encoding="utf-8").splitlines())) > 400
+    }
+    assert long == {}
+
+
+def test_no_path_of_a_machine_in_the_tree():
+    pattern = re.compile(r"/(?:home|root|Users|work|opt)/\w|\.pyenv|file://|https?://[\w.]*pypi")
+    shared = re.compile(r"\.\./shared")  # the data folder of CI: .ci/run alone names it
+    hits = []
+    for path in files():
+        name = path.relative_to(ROOT).as_posix()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if "re.compile(" in line and path == Path(__file__).resolve():
+                continue
+            if pattern.search(line) or (shared.search(line) and name != ".ci/run"):
+                hits.append(f"{name}:{number}: {line.strip()}")
+    assert hits == []
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a module imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            names.add(node.module)
+        elif (  # importlib.import_module("...")
+            isinstance(node, ast.Call)
+            and getattr(node.func, "attr", "") == "import_module"
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            names.add(str(node.args[0].value))
+    return {name.split(".")[0] for name in names}
+
+
+def test_floors_import_downwards_only():
+    core, reference = ROOT / "twophase_ext", ROOT / "python" / "twophase" / "reference"
+    modules = {p: imported(p) for f in (core, reference) for p in f.rglob("*.py")}
+    assert len(modules) > 10
+    for path, names in modules.items():
+        forbidden = "twophase_ext" if path.is_relative_to(reference) else "twophase"
+        assert forbidden not in names, f"{path.relative_to(ROOT)} imports {forbidden}"
+
+
+def test_import_needs_torch_and_numpy_alone():
+    """The GPU check runs on machines that have nothing else."""
+    code = "import sys, twophase_ext; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    path = os.pathsep.join(p for p in sys.path if p)
+    result = run([sys.executable, "-c", code], env=environment(PYTHONPATH=path))
+    assert result.returncode == 0, result.stderr
+    declared = {"rich", "jsonargparse", "pooch", "sklearn", "scipy", "yaml", "matplotlib"}
+    assert declared.isdisjoint(result.stdout.split())
