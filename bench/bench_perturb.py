@@ -6,8 +6,8 @@ The hidden parameters of PreActResNet18 with a wide layer of 66,000 units (m_H =
 
 import pytest
 import torch
-from twophase.models import PreActResNet18
 
+from twophase.models import PreActResNet18
 from twophase_ext.ops import perturb_
 
 WIDE, WIDE_SMALL, WIDTH_SMALL = 66_000, 100, 4

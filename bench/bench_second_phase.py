@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from twophase import data, models
 
 import twophase_ext as tp
+from twophase import data, models
 from twophase_ext.network import Network
 from twophase_ext.training.data import Samples
 from twophase_ext.training.features import Features

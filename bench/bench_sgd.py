@@ -6,8 +6,8 @@ with the paper's momentum and weight decay: a step reads p, g, b and writes p, b
 
 import pytest
 import torch
-from twophase.models import PreActResNet18
 
+from twophase.models import PreActResNet18
 from twophase_ext import optim
 
 WIDE, WIDE_SMALL, WIDTH_SMALL = 66_000, 100, 4

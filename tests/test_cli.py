@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-import twophase.cli
 
+import twophase.cli
 import twophase_ext as tp
 
 

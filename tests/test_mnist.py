@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from twophase import data, models
 
 import twophase_ext as tp
+from twophase import data, models
 from twophase_ext.training.streams import epoch_order
 
 N, EPOCHS, SEED = 2000, 20, 1
