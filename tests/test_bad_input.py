@@ -156,7 +156,7 @@ def test_last_layer_errors_reach_the_user():
     for last, error, message in (
         ("2x", ValueError, "'2x' is not in the model"),
         ("3", TypeError, "expected an affine layer"),
-        ("2", ValueError, "is not the output of 2"),
+        ("2", ValueError, "is not the output of '2'"),
     ):
         with pytest.raises(error, match=message):
             quiet(toy_mlp(), last_layer=last).fit(toy_data())

@@ -245,6 +245,6 @@ def _not_affine(
                 f"nn.Flatten and nn.Linear in its place; {listing}"
             )
     return (
-        "last_layer: the model's output is not the output of one affine layer; the loss "
-        f"expects logits, so leave a softmax, a scaling or a sum of heads out of it; {listing}"
+        "last_layer: the model's output is not the output of one affine layer (is there a softmax "
+        f"behind it, a scaling or a sum of heads? the loss expects logits); {listing}"
     )
