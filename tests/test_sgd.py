@@ -6,14 +6,15 @@ import itertools
 import pytest
 import torch
 from torch.library import opcheck
-from twophase import reference
 
 import twophase_ext as tp
+from twophase import reference
 from twophase_ext import _load, optim
 from twophase_ext.ops import sgd_
 
-# Without hardware fma torch rounds the product of add(alpha) on its own: 1 ulp a step, not equal.
+# Without vector instructions torch rounds the product of add(alpha) on its own.
 TORCH_FUSES = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+STEPS = 20
 
 RULES = [
     {"momentum": m, "dampening": d, "weight_decay": w, "nesterov": n, "maximize": x}
@@ -63,10 +64,12 @@ def set_grads(params, seed: int) -> None:
 
 def assert_equal(ours, theirs) -> None:
     for p, q in zip(ours, theirs, strict=True):
-        if TORCH_FUSES:
+        if TORCH_FUSES or p.numel() == 0:
             assert torch.equal(p, q)
-        else:
-            assert torch.allclose(p, q, rtol=40 * torch.finfo(p.dtype).eps, atol=0)
+        else:  # three products a step, their roundings summed in the momentum (1 / (1 - 0.9))
+            largest = max(1.0, float(q.detach().abs().max()))
+            bound = 10 * 3 * STEPS * torch.finfo(p.dtype).eps / 2 * largest
+            assert float((p - q).detach().abs().max()) <= bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -76,7 +79,7 @@ def test_equals_torch_bit_for_bit(rule, dtype, device):
     a = optim.SGD(ours, lr=0.05, **rule)
     b = torch.optim.SGD(theirs, lr=0.05, foreach=False, **rule)
     layouts = [(p.data_ptr(), p.stride()) for p in ours]
-    for step in range(20):
+    for step in range(STEPS):
         for params, optimizer in ((ours, a), (theirs, b)):
             set_grads(params, step)
             optimizer.step()
@@ -91,7 +94,6 @@ def test_equals_torch_bit_for_bit(rule, dtype, device):
 
 @pytest.mark.parametrize("rule", RULES, ids=named)
 def test_twin(rule, device):
-    """One step is within the roundings of the plain formulas."""
     ours = [p.detach() for p in make_params(torch.float64, device)]
     twin = [p.clone() for p in ours]
     set_grads(ours, 1)
@@ -104,7 +106,8 @@ def test_twin(rule, device):
     assert_equal(ours, twin)
     for b, t in zip(buffers, twin_buffers, strict=True):
         assert (b is None) == (t is None)
-        assert b is None or TORCH_FUSES is False or torch.equal(b, t)
+        if b is not None:
+            assert_equal([b], [t])
 
 
 def test_weight_decay_zero_keeps_p_out_of_the_buffer():
@@ -150,7 +153,7 @@ def test_every_thread_count_gives_the_same_bits():
 
 
 def test_expanded_gradient():
-    """The gradient of a sum: torch's own bits differ there from those for the same values stored."""
+    """The gradient of a sum gives what its stored copy gives (in torch they differ)."""
     p, g = torch.randn(3, 5), torch.randn(3, 1).expand(3, 5)
     q = p.clone()
     sgd_([p], [g], [None], lr=0.1)
