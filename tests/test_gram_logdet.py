@@ -307,9 +307,7 @@ def test_memory_is_checked_before_it_is_taken(monkeypatch):
 def test_errors(device):
     with pytest.raises(ValueError, match="features: expected 2 or 3 dimensions, got 1"):
         gram_logdet(torch.zeros(3, device=device))
-    with pytest.raises(
-        TypeError, match=r"features: expected float32 or float64, got torch\.float16"
-    ):
+    with pytest.raises(TypeError, match="features: expected float32 or float64, got"):
         gram_logdet(torch.zeros(3, 3, device=device).half())
     with pytest.raises(ValueError, match="features: expected at most 256 rows, got 257"):
         torch.ops.twophase.gram_logdet(torch.zeros(1, 257, 2, device=device), True)

@@ -3,9 +3,8 @@
 The bounds are those of csrc/math/cholesky.h, with two differences. Panels of b columns are added
 up here, so gamma_K needs only K = b + (number of panels). And the factor of LAPACK, MKL or cuSOLVER
 is taken as any L whatever, judged by its residual (a posteriori), as libraries multiply by
-reciprocals and inverted blocks. Products are taken to be plain float64 (the default of MKL, OpenBLAS
-and cuBLAS: no Strassen, no emulation by shorter types), rounding to be to nearest, without
-flush-to-zero.
+reciprocals and inverted blocks. Assumed: plain float64 products (MKL's, OpenBLAS's and cuBLAS's
+default: no Strassen, no emulation by shorter types), rounding to nearest, no flush-to-zero.
 """
 
 import math
