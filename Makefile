@@ -10,6 +10,8 @@ STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCH_JSON ?= runs/bench.json
 SANITIZED := build/sanitized
+SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,\
+  softplus perturb sgd last_layer_step gram_logdet))
 SOURCES := setup.py CMakeLists.txt pyproject.toml README.md $(shell find csrc twophase_ext python \
   -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name py.typed)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -47,8 +49,7 @@ sanitize: $(STAMPS)/torch $(STAMPS)/test
 	  $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q -m "not cuda" $(SANITIZE_TESTS)
-SANITIZE_TESTS ?= tests/test_softplus.py
+	  PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q --capture=sys -m "not cuda" $(SANITIZE_TESTS)
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

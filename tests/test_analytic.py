@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Given
 from torch import nn
 
 import twophase_ext as tp
+from helpers import Given
 from twophase_ext.nn import Softplus, analytic, classify
 
 

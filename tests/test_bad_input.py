@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import bits, quiet, same_bits, toy_data, toy_mlp
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 import twophase_ext as tp
+from helpers import bits, quiet, same_bits, toy_data, toy_mlp
 
 
 def nan_at(index: int):

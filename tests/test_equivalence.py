@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import toy_convnet, toy_data, toy_images, toy_mlp
 from torch import nn
-from twophase.reference import two_phase
 
 import twophase_ext as tp
+from helpers import toy_convnet, toy_data, toy_images, toy_mlp
+from twophase.reference import two_phase
 from twophase_ext.training.losses import squared_error
 from twophase_ext.training.streams import epoch_order
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Given
 from torch import nn
 
 import twophase_ext as tp
+from helpers import Given
 from twophase_ext import layers
+from twophase_ext.names import canonical_name
 from twophase_ext.nn import Softplus, WideHead
 
 
@@ -347,8 +348,8 @@ def test_parameters_are_divided_under_canonical_names(wrap):
 
 
 def test_canonical_name():
-    assert layers.canonical_name("module._orig_mod.a.module.b.weight") == "a.b.weight"
-    assert layers.canonical_name("modules.a") == "modules.a"
+    assert canonical_name("module._orig_mod.a.module.b.weight") == "a.b.weight"
+    assert canonical_name("modules.a") == "modules.a"
 
 
 def test_names_that_collide_are_refused():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from twophase import models
 
 import twophase_ext as tp
+from twophase import models
 from twophase_ext.network import Network
 
 

@@ -6,10 +6,10 @@ from fractions import Fraction
 import mpmath
 import pytest
 import torch
-from helpers import Given
 from torch import nn
 
 import twophase_ext as tp
+from helpers import Given
 from twophase_ext import layers
 from twophase_ext.nn import Softplus, WideHead, analytic, wide_units, widen
 

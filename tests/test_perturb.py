@@ -11,9 +11,9 @@ import pytest
 import scipy.stats
 import torch
 from torch.library import opcheck
-from twophase import reference
 
 import twophase_ext as tp
+from twophase import reference
 from twophase_ext import _load
 from twophase_ext.ops import perturb_
 

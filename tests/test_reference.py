@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
+
 from twophase import reference
 from twophase.reference.two_phase import recompute_statistics
 

@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 from torch.library import opcheck
-from twophase import reference
 
 import twophase_ext as tp
+from twophase import reference
 from twophase_ext import _load, optim
 from twophase_ext.ops import sgd_
 

@@ -7,10 +7,10 @@ from typing import NamedTuple, TypeGuard
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .names import WRAPPERS, canonical_name
 from .nn.softplus import Softplus
 from .probing import Call, input_of, record, unchanged, unwrap
 
-_WRAPPERS = ("module", "_orig_mod")
 _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -50,11 +50,6 @@ class Split:
         if self.wide is None:
             raise ValueError("model: it has no wide layer (nn.Linear, then tp.nn.Softplus)")
         return input_of(self.model, self.wide.linear, x)
-
-
-def canonical_name(name: str) -> str:
-    """A parameter's name without the components that wrappers (DataParallel, compile) add."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def describe_candidates(names: Iterable[str]) -> str:
@@ -192,7 +187,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if canonical_name(name) in found:
             raise ValueError(
                 f"model: two parameters are called {canonical_name(name)!r} once the wrappers' "
-                f"names {' and '.join(_WRAPPERS)} are left out; rename that submodule"
+                f"names {' and '.join(WRAPPERS)} are left out; rename that submodule"
             )
         if parameter.requires_grad:
             found[canonical_name(name)] = parameter

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers, ops
-from .layers import canonical_name
+from .names import canonical_name
 
 
 class Network:

@@ -39,7 +39,8 @@ def gram_logdet_large(features: Tensor, append_ones: bool) -> tuple[int, float, 
     factor, info_tensor = torch.linalg.cholesky_ex(gram)
     info = int(info_tensor)
     if info == 0:
-        logabsdet = 2 * float(factor.diagonal().log().sum() + math.log(2) * exponents.sum())
+        logarithms = float(factor.diagonal().log().sum())
+        logabsdet = 2 * (logarithms + math.log(2) * int(exponents.sum()))
     del factor
     if info == 0 and n <= m + append_ones and _positive_definite(gram, diagonal, trace, e_G):
         return n, logabsdet, info

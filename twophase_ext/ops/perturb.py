@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
+from ..names import canonical_name
 
 _ops = torch.ops.twophase
-_WRAPPERS = ("module", "_orig_mod")
 _SIGMAS = torch.finfo(torch.float32)
 
 
@@ -46,7 +46,7 @@ def perturb_(
     tensors: dict[str, Tensor] = {}
     for name, value in pairs:
         tensor = _shared_tensor(name, value)
-        if (key := _canonical(name)) in tensors:
+        if (key := canonical_name(name)) in tensors:
             raise ValueError(f"named_tensors: expected distinct names, got {key!r} twice")
         tensors[key] = tensor
     _check_memory(tensors)
@@ -62,11 +62,6 @@ def perturb_(
             keys = [_key(stream, name) for name in names]
             _ops.perturb_(changed, keys, [sigmas[name] for name in names])
             torch.autograd.graph.increment_version(changed)
-
-
-def _canonical(name: str) -> str:
-    """The name without the components that wrapping a module adds."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _seed_bytes(seed: int) -> bytes:
@@ -126,7 +121,7 @@ def _sigmas(std: float | Mapping[str, float], tensors: Mapping[str, Tensor]) -> 
     if isinstance(std, Mapping):
         given: dict[str, float] = {}
         for name, sigma in std.items():
-            if (key := _canonical(name)) in given:
+            if (key := canonical_name(name)) in given:
                 raise ValueError(f"std: expected distinct names, got {key!r} twice")
             given[key] = sigma
         if missing := [name for name in tensors if name not in given]:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import available_memory
 from ..network import Network
 from .data import Samples
 
