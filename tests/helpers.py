@@ -73,3 +73,16 @@ def bits(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Given(nn.Module):
+    """A module whose forward is given: Given(lambda m, x: m.fc(x), fc=nn.Linear(4, 3))."""
+
+    def __init__(self, run, **modules: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.run(self, x)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 from torch import nn
 
 import twophase_ext as tp
+from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 
 
 def statuses(table) -> dict[str, str]:

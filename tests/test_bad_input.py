@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import bits, quiet, same_bits, toy_data, toy_mlp
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 import twophase_ext as tp
+from helpers import bits, quiet, same_bits, toy_data, toy_mlp
 
 
 def nan_at(index: int):
@@ -156,7 +156,7 @@ def test_last_layer_errors_reach_the_user():
     for last, error, message in (
         ("2x", ValueError, "'2x' is not in the model"),
         ("3", TypeError, "expected an affine layer"),
-        ("2", ValueError, "is not the output of 2"),
+        ("2", ValueError, "is not the output of '2'"),
     ):
         with pytest.raises(error, match=message):
             quiet(toy_mlp(), last_layer=last).fit(toy_data())

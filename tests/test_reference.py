@@ -1,13 +1,18 @@
 """The plain-PyTorch reference against published vectors, mpmath, autograd and torch.optim."""
 
+import copy
 import hashlib
 import itertools
 
 import mpmath
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
+
 from twophase import reference
 from twophase.reference.two_phase import recompute_statistics
 
@@ -34,7 +39,13 @@ def test_stream_key_definition():
     expected = int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
     for name in ("conv.weight", "module.conv.weight", "module._orig_mod.conv.weight"):
         assert reference.stream_key(7, name) == expected
-    assert reference.stream_key(-1, "a") != reference.stream_key(1, "a")
+    negative = hashlib.sha256(b"\xff" * 8 + b"a").digest()[:8]
+    assert reference.stream_key(-1, "a") == int.from_bytes(negative, "little")
+    # only whole components are a wrapper's
+    for name in ("my_module.w", "w.module", "modulew"):
+        data = (7).to_bytes(8, "little") + name.encode()
+        expected = int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+        assert reference.stream_key(7, name) == expected
 
 
 def test_normal_is_normal_and_prefix_stable():
@@ -44,13 +55,66 @@ def test_normal_is_normal_and_prefix_stable():
     assert reference.normal(5, 0).shape == (0,)
 
 
-def test_perturb_sigma_and_strides():
-    w = torch.zeros(40, 50)
-    reference.perturb_({"w": w}, 0.25, seed=1)
-    assert abs(float(w.std()) - 0.25) < 4 * 0.25 / (2 * w.numel()) ** 0.5
+def scalar_philox(counter, key):
+    """Philox4x32-10 in Python's integers."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b % 2**32, (a >> 32) ^ c[3] ^ k[1], a % 2**32]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6))
+def test_philox_is_exact_integer_arithmetic(words):
+    counter, key = words[:4], words[4:]
+    ours = reference.philox4x32_10(tuple(key), torch.tensor([counter, VECTORS[2][0]]))
+    assert ours.tolist() == [scalar_philox(c, key) for c in (counter, VECTORS[2][0])]
+
+
+def test_normal_is_the_written_definition():
+    mpmath.mp.dps = 40
+    key = reference.stream_key(-5, "layer.weight")
+    z = reference.normal(key, 402).tolist()
+    half, scale = np.float32(0.5), np.float32(2.0**-32)
+    for block in range(101):
+        words = scalar_philox([block, 0, 0, 0], [key % 2**32, key >> 32])
+        u = [mpmath.mpf(float((np.float32(w) + half) * scale)) for w in words]
+        for pair in (0, 1):
+            radius = mpmath.sqrt(-2 * mpmath.log(u[2 * pair]))
+            angle = 2 * mpmath.pi * u[2 * pair + 1]
+            for lane, exact in enumerate((radius * mpmath.cos(angle), radius * mpmath.sin(angle))):
+                i = 4 * block + 2 * pair + lane
+                # the angle, below 2 pi, carries 2 roundings, the rest one each of size <= radius
+                if i < len(z):
+                    assert abs(z[i] - exact) <= 2.0**-53 * (4 * float(mpmath.pi) + 4) * radius
+
+
+def test_perturb_sigma_order_and_precision():
+    w = {"a": torch.zeros(40, 50), "b": torch.zeros(3000)}
+    reference.perturb_(w.items(), {"a": 0.25, "b": 1e-3}, seed=1)
+    for name, sigma in (("a", 0.25), ("b", 1e-3)):
+        noise = w[name].flatten().numpy() / sigma
+        assert stats.kstest(noise, "norm").pvalue > 1e-3
+        assert abs(noise.std() - 1) < 4 / (2 * len(noise)) ** 0.5
     transposed = torch.zeros(50, 40).T
-    reference.perturb_({"w": transposed}, 0.25, seed=1)
-    assert torch.equal(w, transposed)
+    reference.perturb_({"module.a": transposed}, 0.25, seed=1)
+    assert torch.equal(w["a"], transposed)
+    # float64 takes the float32 stream, and is not rounded to float32 by the addition
+    double = torch.full((40, 50), 1 / 3, dtype=torch.float64)
+    reference.perturb_({"a": double}, 0.25, seed=1)
+    assert torch.equal(double, torch.full_like(double, 1 / 3) + w["a"].double())
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0, float("nan"), float("inf"), 1e-50, {"a": 1.0}])
+def test_perturb_refuses_before_it_changes(std):
+    w = {"a": torch.zeros(3), "b": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"std: expected .*'[ab]'"):
+        reference.perturb_(w, std, seed=1)
+    with pytest.raises(TypeError, match=r"h: expected float32 or float64, got torch\.bfloat16"):
+        reference.perturb_(w | {"h": torch.zeros(3, dtype=torch.bfloat16)}, 1.0, seed=1)
+    assert not any(t.any() for t in w.values())
 
 
 def test_softplus_against_mpmath():
@@ -73,6 +137,12 @@ def test_softplus_against_mpmath():
     torch.testing.assert_close(by_y * g, gg)
 
 
+def test_softplus_at_the_edges():
+    x = torch.tensor([-torch.inf, -1e300, 1e300, torch.inf, torch.nan], dtype=torch.float64)
+    y = reference.softplus(x)
+    assert y[:4].tolist() == [0.0, 0.0, 1e300, float("inf")] and y[4].isnan()
+
+
 @pytest.mark.parametrize(
     ("momentum", "dampening", "decay", "nesterov", "maximize"),
     [
@@ -82,7 +152,7 @@ def test_softplus_against_mpmath():
     ],
 )
 def test_sgd_is_torchs(momentum, dampening, decay, nesterov, maximize):
-    settings = {
+    options = {
         "lr": 0.1,
         "momentum": momentum,
         "dampening": dampening,
@@ -93,14 +163,14 @@ def test_sgd_is_torchs(momentum, dampening, decay, nesterov, maximize):
     torch.manual_seed(0)
     ours = [torch.randn(3, 4, dtype=torch.float64), torch.randn(5, dtype=torch.float64)]
     theirs = [nn.Parameter(p.clone()) for p in ours]
-    optimizer = torch.optim.SGD(theirs, **settings)
+    optimizer = torch.optim.SGD(theirs, **options)
     buffers = [None, None]
     for _ in range(5):
         grads = [torch.randn_like(p) for p in ours]
         for p, g in zip(theirs, grads, strict=True):
             p.grad = g.clone()
         optimizer.step()
-        reference.sgd_(ours, grads, buffers, **settings)
+        reference.sgd_(ours, grads, buffers, **options)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b.detach(), rtol=1e-15, atol=1e-16)
 
@@ -113,33 +183,76 @@ def test_sgd_mask_leaves_tensor_and_buffer_alone():
     assert not torch.equal(p[1], torch.ones(3))
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_last_layer_step_is_autograd_and_sgd(loss, bias):
-    torch.manual_seed(0)
-    layer = nn.Linear(7, 3, bias=bias).double()
-    weight = layer.weight.detach().clone()
-    b = layer.bias.detach().clone() if bias else None
-    settings = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}
-    optimizer = torch.optim.SGD(layer.parameters(), **settings)
-    buffers = [None, None] if bias else [None]
-    for _ in range(4):
-        h = torch.randn(5, 7, dtype=torch.float64)
-        y = torch.randint(3, (5,)) if loss == "cross_entropy" else torch.randn(5, 3).double()
-        q = layer(h)
-        value = (
-            nn.functional.cross_entropy(q, y)
-            if loss == "cross_entropy"
-            else (q - y).square().sum(1).mean()
+def test_last_layer_step_is_autograd_and_sgd(loss, bias, nesterov):
+    options = {
+        "lr": 0.02,
+        "momentum": 0.9,
+        "dampening": 0.0 if nesterov else 0.3,
+        "weight_decay": 1e-2,
+        "nesterov": nesterov,
+    }
+
+    def torchs(dtype):
+        torch.manual_seed(0)
+        layer = nn.Linear(7, 3, bias=bias).to(dtype)
+        optimizer = torch.optim.SGD(layer.parameters(), **options)
+        values = []
+        for h, y in batches:
+            q, y = layer(h.to(dtype)), y if loss == "cross_entropy" else y.to(dtype)
+            if loss == "cross_entropy":
+                value = nn.functional.cross_entropy(q, y)
+            else:
+                value = (q - y).square().sum(1).mean()
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            values.append(value.detach())
+        return [torch.stack(values), *(p.detach() for p in layer.parameters())]
+
+    def ours(dtype):
+        torch.manual_seed(0)
+        layer = nn.Linear(7, 3, bias=bias).to(dtype)
+        w, b = layer.weight.detach(), layer.bias.detach() if bias else None
+        buffers = [None, None] if bias else [None]
+        values = []
+        for h, y in batches:
+            y = y if loss == "cross_entropy" else y.to(dtype)
+            values.append(
+                reference.last_layer_step_(w, b, buffers, h.to(dtype), y, loss=loss, **options)
+            )
+        return [torch.stack(values), w, b] if bias else [torch.stack(values), w]
+
+    torch.manual_seed(1)
+    batches = [
+        (
+            torch.randn(5, 7),
+            torch.randint(3, (5,)) if loss == "cross_entropy" else torch.randn(5, 3),
         )
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        ours = reference.last_layer_step_(weight, b, buffers, h, y, loss=loss, **settings)
-        torch.testing.assert_close(ours, value.detach())
-    torch.testing.assert_close(weight, layer.weight.detach())
-    if bias:
-        torch.testing.assert_close(b, layer.bias.detach())
+        for _ in range(8)
+    ]
+    for exact, theirs, mine, mine64 in zip(
+        torchs(torch.float64),
+        torchs(torch.float32),
+        ours(torch.float32),
+        ours(torch.float64),
+        strict=True,
+    ):
+        error = (theirs - exact).abs().max()
+        assert (mine - exact).abs().max() <= 2 * error
+        # float64 has 29 bits more; theirs errs there as well: 2 + 1
+        assert (mine64 - exact).abs().max() <= 3 * error * 2.0**-29
+
+
+def test_last_layer_step_refuses_an_unknown_loss():
+    w = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="loss: expected 'cross_entropy' or 'squared_error', got"):
+        reference.last_layer_step_(
+            w, None, [None], torch.ones(4, 3), torch.ones(4, 2), loss="mse", lr=1.0
+        )
+    assert not w.any()
 
 
 def test_gram_logdet_on_known_ranks():
@@ -152,6 +265,24 @@ def test_gram_logdet_on_known_ranks():
     torch.testing.assert_close(logabsdet[0], torch.linalg.slogdet(m @ m.T)[1])
     rank, logabsdet = reference.gram_logdet(torch.randn(5, 2))
     assert rank == 3 and logabsdet == -torch.inf
+    rank, logabsdet = reference.gram_logdet(torch.randn(0, 2))
+    assert rank == 0 and logabsdet == 0  # the determinant of a 0 x 0 matrix is 1
+
+
+@pytest.mark.parametrize("weakest", [1e-3, 1.5e-14, 1e-15, 0.0])
+def test_gram_logdet_on_known_singular_values(weakest):
+    """Rank by numpy's rule, with singular values on both sides of its 12 eps tolerance."""
+    torch.manual_seed(0)
+    u = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    v = torch.linalg.qr(torch.randn(12, 8, dtype=torch.float64))[0]
+    sigma = torch.linspace(1, 0.5, 8, dtype=torch.float64)
+    sigma[-1] = weakest
+    h = u @ sigma.diag() @ v.T
+    rank, logabsdet = reference.gram_logdet(h, append_ones=False)
+    assert rank == np.linalg.matrix_rank(h.numpy()) == 7 + (weakest > 12 * 2.0**-52)
+    if weakest > 1e-6:
+        # a perturbation of sigma_min by a few u moves the logarithm by that over sigma_min
+        assert abs(logabsdet - 2 * sigma.log().sum()) <= 2 * 8 * 12 * 2.0**-53 / weakest
 
 
 def small_problem():
@@ -160,6 +291,56 @@ def small_problem():
         nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 20), nn.Tanh(), nn.Linear(20, 3)
     ).double()
     return model, torch.randn(18, 4, dtype=torch.float64), torch.randint(3, (18,))
+
+
+def test_two_phase_is_two_torch_optimizers():
+    """Momentum carried over at tau; a parameter that does not require grad is left alone."""
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 3))
+    ours = ours.double()
+    ours[0].bias.requires_grad_(False)
+    theirs = copy.deepcopy(ours)
+    x, y = torch.randn(18, 4, dtype=torch.float64), torch.randint(3, (18,))
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
+    orders = [torch.randperm(18).split(5) for _ in range(6)]
+    loss = nn.functional.cross_entropy
+    reference.two_phase(
+        ours, "4", x, y, loss=loss, batches=orders.__getitem__, epochs=6, tau=4, noise_std=0.01,
+        noise_seed=7, **options,
+    )  # fmt: skip
+
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], **options)
+    for epoch, order in enumerate(orders):
+        if epoch == 4:
+            state = [optimizer.state[p] for p in theirs[4].parameters()]
+            for name, p in theirs.named_parameters():
+                if p.requires_grad and not name.startswith("4."):
+                    p.data += 0.01 * reference.normal(
+                        reference.stream_key(7, name), p.numel()
+                    ).view(p.shape)
+                p.requires_grad_(name.startswith("4."))
+            optimizer = torch.optim.SGD(theirs[4].parameters(), **options)
+            optimizer.state.update(zip(theirs[4].parameters(), state, strict=True))
+        for index in order:
+            optimizer.zero_grad()
+            loss(theirs(x[index]), y[index]).backward()
+            optimizer.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        # the twin's noise passes through float32: sigma |z| < 0.06, and the last layer follows it
+        tolerance = 0.0 if name == "0.bias" else 0.06 * 2.0**-23
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_two_phase_refuses_a_wrong_layer_or_time():
+    model, x, y = small_problem()
+    before = copy.deepcopy(model.state_dict())
+    options = {"loss": nn.functional.cross_entropy, "epochs": 2, "lr": 0.1}
+    batches = lambda _: [torch.arange(18)]  # noqa: E731
+    with pytest.raises(ValueError, match=r"last_layer: expected .* got 'head'"):
+        reference.two_phase(model, "head", x, y, batches=batches, tau=1, **options)
+    with pytest.raises(ValueError, match=r"tau: expected an epoch in 0\.\.2, got 3"):
+        reference.two_phase(model, "5", x, y, batches=batches, tau=3, **options)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_two_phase_freezes_the_hidden_layers():

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+
 from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 
 

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import twophase_ext as tp
+from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 from twophase_ext.training.streams import epoch_order
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 from torch import nn
 
 import twophase_ext as tp
+from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 
 
 def features(model: nn.Module, x: torch.Tensor) -> np.ndarray:

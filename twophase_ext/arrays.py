@@ -1,41 +1,80 @@
-"""Arrays of other libraries as torch tensors, without a copy where the memory can be shared."""
+"""Arrays of NumPy, CuPy and others as torch tensors, without a copy where memory can be shared."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+# torch stores uint16, uint32 and uint64 too, but hardly computes with them: refused, not shared.
+_NUMPY_DTYPES = frozenset(
+    np.dtype(name)
+    for name in (
+        *("bool", "uint8", "int8", "int16", "int32", "int64"),
+        *("float16", "float32", "float64", "complex64", "complex128"),
+    )
+)
 
-def as_tensor(array: Any, *, name: str) -> Tensor:
-    """`array` as a tensor over the same memory.
 
-    torch tensors pass through; NumPy arrays, CuPy arrays and anything else with DLPack share their
-    memory. Copied instead: read-only or byte-swapped NumPy arrays, and lists of numbers. Raises
-    TypeError that names the argument `name` for anything else.
+def as_tensor(a: Any, *, name: str) -> Tensor:
+    """`a` as a torch tensor.
+
+    Returned as it is: a torch tensor. Shared, without a copy, on its own device: NumPy arrays and
+    whatever offers `__dlpack__` or `__cuda_array_interface__` (CuPy, JAX, Numba). Copied: NumPy
+    arrays that are read-only (torch has no read-only tensors, and an in-place operation would
+    write into them; a memory map opened with mode "c" is shared), of foreign byte order, or with
+    strides that torch lacks (negative ones); objects with `__array__` alone; nested lists of
+    numbers (int64, float64, ...).
+
+    name: the argument's name, for the errors. Raises TypeError for what is no array or has a dtype
+    that torch does not compute with (uint16, uint32, uint64, longdouble, object, strings),
+    ValueError for a ragged list.
     """
-    if isinstance(array, Tensor):
-        return array
-    if isinstance(array, np.ndarray):
-        return _from_numpy(array, name)
-    if hasattr(array, "__dlpack__"):
-        try:
-            return torch.from_dlpack(array)
-        except (BufferError, RuntimeError, TypeError) as error:
-            raise TypeError(
-                f"{name}: {type(array).__name__} could not be shared: {error}"
-            ) from None
-    if isinstance(array, list | tuple | int | float | np.generic):
-        return _from_numpy(np.array(array), name)
-    raise TypeError(f"{name}: expected a tensor or an array, got {type(array).__name__}")
+    if isinstance(a, Tensor):
+        return a
+    if isinstance(a, np.ndarray | np.generic):
+        return _from_numpy(a, name)
+    if hasattr(a, "__dlpack__"):
+        return _shared(torch.from_dlpack, a, name)
+    if hasattr(a, "__cuda_array_interface__"):
+        return _shared(torch.as_tensor, a, name)
+    if hasattr(a, "__array__"):
+        return _from_numpy(np.asarray(a), name)
+    if isinstance(a, list | tuple | int | float | complex):
+        return _from_numbers(a, name)
+    raise TypeError(f"{name}: expected a tensor, an array or numbers, got {type(a).__name__}")
 
 
-def _from_numpy(array: np.ndarray, name: str) -> Tensor:
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
-        array = array.copy()
+def _from_numpy(a: np.ndarray | np.generic, name: str) -> Tensor:
+    if isinstance(a, np.ma.MaskedArray):
+        raise TypeError(f"{name}: masked arrays are not supported; fill the masked entries first")
+    array = np.asarray(a)
+    native = array.dtype.newbyteorder("=")
+    if native not in _NUMPY_DTYPES:
+        advice = "; convert it, for example to int64" if native.kind == "u" else ""
+        raise TypeError(f"{name}: arrays of dtype {array.dtype} are not supported{advice}")
+    shareable = array.flags.writeable and array.dtype.isnative
+    strides_fit = all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
+    if not (shareable and strides_fit):
+        array = np.array(array, dtype=native, order="C")
+    return torch.from_numpy(array)
+
+
+def _shared(convert: Callable[[Any], Tensor], a: Any, name: str) -> Tensor:
     try:
-        return torch.from_numpy(array)
-    except TypeError:
-        raise TypeError(f"{name}: arrays of dtype {array.dtype} are not supported") from None
+        return convert(a)
+    # the producer decides which of these it raises for what it cannot share
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        kind = f"{type(a).__module__}.{type(a).__name__}"
+        raise TypeError(f"{name}: torch cannot share the memory of this {kind}: {error}") from error
+
+
+def _from_numbers(a: Any, name: str) -> Tensor:
+    try:
+        array = np.array(a)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a rectangular list of numbers: {error}") from error
+    except TypeError as error:
+        raise TypeError(f"{name}: expected numbers: {error}") from error
+    return _from_numpy(array, name)

@@ -10,7 +10,7 @@ from .arrays import as_tensor
 from .expressivity import Verdict
 from .expressivity.verify import identical_rows, verify_network
 from .network import Network
-from .nn import classify, functional_calls
+from .nn import classify
 from .training.losses import ConvexLoss, resolve_loss
 
 HELD, FAILED, UNCHECKED = "held", "failed", "not checked"
@@ -129,31 +129,23 @@ def check_assumptions(
 
 
 def _analyticity(model: nn.Module) -> list[Assumption]:
-    rows = []
-    kinds = classify(model)
-    for status, name in (("not analytic", FAILED), ("unknown", UNCHECKED)):
-        for kind in kinds:
-            if kind.status == status:
-                evidence = f"{kind.name} ({kind.type}) is {status}"
-                rows.append(Assumption("analytic modules", name, evidence, kind.reason))
-    if not rows:
-        rows.append(Assumption("analytic modules", HELD, f"all {len(kinds)} modules"))
-    calls, error = functional_calls(model)
-    if error:
-        row = Assumption("analytic calls", UNCHECKED, f"forward() could not be traced ({error})")
-        return [*rows, row]
-    for where, call in calls:
-        rows.append(
-            Assumption(
-                "analytic calls",
-                FAILED,
-                f"{where}: {call}()",
-                "use a module such as tp.nn.Softplus",
-            )
-        )
-    if not calls:
-        rows.append(Assumption("analytic calls", HELD, "none found that is not"))
-    return rows
+    findings = classify(model)
+    bad = [finding for finding in findings if finding.status != "analytic"]
+    rows: dict[str, list[Assumption]] = {"analytic modules": [], "analytic calls": []}
+    for finding in bad:
+        name = "analytic calls" if finding.kind.startswith("function ") else "analytic modules"
+        status = FAILED if finding.status == "not analytic" else UNCHECKED
+        evidence = f"{finding.name or 'the model'} ({finding.kind}) is {finding.status}"
+        rows[name].append(Assumption(name, status, evidence, finding.reason))
+    if not rows["analytic modules"]:
+        held = Assumption("analytic modules", HELD, f"all {len(findings) - len(bad)} modules")
+        rows["analytic modules"].append(held)
+    if not rows["analytic calls"]:
+        unseen = [f.name or "the model" for f in bad if f.status == "unknown"]
+        evidence = f"not seen in {', '.join(unseen)}" if unseen else "none found that is not"
+        status = UNCHECKED if unseen else HELD
+        rows["analytic calls"].append(Assumption("analytic calls", status, evidence))
+    return [*rows["analytic modules"], *rows["analytic calls"]]
 
 
 def _depth(model: nn.Module, network: Network) -> Assumption:

@@ -1,188 +1,250 @@
-"""Find the last affine layer and the wide softplus layer of any model by running it once."""
+"""The last affine layer and the wide softplus layer of any model, found by running it once."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, TypeGuard
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from .names import WRAPPERS, canonical_name
 from .nn.softplus import Softplus
+from .probing import Call, input_of, record, unchanged, unwrap
+
+_CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-@dataclass(frozen=True)
-class LastLayer:
-    """The affine last layer: its dotted name and module."""
+class LastLayer(NamedTuple):
+    """The affine last layer W^(H+1): its canonical name and the module."""
 
     name: str
     module: nn.Linear
 
 
-@dataclass(frozen=True)
-class WideLayer:
-    """The last hidden layer where it is affine + exact softplus: h = softplus(linear(z), beta)."""
+class WideLayer(NamedTuple):
+    """The last hidden layer where it is h = softplus(linear(z), beta), with canonical names."""
 
-    name: str
+    linear_name: str
     linear: nn.Linear
+    activation_name: str
     beta: float
 
 
-class _Stop(Exception):
-    """Ends a forward pass once the input that was asked for is known."""
+@dataclass(frozen=True)
+class Split:
+    """A model cut at its wide layer and at its last layer; both run in the caller's grad mode.
 
-
-def canonical_name(name: str) -> str:
-    """A parameter's name without the components that wrappers (DataParallel, compile) add."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-
-
-def input_of(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
-    """The input that `module` gets when the model is run on x; nothing after it is computed.
-
-    Raises ValueError where the model's forward pass does not reach the module.
+    They work in whatever mode the model is, and compute nothing behind what they return.
     """
-    caught: list[Tensor] = []
 
-    def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        caught.append(arguments[0])
-        raise _Stop
+    model: nn.Module
+    last: LastLayer
+    wide: WideLayer | None
 
-    handle = module.register_forward_pre_hook(stop)
-    try:
-        model(x)
-    except _Stop:
-        return caught[0]
-    finally:
-        handle.remove()
-    raise ValueError("model: its forward pass does not reach the layer that was asked for")
+    def hidden_features(self, x: Tensor) -> Tensor:
+        """h, the input of the last layer: [batch, m_H]."""
+        return input_of(self.model, self.last.module, x)
 
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes, buffers and random state come back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+    def backbone_features(self, x: Tensor) -> Tensor:
+        """z, the input of the wide layer: [batch, d]. ValueError where there is no wide layer."""
+        if self.wide is None:
+            raise ValueError("model: it has no wide layer (nn.Linear, then tp.nn.Softplus)")
+        return input_of(self.model, self.wide.linear, x)
 
 
-def _record(
-    model: nn.Module, example: Tensor, wanted: Callable[[nn.Module], bool]
-) -> tuple[list[tuple[nn.Module, Tensor, Tensor]], Any]:
-    """Run the model once: (module, input, output) of each wanted call, and the model's output."""
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
-    inputs: list[Tensor] = []
-
-    # Clones, and the input before the call: an in-place activation overwrites what it is given.
-    def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        inputs.append(arguments[0].detach().clone())
-
-    def after(module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
-        calls.append((module, inputs.pop(), output.detach().clone()))
-
-    wanted_modules = [m for m in model.modules() if wanted(m)]
-    handles = [m.register_forward_pre_hook(before) for m in wanted_modules]
-    handles += [m.register_forward_hook(after) for m in wanted_modules]
-    try:
-        with _untouched(model):
-            output = model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, output
+def describe_candidates(names: Iterable[str]) -> str:
+    """The affine layers that a user may have meant, for the end of an error."""
+    return f"affine layers: {', '.join(map(repr, dict.fromkeys(names))) or 'none'}"
 
 
 def find_last_layer(
-    model: nn.Module, example: Tensor, last_layer: nn.Module | str | None = None
+    model: nn.Module, example_input: Tensor, last_layer: nn.Module | str | None = None
 ) -> LastLayer:
-    """The nn.Linear whose output is the model's output, found by running `example` once.
+    """Find the nn.Linear whose output is the model's output, by running the model once.
 
-    last_layer: a module or name that settles which one. The model's mode, buffers and torch's
-    random state are unchanged. Raises TypeError where the layer given is not nn.Linear, ValueError
-    where it is not found, is not the output, runs more than once, or shares its weights.
+    example_input: a batch of at least one sample, [b, ...]. last_layer: the module or its name,
+    where the user says which; it is checked in the same way. The layer must get [b, m_H], must
+    run once and share no parameter with another module. The run is in eval mode without gradients;
+    the model's mode, buffers and torch's random state are the same afterwards.
+
+    Raises TypeError where `last_layer` is not an nn.Linear, ValueError in every other case that
+    is not met; the errors name the affine layers that ran, in the order of execution.
     """
-    names = {module: name for name, module in model.named_modules()}
-    calls, output = _record(model, example, lambda m: isinstance(m, nn.Linear))
-    candidates = list(dict.fromkeys(names[module] for module, _, _ in calls))
-    listing = f"affine layers on the path: {', '.join(candidates) or 'none'}"
-    if not isinstance(output, Tensor):
-        raise ValueError(f"model: expected one tensor as output, got {type(output).__name__}")
-
+    model = unwrap(model)
     if last_layer is not None:
-        module = (
-            dict(model.named_modules()).get(last_layer)
-            if isinstance(last_layer, str)
-            else last_layer
-        )
-        if module is None or module not in names:
-            raise ValueError(f"last_layer: {last_layer!r} is not in the model; {listing}")
-        if not isinstance(module, nn.Linear):
-            raise TypeError(
-                f"last_layer: expected an affine layer (nn.Linear), got {type(module).__name__} "
-                f"({names[module] or 'the model itself'}); {listing}"
-            )
+        named_last_layer(model, last_layer)
+    calls, output = record(model, example_input, nn.Linear | _CONVOLUTIONS)
+    names = _names(model)
+    linear = [call for call in calls if isinstance(call.module, nn.Linear)]
+    listing = describe_candidates(names[call.module] for call in linear)
+    if not isinstance(output, Tensor):
+        raise ValueError(f"model: expected one tensor as output, got {_kind(output)}; {listing}")
+    if last_layer is None:
+        ends = [c for c in linear if unchanged(c.output, c.output_version, output)]
+        if not ends:
+            raise ValueError(_not_affine(calls, names, output, listing))
+        found = named_last_layer(model, ends[-1].module)
     else:
-        if not calls:
-            raise ValueError(f"last_layer: the model has no nn.Linear on its path; {listing}")
-        matching = list(dict.fromkeys(m for m, _, out in calls if _equal(out, output)))
-        if not matching:
-            raise ValueError(
-                "last_layer: the model's output is not the output of an affine layer (is there a "
-                f"softmax behind it? the loss expects logits); {listing}"
-            )
-        if len(matching) > 1:
-            raise ValueError(
-                "last_layer: ambiguous, the output equals that of "
-                f"{', '.join(names[m] for m in matching)}; name one"
-            )
-        module = matching[0]
-    assert isinstance(module, nn.Linear)
-    own = [call for call in calls if call[0] is module]
+        found = named_last_layer(model, last_layer)
+    own = [call for call in linear if call.module is found.module]
     if len(own) != 1:
         raise ValueError(
-            f"last_layer: {names[module]} runs {len(own)} times in a forward pass, expected once; "
+            f"last_layer: {found.name!r} runs {len(own)} times in one forward pass, expected "
+            f"once; {listing}"
+        )
+    if not unchanged(own[0].output, own[0].output_version, output):
+        raise ValueError(
+            f"last_layer: the model's output is not the output of {found.name!r}; {listing}"
+        )
+    shape, rows = tuple(own[0].input.shape), example_input.shape[0]
+    if len(shape) != 2 or shape[0] != rows:
+        raise ValueError(
+            f"last_layer: expected the input of {found.name!r} to have one row per sample, "
+            f"({rows}, {shape[-1]}), got {shape}"
+        )
+    return found
+
+
+def named_last_layer(model: nn.Module, last_layer: nn.Module | str) -> LastLayer:
+    """Check the module or name that was given as last layer, without running the model.
+
+    Raises TypeError where it is not affine (nn.Linear), ValueError where it is not in the model,
+    is parametrized, not initialised, or shares a parameter with another module.
+    """
+    model = unwrap(model)
+    names = _names(model)
+    listing = describe_candidates(n for m, n in names.items() if isinstance(m, nn.Linear))
+    module: nn.Module | None
+    if not isinstance(last_layer, str):
+        module = last_layer
+    else:
+        wanted = canonical_name(last_layer)
+        module = next((m for m, n in names.items() if n == wanted), None)
+        if module is None:
+            raise ValueError(f"last_layer: {last_layer!r} is not in the model; {listing}")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"last_layer: expected an nn.Linear or its name, got {_kind(module)}")
+    module = unwrap(module)
+    if not _is_affine(module):
+        name = f" ({names[module]!r})" if names.get(module) else ""
+        raise TypeError(
+            f"last_layer: expected an affine layer (nn.Linear), got {_kind(module)}{name}; "
             f"{listing}"
         )
-    if not _equal(own[0][2], output):
+    if module not in names:
+        raise ValueError(f"last_layer: this {module} is not in the model; {listing}")
+    _check_parameters(model, names, module)
+    return LastLayer(names[module], module)
+
+
+def find_wide_layer(model: nn.Module, example_input: Tensor, last: LastLayer) -> WideLayer | None:
+    """The last hidden layer, if it is an nn.Linear whose exact softplus is the last layer's input.
+
+    Nothing may happen between the three, and the linear layer must run once; None otherwise. Runs
+    the model once, as `find_last_layer` does.
+    """
+    model = unwrap(model)
+    calls, _ = record(model, example_input, nn.Linear | Softplus)
+    names = _names(model)
+    h = next((c for c in calls if c.module is last.module), None)
+    if h is None:
+        return None
+    for activation in calls:
+        if not isinstance(activation.module, Softplus) or not unchanged(
+            activation.output, activation.output_version, h.input, h.input_version
+        ):
+            continue
+        for call in calls:
+            if _is_affine(call.module) and unchanged(
+                call.output, call.output_version, activation.input, activation.input_version
+            ):
+                if sum(c.module is call.module for c in calls) > 1:
+                    return None
+                beta = activation.module.beta
+                return WideLayer(names[call.module], call.module, names[activation.module], beta)
+    return None
+
+
+def split(model: nn.Module, last: LastLayer, wide: WideLayer | None = None) -> Split:
+    """The functions x -> h and x -> z of a model (wrapped or not), from the layers found in it."""
+    return Split(unwrap(model), last, wide)
+
+
+def last_parameters(model: nn.Module, last: LastLayer) -> dict[str, nn.Parameter]:
+    """The trainable parameters of the last layer, w_(H+1), by canonical name."""
+    return {n: p for n, p in trainable_parameters(model).items() if _belongs(p, last.module)}
+
+
+def hidden_parameters(model: nn.Module, last: LastLayer) -> dict[str, nn.Parameter]:
+    """The other trainable parameters, w_(1:H), by canonical name. They get the noise at tau."""
+    return {n: p for n, p in trainable_parameters(model).items() if not _belongs(p, last.module)}
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every trainable parameter by canonical name; ValueError where two names become one."""
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if canonical_name(name) in found:
+            raise ValueError(
+                f"model: two parameters are called {canonical_name(name)!r} once the wrappers' "
+                f"names {' and '.join(WRAPPERS)} are left out; rename that submodule"
+            )
+        if parameter.requires_grad:
+            found[canonical_name(name)] = parameter
+    return found
+
+
+def _belongs(parameter: nn.Parameter, module: nn.Module) -> bool:
+    return any(parameter is own for own in module.parameters())
+
+
+def _names(model: nn.Module) -> dict[nn.Module, str]:
+    return {module: canonical_name(name) for name, module in model.named_modules()}
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _is_affine(module: nn.Module) -> TypeGuard[nn.Linear]:
+    # a subclass with another forward (LoRA, a clamp, ...) is not the affine map of its weight
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _check_parameters(model: nn.Module, names: dict[nn.Module, str], module: nn.Linear) -> None:
+    name = names[module]
+    own = dict(module.named_parameters(recurse=False))
+    if not {"weight"} <= set(own) <= {"weight", "bias"}:
         raise ValueError(
-            f"last_layer: the model's output is not the output of {names[module]}; {listing}"
+            f"last_layer: {name!r} is parametrized (weight_norm, spectral_norm, ...), so its "
+            "output is not affine in its parameters; remove the parametrization"
         )
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        inside = name.rpartition(".")[0] == names[module]
-        if not inside and any(parameter is p for p in module.parameters()):
-            raise ValueError(f"last_layer: {names[module]} shares its weights with {name}")
-    return LastLayer(canonical_name(names[module]), module)
+    if is_lazy(module.weight):
+        raise ValueError(f"last_layer: {name!r} is not initialised yet; run the model once")
+    for other, other_name in names.items():
+        for attribute, parameter in other.named_parameters(recurse=False):
+            if other is not module and any(_overlap(parameter, p) for p in own.values()):
+                shared = f"{other_name}.{attribute}".lstrip(".")
+                raise ValueError(
+                    f"last_layer: {name!r} shares its weights with {shared!r}, so it cannot be "
+                    "trained while the hidden layers stay fixed"
+                )
 
 
-def find_wide_layer(model: nn.Module, example: Tensor, last: LastLayer) -> WideLayer | None:
-    """The affine layer whose exact softplus is the last layer's input, or None."""
-    names = {module: name for name, module in model.named_modules()}
-    calls, _ = _record(model, example, lambda m: isinstance(m, nn.Linear | Softplus))
-    order = [module for module, _, _ in calls]
-    if last.module not in order:
-        return None
-    position = order.index(last.module)
-    if position < 2:
-        return None
-    (linear, _, pre), (activation, given, h) = calls[position - 2 : position]
-    if not (isinstance(linear, nn.Linear) and isinstance(activation, Softplus)):
-        return None
-    if order.count(linear) > 1:
-        return None
-    if not (_equal(given, pre) and _equal(h, calls[position][1])):
-        return None
-    return WideLayer(canonical_name(names[linear]), linear, activation.beta)
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    return a is b or (not is_lazy(a) and a.numel() > 0 and a.data_ptr() == b.data_ptr() != 0)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    same = a.shape == b.shape
-    return same and bool(((a == b) | (a.isnan() & b.isnan())).all())
+def _not_affine(
+    calls: list[Call], names: dict[nn.Module, str], output: Tensor, listing: str
+) -> str:
+    for call in calls:
+        if isinstance(call.module, _CONVOLUTIONS) and call.output.data_ptr() == output.data_ptr():
+            return (
+                f"last_layer: the output comes from the convolution {names[call.module]!r}; put "
+                f"nn.Flatten and nn.Linear in its place; {listing}"
+            )
+    return (
+        "last_layer: the model's output is not the output of one affine layer (is there a softmax "
+        f"behind it, a scaling or a sum of heads? the loss expects logits); {listing}"
+    )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers, ops
-from .layers import canonical_name
+from .names import canonical_name
 
 
 class Network:
@@ -24,6 +24,7 @@ class Network:
         self.model = model
         self.last = layers.find_last_layer(model, example, last_layer)
         self.wide = layers.find_wide_layer(model, example, self.last)
+        self._split = layers.split(model, self.last, self.wide)
 
     @property
     def outputs(self) -> int:
@@ -38,14 +39,12 @@ class Network:
     @torch.no_grad()
     def hidden(self, x: Tensor) -> Tensor:
         """h: the input of the last layer, [b, m_H]."""
-        return layers.input_of(self.model, self.last.module, x).flatten(1)
+        return self._split.hidden_features(x)
 
     @torch.no_grad()
     def backbone(self, x: Tensor) -> Tensor:
         """z: the input of the wide layer, [b, d]."""
-        if self.wide is None:
-            raise ValueError("the model has no wide layer (affine + twophase_ext.nn.Softplus)")
-        return layers.input_of(self.model, self.wide.linear, x)
+        return self._split.backbone_features(x)
 
     @torch.no_grad()
     def widen(self, z: Tensor) -> Tensor:
@@ -59,17 +58,15 @@ class Network:
 
     def last_parameters(self) -> dict[str, nn.Parameter]:
         """The last layer's parameters by canonical name."""
-        own = {id(p) for p in self.last.module.parameters()}
-        return {n: p for n, p in self.parameters().items() if id(p) in own}
+        return layers.last_parameters(self.model, self.last)
 
     def hidden_parameters(self) -> dict[str, nn.Parameter]:
         """Every other trainable parameter by canonical name."""
-        own = {id(p) for p in self.last.module.parameters()}
-        return {n: p for n, p in self.parameters().items() if id(p) not in own}
+        return layers.hidden_parameters(self.model, self.last)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trainable parameter by canonical name."""
-        return {canonical_name(n): p for n, p in self.model.named_parameters() if p.requires_grad}
+        return layers.trainable_parameters(self.model)
 
     def hidden_state(self, *, buffers: bool = True) -> dict[str, Tensor]:
         """Parameters, trainable or not, and buffers of everything but the last layer."""

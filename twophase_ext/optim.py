@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .ops.sgd import sgd_
+from .ops.sgd import apply_sgd, check_sgd
 
 
 class SGD(torch.optim.SGD):
@@ -36,9 +36,7 @@ class SGD(torch.optim.SGD):
         maximize: bool = False,
     ) -> None:
         """Arguments as of torch.optim.SGD; ValueError for those that it refuses."""
-        super().__init__(
-            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize
-        )
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
         self.defaults["nu"] = 1
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -46,11 +44,12 @@ class SGD(torch.optim.SGD):
         super().add_param_group(param_group)
         self.param_groups[-1].setdefault("nu", 1)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Accept the state of a torch.optim.SGD, which has no nu."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("nu", 1)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of torch.optim.SGD; the latter leaves nu as it is."""
+        kept = [group["nu"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, nu in zip(self.param_groups, kept, strict=True):
+            group.setdefault("nu", nu)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -59,22 +58,28 @@ class SGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Groups that differ in nu alone, as between Algorithm 1's phases, share one call.
+        moving: dict[tuple, list[Tensor]] = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            buffers = [self.state[p].get("momentum_buffer") for p in params]
-            sgd_(
-                params,
-                [p.grad for p in params],
-                buffers,
-                lr=float(group["lr"]),
-                momentum=group["momentum"],
-                dampening=group["dampening"],
-                weight_decay=float(group["weight_decay"]),
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-                nu=[group["nu"]] * len(params),
+            check_sgd(params, *self._grads_and_buffers(params), [group["nu"]] * len(params))
+            scalars = (
+                float(group["lr"]),
+                float(group["momentum"]),
+                float(group["dampening"]),
+                float(group["weight_decay"]),
+                group["nesterov"],
+                group["maximize"],
             )
-            for p, buffer in zip(params, buffers, strict=True):
-                if buffer is not None:
-                    self.state[p]["momentum_buffer"] = buffer
+            if group["nu"]:
+                moving.setdefault(scalars, []).extend(params)
+        for scalars, params in moving.items():
+            buffers = apply_sgd(params, *self._grads_and_buffers(params), scalars)
+            for p, buffer in zip(params, buffers, strict=False):
+                self.state[p]["momentum_buffer"] = buffer
         return loss
+
+    def _grads_and_buffers(self, params: list[Tensor]) -> tuple[list[Any], list[Tensor | None]]:
+        return [p.grad for p in params], [
+            self.state.get(p, {}).get("momentum_buffer") for p in params
+        ]

@@ -28,6 +28,12 @@ struct Slices {
   int64_t end(int64_t slice) const { return std::min((slice + 1) * length, m); }
 };
 
+// In float64 a sum in order would be less accurate than torch's.
+double pairwise_sum(const double* x, int64_t n) {
+  if (n == 1) return x[0];
+  return pairwise_sum(x, n / 2) + pairwise_sum(x + n / 2, n - n / 2);
+}
+
 template <class T>
 class Step {
  public:
@@ -65,9 +71,8 @@ class Step {
       std::vector<double> z(s_.k);
       for (int64_t r = begin; r < end; ++r) loss[r] = row_loss(r, z.data());
     });
-    double sum = 0;
-    for (double x : loss) sum += x;
-    *static_cast<T*>(s_.loss_result) = static_cast<T>(sum / static_cast<double>(s_.b));
+    *static_cast<T*>(s_.loss_result) =
+        static_cast<T>(pairwise_sum(loss.data(), s_.b) / static_cast<double>(s_.b));
   }
 
   double row_loss(int64_t r, double* z) {

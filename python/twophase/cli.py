@@ -121,7 +121,7 @@ def train(
     momentum: float = 0.9,
     weight_decay: float = 1e-5,
     epochs: int = 100,
-    tau: float | int = 0.6,
+    tau: int | float = 0.6,
     noise_std: float = 1e-3,
     batch_size: int = 64,
     batch_norm: Literal["frozen", "batch"] = "frozen",

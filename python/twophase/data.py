@@ -6,11 +6,12 @@ cache folder, to which missing ones are downloaded with their checksums verified
 
 import gzip
 import io
+import math
 import os
 import pickle
 import tarfile
+import warnings
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,26 @@ _IDX_SETS = {
         ),
     ),
 }
+# The archive, its checksum, the folder that it unpacks to.
 _CIFAR = {
-    "cifar10": ("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
-    "cifar100": ("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
+    "cifar10": (
+        "cifar-10-python.tar.gz",
+        "c58f30108f718f92721af3b95e74349a",
+        "cifar-10-batches-py",
+    ),
+    "cifar100": (
+        "cifar-100-python.tar.gz",
+        "eb9058c3a382ffc7106e4002c42a8d85",
+        "cifar-100-python",
+    ),
 }
+_CIFAR_BATCHES = {
+    ("cifar10", "train"): [f"data_batch_{i}" for i in range(1, 6)],
+    ("cifar10", "test"): ["test_batch"],
+    ("cifar100", "train"): ["train"],
+    ("cifar100", "test"): ["test"],
+}
+_CIFAR_SIZES = {"train": 50_000, "test": 10_000}
 _CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 _SVHN = {
     "train": ("train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),
@@ -77,8 +94,10 @@ def load(
     """(images uint8 [n, c, h, w], labels int64 [n]) of a data set's "train" or "test" part.
 
     name: one of NAMES; "digits" is scikit-learn's (8 x 8, scaled from 0..16 to 0..255), the first
-    1,437 samples for training and the last 360 for testing. Raises ValueError for an unknown name
-    or a damaged file (named), FileNotFoundError for a missing one that cannot be or, with
+    1,437 samples for training and the last 360 for testing. CIFAR may be the archive, its unpacked
+    batches, or an .npz with arrays x_train [n, h, w, c], y_train [n], x_test, y_test; an .npz that
+    holds a part of the set is read with a warning. Raises ValueError for an unknown name or a
+    damaged file (named), FileNotFoundError for a missing one that cannot be or, with
     download=False, shall not be downloaded.
     """
     if name not in NAMES:
@@ -135,9 +154,11 @@ def _find(
                 progressbar=False,
             )
         )
+    except ValueError as error:  # how pooch reports a wrong checksum
+        raise ValueError(f"{url + names[0]}: damaged download ({error})") from None
     except Exception as error:  # requests and pooch raise many types
         raise FileNotFoundError(
-            f"{hint}; downloading it failed ({type(error).__name__}: no network?)"
+            f"{hint}; downloading it failed (no network?): {type(error).__name__}: {error}"
         ) from error
 
 
@@ -150,18 +171,23 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
     return images[part], torch.from_numpy(labels).long()[part]
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """The array of an IDX file of unsigned bytes, gzipped or not; ValueError where damaged."""
+def _read_bytes(path: Path) -> bytes:
+    """A file's content, decompressed where it ends in .gz; ValueError where its CRC is wrong."""
+    raw = path.read_bytes()
     try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        return gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged or not gzip ({error})") from None
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The array of an IDX file of unsigned bytes, gzipped or not; ValueError where damaged."""
+    raw = _read_bytes(path)
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or not 1 <= raw[3] <= 4:
         raise ValueError(f"{path}: not an IDX file of unsigned bytes")
     header = 4 + 4 * raw[3]
     shape = tuple(int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4))
-    if len(raw) != header + int(np.prod(shape, dtype=np.int64)):
+    if len(raw) != header + math.prod(shape):
         raise ValueError(f"{path}: expected {shape} bytes of data, got {len(raw) - header}")
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy()
 
@@ -207,8 +233,8 @@ def read_cifar_batch(raw: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
         batch = _ArraysOnly(io.BytesIO(raw), encoding="latin1").load()
         labels = batch["labels"] if "labels" in batch else batch["fine_labels"]
         images = np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32)
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as e:
-        raise ValueError(f"{name}: not a CIFAR batch ({e})") from None
+    except Exception as error:  # a damaged pickle raises nearly every type
+        raise ValueError(f"{name}: not a CIFAR batch ({error})") from None
     if len(images) != len(labels):
         raise ValueError(f"{name}: {len(images)} images do not fit {len(labels)} labels")
     return images, np.asarray(labels, np.int64)
@@ -217,47 +243,63 @@ def read_cifar_batch(raw: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
 def _load_cifar(
     name: str, split: str, folders: list[Path], download: bool
 ) -> tuple[Tensor, Tensor]:
-    """From the archive, or from an .npz of arrays x_train, y_train, x_test, y_test."""
-    archive, md5 = _CIFAR[name]
+    archive, md5, unpacked = _CIFAR[name]
+    wanted = _CIFAR_BATCHES[name, split]
     for folder in folders:
-        for path in sorted((folder / name).glob("*.npz")):
+        here = folder / name
+        if (here / archive).is_file():
+            break
+        for batches in (here / unpacked, here):
+            if (batches / wanted[0]).is_file():
+                paths = [batches / b for b in wanted]
+                return _join([read_cifar_batch(p.read_bytes(), str(p)) for p in paths])
+        for path in sorted(here.glob("*.npz")):
             return _load_npz(path, split)
     path = _find(folders, [archive], _CIFAR_URL, md5, download, name)
-    wanted: Callable[[str], bool]
-    if name == "cifar10":
-        wanted = (lambda f: f.startswith("data_batch")) if split == "train" else _is("test_batch")
-    else:
-        wanted = _is(split)
-    parts = {}
+    members = _read_tar(path, wanted)
+    return _join([read_cifar_batch(members[b], f"{path}: {b}") for b in wanted])
+
+
+def _read_tar(path: Path, wanted: list[str]) -> dict[str, bytes]:
+    """The wanted files of an archive; ValueError where it is damaged or lacks one of them."""
+    raw = _read_bytes(path)  # whole: tarfile stops before gzip's own checksum
+    found = {}
     try:
-        with tarfile.open(path) as files:
+        with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as files:
             for member in files:
-                base = member.name.rsplit("/", 1)[-1]
-                if member.isfile() and wanted(base):
-                    parts[base] = read_cifar_batch(files.extractfile(member).read(), base)
-    except (tarfile.TarError, OSError, EOFError) as error:
+                name = member.name.rsplit("/", 1)[-1]
+                if name in wanted and (content := files.extractfile(member)) is not None:
+                    found[name] = content.read()
+    except (tarfile.TarError, OSError, EOFError, KeyError) as error:
         raise ValueError(f"{path}: damaged archive ({error})") from None
-    if not parts:
-        raise ValueError(f"{path}: holds no {split} batch")
-    images, labels = zip(*(parts[key] for key in sorted(parts)), strict=True)
+    if missing := [name for name in wanted if name not in found]:
+        raise ValueError(f"{path}: holds no {', '.join(missing)}")
+    return found
+
+
+def _join(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*parts, strict=True)
     return torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))
 
 
 def _load_npz(path: Path, split: str) -> tuple[Tensor, Tensor]:
-    """x_train [n, h, w, c] and y_train [n], or x_test and y_test, of an .npz file."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
-    except (OSError, KeyError, ValueError) as error:
+    except Exception as error:  # NumPy, zipfile and zlib each raise their own types
         raise ValueError(f"{path}: expected arrays x_{split} and y_{split} ({error})") from None
-    if images.ndim != 4 or images.dtype != np.uint8 or len(images) != len(labels):
-        raise ValueError(f"{path}: expected uint8 images [n, h, w, c], got {images.shape}")
+    if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{path}: expected uint8 images [n, h, w, c] and labels [n], got {images.dtype} "
+            f"{images.shape} and {labels.shape}"
+        )
+    if len(images) < _CIFAR_SIZES[split]:
+        warnings.warn(
+            f"{path}: holds {len(images):,} of the {_CIFAR_SIZES[split]:,} {split} images",
+            stacklevel=4,  # the caller of load
+        )
     tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     return tensor, torch.from_numpy(labels.astype(np.int64))
-
-
-def _is(name: str) -> Callable[[str], bool]:
-    return lambda other: other == name
 
 
 def _load_svhn(split: str, folders: list[Path], download: bool) -> tuple[Tensor, Tensor]:
@@ -271,4 +313,8 @@ def _load_svhn(split: str, folders: list[Path], download: bool) -> tuple[Tensor,
         labels = content["y"].reshape(-1).astype(np.int64) % 10  # "10" is the digit 0
     except Exception as error:  # scipy raises many types for a damaged file
         raise ValueError(f"{path}: not an SVHN file ({error})") from None
+    if images.dtype != np.uint8 or len(images) != len(labels):
+        raise ValueError(
+            f"{path}: {images.dtype} images {images.shape} do not fit {labels.shape} labels"
+        )
     return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)

@@ -47,6 +47,8 @@ class _Head(nn.Sequential):
     """The wide softplus layer where `wide` is given, then the last layer."""
 
     def __init__(self, features: int, wide: int | None, classes: int, act: Activation) -> None:
+        if wide is not None and wide < 1:
+            raise ValueError(f"wide: expected at least 1 unit or None, got {wide}")
         last = nn.Linear(wide or features, classes)
         super().__init__(*([nn.Linear(features, wide), act()] if wide else []), last)
 
@@ -119,7 +121,7 @@ class PreActResNet18(nn.Module):
 
     def __init__(
         self,
-        in_channels: int = 3,
+        in_channels: int = 1,
         num_classes: int = 10,
         *,
         width: int = 64,

@@ -1,17 +1,17 @@
-"""Analytic building blocks, and tools that make a network satisfy the theorem's premises."""
+"""Building blocks that make a model meet the premises: exact softplus, analytic, wide."""
 
-from .analytic import AnalyticReport, analytic, functional_calls
-from .modules import Kind, classify
+from .analytic import AnalyticReport, Finding, Replacement, analytic, classify
 from .softplus import Softplus
-from .widen import WideHead, widen
+from .widen import WideHead, wide_units, widen
 
 __all__ = [
     "AnalyticReport",
-    "Kind",
+    "Finding",
+    "Replacement",
     "Softplus",
     "WideHead",
     "analytic",
     "classify",
-    "functional_calls",
+    "wide_units",
     "widen",
 ]

@@ -1,141 +1,219 @@
-"""Make a network real analytic: ReLU-like modules become the exact softplus."""
+"""Make a model real analytic, as Theorem 1 asks of h_X: softplus for ReLU, and a report."""
 
-import operator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
-from .modules import NOT_ANALYTIC, RELU_LIKE, UNKNOWN, Kind, classify
-from .softplus import Softplus
+from twophase_ext import layers
 
-_CALLS = {
-    F.relu: "relu",
-    F.relu6: "relu6",
-    F.leaky_relu: "leaky_relu",
-    F.elu: "elu",
-    F.selu: "selu",
-    F.hardtanh: "hardtanh",
-    F.hardswish: "hardswish",
-    F.softplus: "softplus (thresholded)",
-    F.max_pool1d: "max_pool1d",
-    F.max_pool2d: "max_pool2d",
-    F.max_pool3d: "max_pool3d",
-    F.adaptive_max_pool1d: "adaptive_max_pool1d",
-    F.adaptive_max_pool2d: "adaptive_max_pool2d",
-    torch.relu: "relu",
-    torch.relu_: "relu_",
-    torch.abs: "abs",
-    torch.clamp: "clamp",
-    torch.max: "max",
-    torch.min: "min",
-    torch.amax: "amax",
-    torch.maximum: "maximum",
-    torch.minimum: "minimum",
-    torch.sign: "sign",
-    torch.where: "where",
-    operator.abs: "abs",
-}
-_METHODS = {
-    "relu",
-    "relu_",
-    "abs",
-    "clamp",
-    "clamp_",
-    "clamp_min",
-    "max",
-    "min",
-    "amax",
-    "maximum",
-    "minimum",
-    "sign",
-    "where",
-}
+from .catalog import CONTAINERS, Status, function_name, judge_call, judge_module
+from .softplus import Softplus, checked_beta
+from .tracing import Trace, join, trace
 
 
-@dataclass
-class AnalyticReport:
-    """What `analytic` did: replaced (name, old type), and what is left that is not analytic.
+class Finding(NamedTuple):
+    """One module, or one function that a forward calls.
 
-    remaining: modules that have no stand-in, and functional calls found by tracing; unknown:
-    modules it cannot judge. traced: whether the forward pass could be traced for functional calls;
-    if not, `trace_error` says why and calls inside forward() are unseen.
+    name: the module's dotted path, "" for the model itself. kind: the module's type, or, for a
+    call in that module's forward, "function relu" and the like.
+    status: "analytic", "not analytic" or "unknown". reason: why, or what to use instead.
     """
 
-    replaced: list[tuple[str, str]] = field(default_factory=list)
-    remaining: list[tuple[str, str]] = field(default_factory=list)
-    unknown: list[Kind] = field(default_factory=list)
-    traced: bool = True
-    trace_error: str = ""
+    name: str
+    kind: str
+    status: Status
+    reason: str
+
+
+class Replacement(NamedTuple):
+    """One place where a module was replaced: its path, the old and the new module as printed.
+
+    note: what the stand-in does not keep of the old module, "" where nothing is lost.
+    """
+
+    name: str
+    old: str
+    new: str
+    note: str
+
+
+@dataclass(frozen=True)
+class AnalyticReport:
+    """What `analytic` replaced, and what still stands in the way.
+
+    replaced: one `Replacement` per place. remaining: every `Finding` that is not "analytic".
+    traced: whether every forward could be traced, so that functional calls were seen too.
+    """
+
+    replaced: tuple[Replacement, ...]
+    remaining: tuple[Finding, ...]
+    traced: bool
 
     @property
     def is_analytic(self) -> bool:
-        """True only where everything was seen and judged analytic."""
-        return self.traced and not self.remaining and not self.unknown
+        """Whether every module and every traced call is analytic in eval mode."""
+        return self.traced and not self.remaining
 
     def __str__(self) -> str:
-        """A table for a person."""
-        lines = [f"replaced    {name}: {old} -> Softplus" for name, old in self.replaced]
-        lines += [f"remaining   {name}: {reason}" for name, reason in self.remaining]
-        lines += [f"unknown     {kind.name}: {kind.type}, {kind.reason}" for kind in self.unknown]
+        """The report as readable tables."""
+        rows = [
+            (_shown(r.name), r.old, f"{r.new}  ({r.note})" if r.note else r.new)
+            for r in self.replaced
+        ]
+        left = [(_shown(f.name), f.kind, f"{f.status}: {f.reason}") for f in self.remaining]
+        parts = [
+            f"analytic: {'yes' if self.is_analytic else 'not shown'}",
+            f"replaced: {len(rows)}",
+            *_table(("where", "was", "now"), rows),
+            f"remaining: {len(left)}",
+            *_table(("where", "what", "why"), left),
+        ]
         if not self.traced:
-            lines.append(f"not traced  calls inside forward() are unseen: {self.trace_error}")
-        verdict = "real analytic" if self.is_analytic else "not shown to be real analytic"
-        return "\n".join([*lines, f"the network is {verdict}"])
+            parts.append("functional calls were not all seen: some forward could not be traced")
+        return "\n".join(parts)
 
 
 def analytic(model: nn.Module, beta: float = 100.0) -> AnalyticReport:
-    """Replace ReLU-like modules by the exact Softplus(beta), in place; say what could not be.
+    """Replace the ReLU-like modules of `model` by `Softplus(beta)`, in place and at any depth.
 
-    Replaced at any depth: ReLU and its variants, and torch's own thresholded nn.Softplus, which
-    keeps its beta. An instance used in several places stays one instance. Not replaced, but
-    reported: max-pooling, other modules with kinks, and functional calls (F.relu, torch.max, ...)
-    found by symbolic tracing. A model that is itself such a module raises ValueError.
+    Replaced are ReLU, ReLU6, LeakyReLU, PReLU, RReLU, ELU, CELU, SELU, Hardswish, Threshold(0, 0),
+    torch's thresholded nn.Softplus (which keeps its own beta), and the relu inside torch's
+    transformer layers.
+    One instance used in several places is replaced by one instance; `inplace` and the training
+    mode are kept. What the stand-in changes (a slope, a bound) is noted. Modules that are analytic
+    stay. What is neither (max-pooling, hard functions, and functional calls such as `F.relu`,
+    `torch.clamp` or `x.max()` found by tracing) is listed in the report's `.remaining`.
+
+    As softplus tends to ReLU with beta, the error is at most log(2) / beta (section 5.2).
+    Raises TypeError for a model that is not an nn.Module, ValueError where the model is itself
+    the module to be replaced, or for a beta out of range.
     """
-    if isinstance(model, RELU_LIKE):
-        raise ValueError(f"model: is itself {type(model).__name__} and has no parent to change")
-    report = AnalyticReport()
-    stand_ins: dict[nn.Module, Softplus] = {}
-    for parent_name, parent in list(model.named_modules()):
-        for name, child in list(parent._modules.items()):  # named_children skips repeats
-            if not isinstance(child, RELU_LIKE):
+    beta = checked_beta(beta)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    model = layers.unwrap(model)
+    if _stand_in(model, beta) is not None:
+        raise ValueError(
+            f"model: it is itself an nn.{type(model).__name__}, nothing can be replaced in place; "
+            "use tp.nn.Softplus"
+        )
+    replaced = tuple(_replace(model, beta))
+    seen = trace(model)
+    remaining = tuple(f for f in _findings(model, seen) if f.status != "analytic")
+    return AnalyticReport(replaced, remaining, traced=not seen.failures)
+
+
+def classify(model: nn.Module) -> list[Finding]:
+    """Judge every module of `model`, as it is in eval mode, and every functional call traced.
+
+    torch's containers (nn.Sequential, nn.ModuleList, ...) are left out. A module with a forward of
+    its own is analytic if all that it calls is; otherwise each offending function is one entry. It
+    is "unknown" if it cannot be traced or is not reached. The model is not changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    model = layers.unwrap(model)
+    return list(_findings(model, trace(model)))
+
+
+def _findings(model: nn.Module, seen: Trace) -> Iterator[Finding]:
+    calls: dict[str, dict[Finding, None]] = {}
+    for name, node in seen.calls:
+        status, reason = judge_call(node)
+        if status != "analytic":
+            finding = Finding(name, f"function {function_name(node)}", status, reason)
+            calls.setdefault(name, {})[finding] = None
+    for name in seen.random:
+        drawn = Finding(
+            name, "function (random)", "not analytic", "draws random numbers: not a fixed function"
+        )
+        calls.setdefault(name, {})[drawn] = None
+    for name, module in model.named_modules():
+        judged = judge_module(module)
+        kind = type(module).__name__
+        if judged is not None:
+            yield Finding(name, kind, *judged)
+        elif name in seen.failures:
+            yield Finding(name, kind, "unknown", seen.failures[name])
+        elif not isinstance(module, CONTAINERS):
+            yield from calls.get(name) or [_own_forward(name, module, seen)]
+
+
+def _own_forward(name: str, module: nn.Module, seen: Trace) -> Finding:
+    kind = type(module).__name__
+    if name in seen.visited:
+        return Finding(name, kind, "analytic", "its forward calls analytic functions only")
+    if type(module).__module__.startswith("torch.nn"):
+        return Finding(name, kind, "unknown", "no rule for this module")
+    return Finding(name, kind, "unknown", "not reached by the traced forward")
+
+
+def _replace(model: nn.Module, beta: float) -> Iterator[Replacement]:
+    done: dict[nn.Module, tuple[Softplus, str]] = {}
+    for path, parent in list(model.named_modules()):
+        for name, child in list(parent._modules.items()):
+            if child is None:
                 continue
-            if child not in stand_ins:
-                own_beta = float(child.beta) if isinstance(child, nn.Softplus) else beta
-                stand_ins[child] = Softplus(own_beta, getattr(child, "inplace", False))
-                stand_ins[child].train(child.training)
-            setattr(parent, name, stand_ins[child])
-            path = f"{parent_name}.{name}" if parent_name else name
-            report.replaced.append((path, type(child).__name__))
-    for kind in classify(model):
-        if kind.status == NOT_ANALYTIC:
-            report.remaining.append((f"{kind.name} ({kind.type})", kind.reason))
-        elif kind.status == UNKNOWN:
-            report.unknown.append(kind)
-    calls, report.trace_error = functional_calls(model)
-    report.traced = not report.trace_error
-    report.remaining += [(where, f"{call}() is not analytic") for where, call in calls]
-    return report
+            if child not in done:
+                stand_in = _stand_in(child, beta)
+                if stand_in is None:
+                    continue
+                stand_in[0].train(child.training)
+                done[child] = stand_in
+            new, note = done[child]
+            parent._modules[name] = new
+            yield Replacement(join(path, name), str(child), str(new), note)
+        if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            yield from _replace_transformer_relu(path, parent, beta)
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Softplus) or super().is_leaf_module(m, module_qualified_name)
+def _replace_transformer_relu(path: str, layer: Any, beta: float) -> Iterator[Replacement]:
+    if layer.activation is F.relu:
+        layer.activation = Softplus(beta).train(layer.training)
+        yield Replacement(join(path, "activation"), "F.relu", str(layer.activation), "")
+    if isinstance(layer.activation, Softplus) and hasattr(layer, "activation_relu_or_gelu"):
+        # noted at construction; it would still send eval mode to torch's fused relu kernel
+        layer.activation_relu_or_gelu = 0
 
 
-def functional_calls(model: nn.Module) -> tuple[list[tuple[str, str]], str]:
-    """([(where, call)] that are not analytic in forward passes, why tracing failed or "")."""
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # tracing runs the user's code, which may raise anything
-        return [], f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
-    found = []
-    for node in graph.nodes:
-        stack = node.meta.get("nn_module_stack") or {}
-        where = f"call {node.name}" + (f" in {list(stack)[-1]}" if stack else "")
-        if node.op == "call_function" and node.target in _CALLS:
-            found.append((where, _CALLS[node.target]))
-        elif node.op == "call_method" and node.target in _METHODS:
-            found.append((where, str(node.target)))
-    return found, ""
+def _stand_in(module: Any, beta: float) -> tuple[Softplus, str] | None:
+    """The softplus for a ReLU-like module and what it does not keep; None for other modules."""
+    match module:
+        case nn.Softplus():
+            return Softplus(module.beta), ""
+        case nn.ReLU6():
+            note = "the upper bound 6 is dropped"
+        case nn.LeakyReLU():
+            note = f"the negative slope {module.negative_slope:g} is dropped"
+        case nn.PReLU():
+            note = "the learned negative slope is dropped"
+        case nn.RReLU():
+            note = "the random negative slope is dropped"
+        case nn.ELU() | nn.CELU():
+            note = f"the negative branch, down to -{module.alpha:g}, is dropped"
+        case nn.SELU():
+            note = "the negative branch and the scale 1.0507 are dropped"
+        case nn.Hardswish():
+            note = "the dip below 0 is dropped; nn.SiLU is closer"
+        case nn.Threshold(threshold=0, value=0) | nn.ReLU():
+            note = ""
+        case _:
+            return None
+    return Softplus(beta, inplace=bool(getattr(module, "inplace", False))), note
+
+
+def _shown(name: str) -> str:
+    return name or "(model)"
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head) - 1)]
+    return [
+        "  " + "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
+        for row in [head, *rows]
+    ]

@@ -1,27 +1,65 @@
-"""Add the wide softplus layer of section 7 before a model's last layer."""
+"""The wide last hidden layer of section 7: m_H = ceil(1.1 n) softplus units before the last."""
 
 import math
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import find_last_layer
-from .softplus import Softplus
+# The module, not its names: layers itself imports nn.softplus.
+from twophase_ext import arrays, layers
+
+from .softplus import Softplus, checked_beta
+from .tracing import trace
 
 
 class WideHead(nn.Module):
-    """last_layer(softplus(wide(z))): takes the place of a model's last affine layer."""
+    """last_layer(activation(wide(x))): what `widen` puts in place of a model's last layer.
 
-    def __init__(self, features: int, units: int, outputs: int, beta: float, bias: bool) -> None:
-        """features -> units -> outputs, PyTorch's default initialisation."""
+    wide: nn.Linear(in_features, units). activation: exact softplus. last_layer:
+    nn.Linear(units, out_features). Input [batch, in_features], output [batch, out_features].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        units: int,
+        out_features: int,
+        *,
+        beta: float = 100.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        """Three layers in torch's default initialisation."""
         super().__init__()
-        self.wide = nn.Linear(features, units)
+        self.wide = nn.Linear(in_features, units, device=device, dtype=dtype)
         self.activation = Softplus(beta)
-        self.last_layer = nn.Linear(units, outputs, bias=bias)
+        self.last_layer = nn.Linear(units, out_features, device=device, dtype=dtype)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Outputs [..., outputs] of features [..., features]."""
-        return self.last_layer(self.activation(self.wide(z)))
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's output from the old last layer's input."""
+        return self.last_layer(self.activation(self.wide(x)))
+
+
+def wide_units(n: int, ratio: float = 1.1) -> int:
+    """ceil(ratio * n), the paper's m_H for n samples.
+
+    The ratio counts as the decimal number that was written: 1.1 * 110 is 121 units, although in
+    floating point the product is above 121. Raises TypeError or ValueError for n < 1 or a ratio
+    that is not finite or gives less than one unit.
+    """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"n: expected an int, the number of samples, got {type(n).__name__}")
+    if n < 1:
+        raise ValueError(f"n: expected at least 1 sample, got {n}")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+        raise TypeError(f"ratio: expected a number, got {type(ratio).__name__}")
+    if not (math.isfinite(ratio) and ratio > 0):
+        raise ValueError(f"ratio: expected a finite number > 0, got {ratio!r}")
+    units = Fraction(repr(float(ratio))) * n
+    if units < 1:
+        raise ValueError(f"ratio: expected ratio * n >= 1, got {ratio!r} * {n}")
+    return math.ceil(units)
 
 
 def widen(
@@ -31,47 +69,61 @@ def widen(
     *,
     last_layer: nn.Module | str | None = None,
     beta: float = 100.0,
-    example_input: Tensor | None = None,
+    example_input: Any = None,
 ) -> nn.Module:
     """Insert a fully connected softplus layer of ceil(ratio * n) units before the last layer.
 
-    n: training samples. The last affine layer (found by running `example_input`, or given by
-    `last_layer`; without either, the model's last nn.Linear in definition order) is replaced by a
-    `WideHead` whose layers are freshly initialised, on the same device and in the same dtype.
-    Changes the model in place and returns it. Raises ValueError for n < 1, a ratio that gives no
-    layer, a last layer that is not found, or a model that is itself the last layer.
+    Section 7 of the paper: with m_H >= n units the expressivity condition can hold. The last layer
+    d -> m_y is replaced, in place and under its own name, by a `WideHead`: d -> m_H -> m_y, both
+    newly initialised by torch's default, with biases, on the old one's device, dtype and mode.
+    Returns `model`.
+
+    n: number of training samples. last_layer: the nn.Linear to replace, or its name. Without it,
+    the layer is found by running `example_input` (a batch; tensor or array), and without that by
+    tracing the model. Raises ValueError where the last layer is not found, is ambiguous, shares
+    its weights or is the model itself; TypeError where it is not an nn.Linear.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n: expected an integer >= 1, got {n!r}")
-    if not (isinstance(ratio, int | float) and math.isfinite(ratio) and ratio > 0):
-        raise ValueError(f"ratio: expected a finite number > 0, got {ratio!r}")
-    units = math.ceil(round(ratio * n, 9))  # 1.1 * 10 is 11.000000000000002
-    old = _last_linear(model, last_layer, example_input)
-    if old is model:
-        raise ValueError("model: is itself the last layer; wrap it, e.g. nn.Sequential(model)")
-    head = WideHead(old.in_features, units, old.out_features, beta, old.bias is not None)
-    head.to(device=old.weight.device, dtype=old.weight.dtype).train(old.training)
-    for parent in model.modules():
-        for name, child in parent.named_children():
+    units = wide_units(n, ratio)
+    beta = checked_beta(beta)
+    inner = layers.unwrap(model)
+    if isinstance(inner, nn.Linear):
+        raise ValueError(
+            "model: it is itself the last layer (nn.Linear), which cannot be replaced in place; "
+            "wrap it in nn.Sequential"
+        )
+    if example_input is not None:
+        example = arrays.as_tensor(example_input, name="example_input")
+        parameter = next(inner.parameters(), example)
+        old = layers.find_last_layer(inner, example.to(parameter.device), last_layer).module
+    else:
+        named = _traced_last_layer(inner) if last_layer is None else last_layer
+        old = layers.named_last_layer(inner, named).module
+    head = WideHead(
+        *(old.in_features, units, old.out_features),
+        beta=beta,
+        device=old.weight.device,
+        dtype=old.weight.dtype,
+    ).train(old.training)
+    for parent in list(inner.modules()):
+        for name, child in parent._modules.items():
             if child is old:
-                setattr(parent, name, head)
-                return model
-    raise ValueError("last_layer: not found among the model's children")
+                parent._modules[name] = head
+    return model
 
 
-def _last_linear(model: nn.Module, last_layer: Any, example: Tensor | None) -> nn.Linear:
-    if example is not None:
-        example = example.to(next(model.parameters()).device)
-        return find_last_layer(model, example, last_layer).module
-    named = dict(model.named_modules())
-    if last_layer is None:
-        linears = [module for module in named.values() if isinstance(module, nn.Linear)]
-        if not linears:
-            raise ValueError("last_layer: the model has no nn.Linear")
-        return linears[-1]
-    module = named.get(last_layer) if isinstance(last_layer, str) else last_layer
-    if not any(module is m for m in named.values()):
-        raise ValueError(f"last_layer: {last_layer!r} is not in the model")
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"last_layer: expected nn.Linear, got {type(module).__name__}")
-    return module
+def _traced_last_layer(model: nn.Module) -> str:
+    seen = trace(model)
+    listing = layers.describe_candidates(
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    )
+    if "" in seen.failures:
+        raise ValueError(
+            "last_layer: without it the model is traced, and this one "
+            f"{seen.failures['']}; give last_layer or example_input ({listing})"
+        )
+    if not seen.output or not isinstance(model.get_submodule(seen.output), nn.Linear):
+        raise ValueError(
+            "last_layer: the model's output is not the output of an affine layer (nn.Linear); "
+            f"{listing}"
+        )
+    return seen.output

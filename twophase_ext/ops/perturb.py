@@ -6,21 +6,22 @@ seed and the name alone. Nothing depends on the order of the tensors or on the o
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
+from ..names import canonical_name
 
 _ops = torch.ops.twophase
-_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
 _SIGMAS = torch.finfo(torch.float32)
 
 
 def perturb_(
-    named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    named_tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
     std: float | Mapping[str, float],
     *,
     seed: int,
@@ -28,11 +29,12 @@ def perturb_(
     """Add Gaussian noise to every tensor in place (Algorithm 1's perturbation of w_(1:H)).
 
     named_tensors: pairs (name, tensor), as of `module.named_parameters()`, or a dict; float32 or
-    float64 of any shape and strides, on any devices; parameters that require grad are allowed.
+    float64 of any shape and strides, on any devices; parameters that require grad are allowed, and
+    so are NumPy and CuPy arrays and whatever else shares its memory through DLPack.
     std: one sigma, or a dict with a sigma for every name; each must be a normal float32 number
     above 0. seed: any 64-bit integer, signed or unsigned.
 
-    The components `module.` and `_orig_mod.` that DistributedDataParallel and torch.compile put into
+    The components `module` and `_orig_mod` that DistributedDataParallel and torch.compile put into
     names do not count. p + sigma z: sigma z is rounded once to float32, also for a float64 tensor.
 
     Raises TypeError for something that is no tensor, for float16 and bfloat16 tensors (the noise
@@ -42,9 +44,9 @@ def perturb_(
     """
     pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
     tensors: dict[str, Tensor] = {}
-    for name, tensor in pairs:
-        _check_tensor(name, tensor)
-        if (key := _canonical(name)) in tensors:
+    for name, value in pairs:
+        tensor = _shared_tensor(name, value)
+        if (key := canonical_name(name)) in tensors:
             raise ValueError(f"named_tensors: expected distinct names, got {key!r} twice")
         tensors[key] = tensor
     _check_memory(tensors)
@@ -62,11 +64,6 @@ def perturb_(
             torch.autograd.graph.increment_version(changed)
 
 
-def _canonical(name: str) -> str:
-    """The name without the components that wrapping a module adds."""
-    return _WRAPPER.sub("", name)
-
-
 def _seed_bytes(seed: int) -> bytes:
     if not isinstance(seed, int):
         raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
@@ -81,11 +78,18 @@ def _key(stream: bytes, name: str) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def _shared_tensor(name: str, value: Any) -> Tensor:
+    """The tensor itself, or one over the array's memory; checked."""
     if not isinstance(name, str):
         raise TypeError(f"named_tensors: expected names of type str, got {type(name).__name__}")
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if isinstance(value, np.ndarray) and not value.flags.writeable:
+        raise ValueError(f"{name}: expected an array that can be written, got a read-only one")
+    if not isinstance(value, Tensor) and not hasattr(value, "__dlpack__"):
+        raise TypeError(f"{name}: expected a tensor or an array, got {type(value).__name__}")
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise TypeError(f"{name}: this {type(value).__name__} cannot be shared: {error}") from error
     if tensor.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(
             f"{name}: expected float32 or float64, got {tensor.dtype}: beside a 16-bit weight the "
@@ -95,8 +99,11 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected float32 or float64, got {tensor.dtype}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
-    if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+    if any(
+        size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
         raise ValueError(f"{name}: expected elements with memory of their own, got stride 0")
+    return tensor
 
 
 def _check_memory(tensors: Mapping[str, Tensor]) -> None:
@@ -114,7 +121,7 @@ def _sigmas(std: float | Mapping[str, float], tensors: Mapping[str, Tensor]) -> 
     if isinstance(std, Mapping):
         given: dict[str, float] = {}
         for name, sigma in std.items():
-            if (key := _canonical(name)) in given:
+            if (key := canonical_name(name)) in given:
                 raise ValueError(f"std: expected distinct names, got {key!r} twice")
             given[key] = sigma
         if missing := [name for name in tensors if name not in given]:

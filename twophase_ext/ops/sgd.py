@@ -34,21 +34,24 @@ def sgd_(
     a new buffer. Ignored where momentum is 0. nu: 0 or 1 for each tensor (default 1); 0 leaves the
     parameter and its buffer as they are, weight decay and momentum included.
 
-    The result has the bits of torch.optim.SGD where torch's own kernels use fused multiply-add.
+    The result has the bits of torch.optim.SGD (foreach=False) where torch's own kernels use fused
+    multiply-add, as on every x86 processor with AVX2; a gradient that is expanded along its last
+    dimension is the exception, torch itself rounds some of its elements twice.
     Raises TypeError for float16 and bfloat16 parameters, other dtypes and sparse gradients;
     ValueError for lists, shapes, dtypes or devices that do not match. Everything is checked before
     any tensor is changed.
     """
     nu = [1] * len(params) if nu is None else nu
     check_sgd(params, grads, momentum_buffers if momentum else [None] * len(params), nu)
-    with torch.no_grad():
-        update_checked(
-            [i for i, mask in enumerate(nu) if mask],
-            params,
-            grads,
-            momentum_buffers,
-            (lr, momentum, dampening, weight_decay, nesterov, maximize),
-        )
+    moving = [i for i, mask in enumerate(nu) if mask]
+    updated = apply_sgd(
+        [params[i] for i in moving],
+        [grads[i] for i in moving],
+        [momentum_buffers[i] for i in moving],
+        (lr, momentum, dampening, weight_decay, nesterov, maximize),
+    )
+    for i, buffer in zip(moving, updated, strict=False):
+        momentum_buffers[i] = buffer
 
 
 def check_sgd(
@@ -84,6 +87,34 @@ def _check_like(p: Tensor, p_name: str, t: Tensor, t_name: str) -> None:
     ):
         if wanted != got:
             raise ValueError(f"{t_name}: expected {what} {wanted} of {p_name}, got {got}")
+
+
+def apply_sgd(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    scalars: tuple[float, float, float, float, bool, bool],
+) -> list[Tensor]:
+    """The step on checked tensors, one call for each device; returns the buffers, if any.
+
+    scalars: lr, momentum, dampening, weight_decay, nesterov, maximize. momentum_buffers: None where
+    a tensor has made no step yet.
+    """
+    buffers = [
+        torch.empty_like(p) if b is None else b
+        for p, b in (zip(params, momentum_buffers, strict=True) if scalars[1] else ())
+    ]
+    by_device: dict[torch.device, list[int]] = {}
+    for i, p in enumerate(params):
+        by_device.setdefault(p.device, []).append(i)
+    with torch.no_grad():
+        for chosen in by_device.values():
+            mutated = [params[i] for i in chosen], [buffers[i] for i in chosen if buffers]
+            fresh = [int(momentum_buffers[i] is None) for i in chosen]
+            nu = [1] * len(chosen)
+            _ops.sgd_(mutated[0], [grads[i] for i in chosen], mutated[1], nu, fresh, *scalars)
+            torch.autograd.graph.increment_version(mutated[0] + mutated[1])
+    return buffers
 
 
 @torch.library.register_fake("twophase::sgd_")

@@ -1,8 +1,6 @@
 """What the second phase keeps of the frozen network: h, the wide layer's input, or nothing."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,23 +14,6 @@ BATCH = (
     256  # samples a forward pass that fills the cache; fixed, so that a resumed run has its bits
 )
 SHARE = 0.6  # of the memory available when the cache is planned
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on the device now (RAM: MemAvailable, a cgroup's limit)."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-        group = Path("/sys/fs/cgroup")
-        limit, current = ((group / f"memory.{part}").read_text() for part in ("max", "current"))
-        available = min(available, int(limit) - int(current))
-    except (OSError, ValueError, KeyError):  # not Linux, no cgroup, or no limit ("max")
-        pass
-    return available
 
 
 @dataclass(frozen=True)

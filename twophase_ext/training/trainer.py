@@ -10,12 +10,13 @@ from torch import nn
 
 from .. import optim
 from ..files import write_json
+from ..memory import available_memory
 from ..network import Network
 from . import batchnorm, checkpoint, runfolder
 from .config import resolve
 from .data import Samples
 from .engine import Run
-from .features import available_memory, plan_cache
+from .features import plan_cache
 from .losses import ConvexLoss, resolve_loss
 from .progress import Progress
 from .result import Result

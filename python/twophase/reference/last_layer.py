@@ -25,18 +25,20 @@ def last_layer_step_(
 
     weight [m_y, m_H], bias [m_y], h [b, m_H]. loss: "cross_entropy" (target int64 [b]) or
     "squared_error" (target [b, m_y]), averaged over the b samples. buffers: [weight's, bias's].
+    Raises ValueError for another loss.
     """
     b = len(h)
     q = h @ weight.T if bias is None else h @ weight.T + bias
     if loss == "cross_entropy":
         log_p = q - torch.logsumexp(q, 1, keepdim=True)
-        value = -log_p[torch.arange(b), target].mean()
-        delta = log_p.exp()
-        delta[torch.arange(b), target] -= 1
-        delta = delta / b
-    else:
+        value = -log_p.gather(1, target[:, None]).mean()
+        one_hot = torch.nn.functional.one_hot(target, q.shape[1])
+        delta = (log_p.exp() - one_hot) / b
+    elif loss == "squared_error":
         value = (q - target).square().sum(1).mean()
         delta = 2 * (q - target) / b
+    else:
+        raise ValueError(f"loss: expected 'cross_entropy' or 'squared_error', got {loss!r}")
     params, grads = [weight], [delta.T @ h]
     if bias is not None:
         params, grads = [*params, bias], [*grads, delta.sum(0)]

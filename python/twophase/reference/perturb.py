@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ def stream_key(seed: int, name: str) -> int:
     """64-bit key of a tensor's noise: the first 8 bytes of SHA-256(seed, name), little-endian.
 
     The seed enters as 8 little-endian bytes (two's complement), the name as UTF-8 without the
-    components `module` and `_orig_mod` that wrappers add.
+    components `module.` and `_orig_mod.` that wrappers add.
     """
-    canonical = ".".join(p for p in name.split(".") if p not in ("module", "_orig_mod"))
+    *path, own = name.split(".")
+    canonical = ".".join([part for part in path if part not in ("module", "_orig_mod")] + [own])
     data = (seed % 2**64).to_bytes(8, "little") + canonical.encode()
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
@@ -59,10 +60,28 @@ def normal(key: int, numel: int) -> Tensor:
 
 @torch.no_grad()
 def perturb_(
-    named_tensors: Mapping[str, Tensor], std: float | Mapping[str, float], *, seed: int
+    named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    std: float | Mapping[str, float],
+    *,
+    seed: int,
 ) -> None:
-    """w_h <- w_h + delta_h, delta_h ~ N(0, sigma_h^2 I): float32 noise, added in w's precision."""
-    for name, tensor in named_tensors.items():
-        sigma = std[name] if isinstance(std, Mapping) else std
+    """w_h <- w_h + delta_h, delta_h ~ N(0, sigma_h^2 I): float32 noise, added in w's precision.
+
+    named_tensors: a dict or pairs, of float32 or float64 tensors (others: TypeError). std: one
+    sigma, or a sigma for every name; ValueError where it is missing or not positive and finite in
+    float32. Everything is checked before any tensor changes.
+    """
+    tensors = dict(named_tensors)
+    sigmas: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: expected float32 or float64, got {tensor.dtype}")
+        if isinstance(std, Mapping) and name not in std:
+            raise ValueError(f"std: expected a sigma for {name!r}, got none")
+        sigma = torch.tensor(std[name] if isinstance(std, Mapping) else std, dtype=torch.float32)
+        if not 0 < sigma < torch.inf:
+            raise ValueError(f"std: expected sigma > 0 and finite for {name!r}, got {float(sigma)}")
+        sigmas[name] = sigma
+    for name, tensor in tensors.items():
         z = normal(stream_key(seed, name), tensor.numel()).float()
-        tensor += (z * torch.tensor(sigma, dtype=torch.float32)).view(tensor.shape).to(tensor.dtype)
+        tensor += (z * sigmas[name]).view(tensor.shape).to(tensor)

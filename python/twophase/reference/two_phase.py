@@ -30,10 +30,18 @@ def two_phase(
     """Train `model` in place.
 
     last_layer: name of the affine last layer. batches(epoch) yields index tensors. tau: the epoch
-    before which the perturbation happens. BatchNorm statistics are recomputed once at tau over x in
-    index order, `statistics_batch` samples at a time, and fixed from then on.
+    before which the perturbation happens; tau = epochs is the base algorithm alone. BatchNorm
+    statistics are recomputed once at tau over x in index order, `statistics_batch` samples at a
+    time, and fixed from then on. Parameters that do not require grad are left alone throughout.
+    Raises ValueError where `last_layer` names no trainable parameters or tau is outside 0..epochs.
     """
-    w = dict(model.named_parameters())
+    w = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not any(name.startswith(last_layer + ".") for name in w):
+        raise ValueError(
+            f"last_layer: expected the name of a trainable affine layer, got {last_layer!r}"
+        )
+    if not 0 <= tau <= epochs:
+        raise ValueError(f"tau: expected an epoch in 0..{epochs}, got {tau}")
     buffers: dict[str, Tensor | None] = dict.fromkeys(w)
     nu = dict.fromkeys(w, 1)  # eta_t = lr * nu
 

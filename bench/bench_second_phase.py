@@ -1,0 +1,88 @@
+"""An epoch of the second phase: cached features against the frozen backbone recomputed every step.
+
+PreActResNet18 (64 channels) with a wide softplus layer of ceil(1.1 * 512) units on 512 MNIST images
+(random images of their size where TWOPHASE_DATA is not set). The baseline is what a user does in
+plain PyTorch: hidden layers frozen by requires_grad_(False), a full forward pass, SGD on the head.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import twophase_ext as tp
+from twophase import data, models
+from twophase_ext.network import Network
+from twophase_ext.training.data import Samples
+from twophase_ext.training.features import Features
+from twophase_ext.training.head import HeadStep
+from twophase_ext.training.losses import CROSS_ENTROPY
+
+GROUP = "phase-2 epoch PreActResNet18, 512 images"
+SETTINGS = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5}
+
+
+@pytest.fixture
+def problem(small):
+    n, width = (64, 4) if small else (512, 64)
+    try:
+        images, labels = data.load("mnist", "train", download=False)
+        images, labels = images[:n], labels[:n]
+    except FileNotFoundError:
+        images = torch.randint(0, 256, (n, 1, 28, 28), dtype=torch.uint8)
+        labels = torch.randint(10, (n,))
+    torch.manual_seed(0)
+    model = models.PreActResNet18(1, 10, width=width, wide=models.wide_units(n)).eval()
+    return model, images, labels, torch.randperm(n).split(64)
+
+
+@pytest.mark.parametrize("mode", ["hidden", "backbone"])
+def test_cached(benchmark, row, problem, mode):
+    model, images, labels, batches = problem
+    samples = Samples.of(
+        (images, labels), name="train", device=torch.device("cpu"), dtype=torch.float32
+    )
+    network = Network(model, images[:2].float())
+    samples.prepare(CROSS_ENTROPY, 10)
+    features = Features(samples, network, mode)
+    step = HeadStep(
+        network.last.module, CROSS_ENTROPY, tp.optim.SGD(model.parameters(), **SETTINGS)
+    )
+    assert step.fused
+
+    def epoch():
+        for index in batches:
+            step(*features.batch(index))
+
+    row(GROUP, "ours", f"features cached: {mode}")
+    benchmark(epoch)
+
+
+def test_recomputed(benchmark, row, problem):
+    model, images, labels, batches = problem
+    head = model.head[-1]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in head.parameters():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.SGD(head.parameters(), **SETTINGS)
+    x = data.as_float(images)
+
+    def epoch():
+        for index in batches:
+            loss = F.cross_entropy(model(x[index]), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    row(GROUP, "baseline", "frozen backbone recomputed")
+    benchmark.pedantic(epoch, rounds=1 if benchmark.disabled else 3, warmup_rounds=1)
+    assert isinstance(head, nn.Linear)
+
+
+def test_reading_h_once(benchmark, row, problem):
+    model, images, _, _ = problem
+    with torch.no_grad():
+        h = Network(model, images[:2].float()).hidden(data.as_float(images))
+    row(GROUP, "limit", "read h once", bytes=h.numel() * 4)
+    benchmark(h.sum)

@@ -1,0 +1,121 @@
+"""The command line as a user types it."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import twophase.cli
+import twophase_ext as tp
+
+
+def run(*arguments: str) -> int:
+    return twophase.cli.main(list(arguments))
+
+
+def test_demo_leaves_a_run_folder_and_a_summary(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TWOPHASE_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no-cache"))
+    assert run("demo", "--run_dir", str(tmp_path / "run"), "--epochs", "3") == 0
+    out = capsys.readouterr().out
+    for part in ("1,437 images", "run completed after 3 epochs", "phase 2", "bit-identical"):
+        assert part in out
+    verdict = tp.Verdict.load(tmp_path / "run" / "verdict.json")
+    assert verdict.n == 1437 and verdict.width == 1581
+    assert verdict.status in ("full rank", "undecided") and f"rank {verdict.rank} of 1437" in out
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    assert [row["phase"] for row in rows] == ["1", "1", "2"] or [r["phase"] for r in rows] == [
+        "1",
+        "2",
+        "2",
+    ]
+
+
+TRAIN = ["--n", "60", "--width", "2", "--epochs", "4", "--tau", "2", "--progress", "false"]
+
+
+def test_train_saves_its_options_and_reads_them_back(tmp_path, capsys):
+    first = tmp_path / "first"
+    assert run("train", *TRAIN, "--lr", "0.02", "--run_dir", str(first)) == 0
+    options = first / "options.yaml"
+    assert "lr: 0.02" in options.read_text()
+    second = tmp_path / "second"
+    assert run("train", "--config", str(options), "--run_dir", str(second)) == 0
+    drop = lambda text: [row.rsplit(",", 1)[0] for row in text.splitlines()]  # noqa: E731  seconds
+    assert drop((first / "metrics.csv").read_text()) == drop((second / "metrics.csv").read_text())
+    config = json.loads((second / "config.json").read_text())
+    assert config["tau_epoch"] == 2 and config["epochs"] == 4
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("model", ["mlp", "preactresnet18"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
+def test_train_builds_every_model_and_loss(tmp_path, model, loss):
+    code = run("train", *TRAIN, "--model", model, "--loss", loss, "--run_dir", str(tmp_path / "r"))
+    assert code == 0
+
+
+def test_train_a_model_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert run("train", *TRAIN, "--model", "mine:build", "--run_dir", "out") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model"] == "Sequential"
+    assert run("doctor", "--model", "mine:build", "--n", "60") == 0
+
+
+def test_doctor_tells_what_fails(capsys):
+    assert run("doctor", "--n", "60", "--width", "2") == 0
+    assert "expressivity" in capsys.readouterr().out
+    assert run("doctor", "--n", "60", "--width", "2", "--ratio", "0") == 1
+    assert "tp.nn.widen" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tau", "1.5"], "tau: expected a fraction"),
+        (["--model", "nonsense"], "model: expected mlp"),
+        (["--model", "no_such_package:build"], "no_such_package"),
+        (["--noise_std", "0"], "noise_std: expected a number > 0"),
+    ],
+)
+def test_wrong_options_end_in_one_line(tmp_path, capsys, arguments, message):
+    assert run("train", *TRAIN, "--run_dir", str(tmp_path / "r"), *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_unknown_options_exit_with_usage():
+    with pytest.raises(SystemExit) as stop:
+        run("train", "--no_such_option", "1")
+    assert stop.value.code == 2
+
+
+def test_print_config_round_trip(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("train", "--print_config")
+    assert stop.value.code == 0 and "noise_std: 0.001" in capsys.readouterr().out
+
+
+def test_ctrl_c_exits_with_130_and_resumes(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "twophase.cli", "train", "--n", "200", "--width", "2"]
+    command += ["--epochs", "2000", "--verify", "off", "--run_dir", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "run interrupted" in output
+    done = len((folder / "metrics.csv").read_text().splitlines()) - 1
+    assert 0 < done < 2000

@@ -1,0 +1,96 @@
+"""One SGD step of the last layer on one mini-batch of features, in one call."""
+
+import torch
+from torch import Tensor
+
+from .. import _load  # noqa: F401  registers torch.ops.twophase
+
+_ops = torch.ops.twophase
+_LOSSES = {"cross_entropy": 0, "squared_error": 1}  # enum Loss of csrc/math/loss.h
+_DTYPES = (torch.float32, torch.float64)
+
+
+@torch.no_grad()
+def last_layer_step_(
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_buffer: Tensor | None,
+    bias_buffer: Tensor | None,
+    h: Tensor,
+    target: Tensor,
+    *,
+    loss: str = "cross_entropy",
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    fresh: bool = False,
+) -> Tensor:
+    """Forward, loss, gradient and torch.optim.SGD's update of q = h W^T + b; returns the loss.
+
+    weight [k, m] and bias [k] (or None) are updated in place, and where momentum is not 0 their
+    momentum buffers of the same shapes; fresh: the buffers hold nothing yet, as at the first step.
+    h: features [b, m], b >= 1, of any row stride. All of one dtype, float32 or float64, and one
+    device; weight and buffers contiguous.
+
+    loss: "cross_entropy" (softmax; target int64 [b], labels from 0 to k - 1; mean over the samples)
+    or "squared_error" (target [b, k], h's dtype; ||q - y||^2 summed over outputs, mean over
+    samples). The result is the loss of the weights before the update, 0-d, in h's dtype,
+    accumulated in float64. The gradient of the weight is never held in memory. Results do not
+    depend on the number of threads. A loss that is not finite is returned, and the update done, as
+    torch would.
+
+    Raises TypeError for a wrong dtype and ValueError for a wrong shape, value or label, both before
+    anything has changed.
+    """
+    if loss not in _LOSSES:
+        raise ValueError(f"loss: expected one of {', '.join(_LOSSES)}, got {loss!r}")
+    if h.dtype not in _DTYPES:
+        raise TypeError(f"h: expected float32 or float64, got {h.dtype}")
+    target_dtype = torch.int64 if loss == "cross_entropy" else h.dtype
+    if target.dtype != target_dtype:
+        raise TypeError(f"target: expected {target_dtype}, got {target.dtype}")
+    updated = {
+        "weight": weight,
+        "bias": bias,
+        "weight_buffer": weight_buffer,
+        "bias_buffer": bias_buffer,
+    }
+    for name, tensor in updated.items():
+        if tensor is not None and tensor.dtype != h.dtype:
+            raise TypeError(f"{name}: expected the dtype of h, {h.dtype}, got {tensor.dtype}")
+    return _ops.last_layer_step_(
+        weight,
+        bias,
+        weight_buffer,
+        bias_buffer,
+        h,
+        target,
+        _LOSSES[loss],
+        lr,
+        momentum,
+        dampening,
+        weight_decay,
+        nesterov,
+        fresh,
+    )
+
+
+@torch.library.register_fake("twophase::last_layer_step_")
+def _(
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_buffer: Tensor | None,
+    bias_buffer: Tensor | None,
+    h: Tensor,
+    target: Tensor,
+    loss: int,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    fresh: bool,
+) -> Tensor:
+    return h.new_empty(())

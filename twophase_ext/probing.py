@@ -1,0 +1,150 @@
+"""Run a user's model once and watch it, without leaving a trace in it."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+class Call(NamedTuple):
+    """One call of a module: tensors with their version counters at that moment."""
+
+    module: nn.Module
+    input: Any
+    input_version: int
+    output: Any
+    output_version: int
+
+
+class _Stop(BaseException):
+    """Ends a forward pass. Not an Exception, so that no `except Exception` in it swallows this."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own model inside DataParallel, DistributedDataParallel and torch.compile."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, parallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def cuda_devices() -> range:
+    """The CUDA devices whose random state may move: none until CUDA is in use."""
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+
+
+def input_of(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
+    """The input that `module` gets when the model runs on x; nothing behind it is computed.
+
+    Runs eagerly, in the caller's grad mode and the model's mode. Raises ValueError where the
+    forward pass ends without reaching the module.
+    """
+    caught: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(args[0] if args else kwargs["input"])
+        raise _Stop
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with _eager():
+            unwrap(model)(x)
+    except _Stop:
+        return caught[0]
+    finally:
+        handle.remove()
+    raise ValueError("model: its forward pass does not reach the layer that was asked for")
+
+
+def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], Any]:
+    """Run the model once: the calls of `wanted` modules in order of completion, and its output."""
+    if not isinstance(example, Tensor):
+        raise TypeError(f"example_input: expected a tensor, got {type(example).__name__}")
+    if example.dim() == 0 or example.numel() == 0:
+        raise ValueError(
+            f"example_input: expected at least one sample, got shape {tuple(example.shape)}"
+        )
+    if any(is_lazy(p) for p in model.parameters()):
+        raise ValueError("model: its lazy modules are not initialised yet; run it once first")
+    calls: list[Call] = []
+    inputs: dict[nn.Module, list[tuple[Any, int]]] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = args[0] if args else kwargs.get("input")
+        inputs.setdefault(module, []).append((value, _version(value)))
+
+    def after(module: nn.Module, _: Any, output: Any) -> None:
+        calls.append(Call(module, *inputs[module].pop(), output, _version(output)))
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, wanted):
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+    try:
+        with _untouched(model), _eager():
+            output = model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, output
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Run compiled submodules eagerly: compiled code need not see a hook that came after it."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) else -1
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; modes, buffers and torch's random state come back after it."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {module: dict(module._buffers) for module in modes}
+    values = [
+        (b, b.detach().clone()) for own in buffers.values() for b in own.values() if b is not None
+    ]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices()):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+            # a forward may bind new tensors to its buffers' names, or write into the old ones
+            module._buffers.clear()
+            module._buffers.update(buffers[module])
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def unchanged(then: Tensor, version: int, now: Any, now_version: int | None = None) -> bool:
+    """Are these the same values: the same memory, seen in the same way and not written since?
+
+    Equal values would not do: a branch that is zero at initialisation adds nothing, then.
+    """
+    if not isinstance(now, Tensor) or not isinstance(then, Tensor):
+        return False
+    written = (now._version if now_version is None else now_version) != version
+    same = then is now or (
+        then.data_ptr() == now.data_ptr()
+        and then.shape == now.shape
+        and then.stride() == now.stride()
+        and then.dtype == now.dtype
+    )
+    return same and not written
