@@ -269,7 +269,7 @@ def strided(draw):
     return x.permute(draw(st.permutations(range(len(shape))))) if shape else x
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(strided(), st.sampled_from([0.5, 1.0, 100.0]))
 def test_any_tensor(x, beta):
     y = softplus(x, beta)
@@ -280,9 +280,11 @@ def test_any_tensor(x, beta):
     assert bool(((y >= x) | y.isnan()).all())
     finite = truth.isfinite()
     error = (y.double() - truth).abs()[finite]
-    unit = torch.finfo(x.dtype).eps
-    assert bool((error <= 4 * unit * truth[finite] + 2 * smallest * max(1, 1 / beta)).all())
-    assert torch.equal(softplus_(x.clone(), beta), y) or y.isnan().any()
+    # beta x is rounded before its exponential is taken: in the truth, and in kernels without FMA
+    reach = (beta * x.double().abs()[finite]).clamp(max=BOTTOM[x.dtype])
+    bound = (4 + reach) * torch.finfo(x.dtype).eps * truth[finite]
+    assert bool((error <= bound + 2 * smallest * max(1, 1 / beta)).all())
+    torch.testing.assert_close(softplus_(x.clone(), beta), y, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("beta", [0, -1.0, math.nan, math.inf, -math.inf, 1e-31, 1e31])
