@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twophase.reference import gram as twin
 
+from twophase.reference import gram as twin
 from twophase_ext.linalg import gram as large
 from twophase_ext.ops import gram_logdet
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twophase.reference import last_layer as twin
 
+from twophase.reference import last_layer as twin
 from twophase_ext import _load, build_info
 from twophase_ext.ops import last_layer_step_
 
