@@ -105,3 +105,70 @@ def test_save_and_load(tmp_path):
     (tmp_path / "other.json").write_text('{"status": "fine"}')
     with pytest.raises(ValueError, match="is not a verdict file"):
         tp.Verdict.load(tmp_path / "other.json")
+
+
+def test_inputs_that_are_not_finite_are_refused_not_called_identical():
+    x, _ = toy_data(20)
+    x[4] = x[9] = float("nan")
+    for check in (tp.verify_expressivity, tp.check_assumptions):
+        with pytest.raises(ValueError, match="x: NaN or infinity in the input of sample 4"):
+            check(toy_mlp(), x)
+
+
+def test_words_say_what_is_known():
+    x, _ = toy_data(20)
+    text = str(tp.verify_expressivity(toy_mlp(), x))
+    assert "full rank at these weights (counted numerically, not proved)" in text
+    x[3] = x[8]
+    text = str(tp.verify_expressivity(toy_mlp(), x))
+    assert "deficient for all weights (proved)" in text and "some weights" not in text
+
+
+def test_a_last_layer_without_bias_cannot_use_the_column_of_ones():
+    x, _ = toy_data(20)
+    model = toy_mlp(width=19)
+    assert tp.verify_expressivity(model, x).rank == 20
+    model[4] = nn.Linear(19, 3, bias=False)
+    verdict = tp.verify_expressivity(model, x)
+    assert verdict.status == "deficient" and "n = 20 > m_H = 19" in verdict.reason
+    model = toy_mlp(width=40)
+    model[4] = nn.Linear(40, 3, bias=False)
+    verdict = tp.verify_expressivity(model, x)
+    sigma = np.linalg.svd(features(model, x)[:, :-1], compute_uv=False)
+    assert verdict.rank == 20 and verdict.sigma_min == pytest.approx(sigma[-1], rel=1e-6)
+    assert "rank h_X = n" in str(verdict)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs(dtype):
+    x = toy_data(12)[0].to(dtype)
+    assert tp.verify_expressivity(toy_mlp(), x).status == "full rank"
+    x[5] = x[1]
+    assert tp.verify_expressivity(toy_mlp(), x).culprits == [[1, 5]]
+    assert not tp.check_assumptions(toy_mlp(), x).hold
+
+
+def test_integer_tokens():
+    x = torch.arange(12).reshape(12, 1)
+    model = nn.Sequential(nn.Embedding(12, 5), nn.Flatten(), *toy_mlp())
+    assert tp.verify_expressivity(model, x).status == "full rank"
+    assert tp.check_assumptions(model, x).verdict.status == "full rank"
+
+
+def test_batch_statistics_are_never_decided():
+    x, _ = toy_data(20)
+    x[3] = x[8]
+    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5, track_running_stats=False), *toy_mlp())
+    assert tp.verify_expressivity(model, x).status == "undecided"
+
+
+def test_too_little_memory_is_undecided(monkeypatch):
+    monkeypatch.setattr("twophase_ext.expressivity.verify.available_memory", lambda _: 1000)
+    verdict = tp.verify_expressivity(toy_mlp(), toy_data(20)[0])
+    assert verdict.status == "undecided" and "GiB" in verdict.reason
+
+
+def test_a_model_without_parameters():
+    for check in (tp.verify_expressivity, tp.check_assumptions):
+        with pytest.raises(ValueError, match="model: has no parameters"):
+            check(nn.ReLU(), toy_data(9)[0])

@@ -46,6 +46,23 @@ def as_tensor(a: Any, *, name: str) -> Tensor:
     raise TypeError(f"{name}: expected a tensor, an array or numbers, got {type(a).__name__}")
 
 
+def require_finite(x: Tensor, name: str, what: str, indices: list[int] | None = None) -> None:
+    """Raise ValueError that names the first sample with a NaN or an infinity.
+
+    x: [n, ...]; what: "input" or "target", for the message. indices: the samples' numbers where x
+    holds only some of them.
+    """
+    if not (x.is_floating_point() or x.is_complex()):
+        return
+    finite = torch.isfinite(x.flatten(1) if x.dim() > 1 else x[:, None]).all(1)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().flatten().tolist()
+        sample = indices[bad[0]] if indices else bad[0]
+        raise ValueError(
+            f"{name}: NaN or infinity in the {what} of sample {sample} ({len(bad)} such samples)"
+        )
+
+
 def _from_numpy(a: np.ndarray | np.generic, name: str) -> Tensor:
     if isinstance(a, np.ma.MaskedArray):
         raise TypeError(f"{name}: masked arrays are not supported; fill the masked entries first")

@@ -6,9 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arrays import as_tensor
 from .expressivity import Verdict
-from .expressivity.verify import identical_rows, verify_network
+from .expressivity.verify import (
+    as_example,
+    checked_inputs,
+    first_parameter,
+    identical_rows,
+    verify_network,
+)
 from .network import Network
 from .nn import classify
 from .training.losses import ConvexLoss, resolve_loss
@@ -64,18 +69,17 @@ def check_assumptions(
     (Assumption 1 at the model's weights, by `verify_expressivity` with `method`). x: tensor or
     array [n, ...], uint8 scaled to [0, 1]. The model is not changed. Raises as verify_expressivity.
     """
-    x = as_tensor(x, name="x")
-    if len(x) == 0:
-        raise ValueError("x: the data set is empty")
+    x = checked_inputs(x)
+    resolved = resolve_loss(loss)
     table = Assumptions()
-    parameter = next(model.parameters())
+    parameter = first_parameter(model)
 
     def place(part: torch.Tensor) -> torch.Tensor:
         part = part.to(parameter.device)
         return part.to(parameter.dtype) / 255 if part.dtype == torch.uint8 else part
 
     try:
-        network = Network(model, place(x[:2]).to(parameter.dtype), last_layer)
+        network = Network(model, as_example(x, parameter), last_layer)
     except (ValueError, TypeError) as error:
         table.rows.append(Assumption("affine last layer", FAILED, str(error), "name last_layer="))
         return table
@@ -87,7 +91,6 @@ def check_assumptions(
         )
     )
     table.rows += _analyticity(model)
-    resolved = resolve_loss(loss)
     table.rows.append(
         Assumption("convex, smooth loss", HELD, f"{resolved.name}, L_ell = {resolved.smoothness:g}")
     )

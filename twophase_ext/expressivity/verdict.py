@@ -20,7 +20,8 @@ class Verdict:
     rank is that of [h_X, 1] (n x (width + 1)) as the method counts it, None where it was not
     computed; logabsdet that of its Gram matrix; sigma_min its smallest singular value, estimated in
     float64. culprits: groups of sample indices that make the rank fall. dtype: the arithmetic used;
-    batch_norm: the family of networks meant ("frozen": constant statistics).
+    batch_norm: the family of networks meant ("frozen": constant statistics). bias: whether the last
+    layer has a trainable bias; without one there is no column of ones and the matrix is h_X alone.
     """
 
     status: str
@@ -38,12 +39,18 @@ class Verdict:
     culprits: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
     peak_bytes: int = 0
+    bias: bool = True
 
     def __str__(self) -> str:
         """An explanation for a person."""
         where = "at these weights" if self.claim == "at w" else "for some weights"
+        if self.status == "deficient":
+            where = "for all weights (proved)"
+        elif self.status == "full rank":
+            where += " (counted numerically, not proved)"
+        matrix = "[h_X, 1]" if self.bias else "h_X"
         lines = [
-            f"expressivity condition, rank [h_X, 1] = n = {self.n} (m_H = {self.width}): "
+            f"expressivity condition, rank {matrix} = n = {self.n} (m_H = {self.width}): "
             f"{self.status} {where}"
         ]
         if self.reason:

@@ -1,6 +1,7 @@
 """Verification of rank [h_X, 1] = n for a model and its data."""
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arrays import as_tensor
+from ..arrays import as_tensor, require_finite
 from ..layers import input_of
+from ..memory import available_memory
 from ..network import Network
+from ..probing import record
 from .verdict import Verdict
 
 METHODS = ("auto", "svd")
 # Time of torch.linalg.svdvals on [h, 1] is about SVD_FLOPS * n^2 * p float64 operations.
 SVD_FLOPS = 4.0
 AUTO_SECONDS = 60.0
+AUTO_SHARE = 0.6  # of the memory available
 
 
 def verify_expressivity(
@@ -33,32 +37,52 @@ def verify_expressivity(
     x: the n training inputs (tensor or array; uint8 is scaled to [0, 1]). The features are computed
     in float64 in evaluation mode on a copy: the model is not changed. method: "svd" counts singular
     values above max(n, p) * eps * sigma_max (numpy.linalg.matrix_rank's rule; at most O(n^2 p)
-    operations and 8 n p bytes); "auto" does so where it takes about a minute and says "undecided"
-    with an estimate otherwise. Identical inputs and n > m_H + 1 are found first: those prove that
-    no weights at all have rank n. Returns a Verdict. Raises ValueError for unknown w or method or
-    empty x.
+    operations and 24 n p bytes); "auto" does so where it takes about a minute and fits into memory,
+    and says "undecided" with an estimate otherwise. Identical inputs and n > m_H + 1 are found
+    first: those prove that no weights at all have rank n. A last layer without a trainable bias
+    has no use for the column 1: then h_X alone must have rank n. Returns a Verdict. Raises
+    ValueError for unknown w or method, for x empty or with NaN or infinity.
     """
     if w != "current":
         raise ValueError(f"w: expected 'current', got {w!r}")
-    x = as_tensor(x, name="x")
-    if len(x) == 0:
-        raise ValueError("x: the data set is empty")
-    device = next(model.parameters()).device
+    x = checked_inputs(x)
+    parameter = first_parameter(model)
 
     def batches() -> Iterable[tuple[Tensor, None]]:
         for start in range(0, len(x), 256):
-            part = x[start : start + 256].to(device)
+            part = x[start : start + 256].to(parameter.device)
             yield (part.double() / 255 if part.dtype == torch.uint8 else part), None
 
-    dtype = next(model.parameters()).dtype
-    example = next(iter(batches()))[0][:2].to(dtype)
     return verify_network(
-        Network(model, example, last_layer),
+        Network(model, as_example(x, parameter), last_layer),
         batches(),
         n=len(x),
         method=method,
         say=print if progress else lambda _: None,
     )
+
+
+def checked_inputs(x: Any) -> Tensor:
+    """The argument x as a tensor [n, ...]; ValueError where it is empty or not finite."""
+    x = as_tensor(x, name="x")
+    if x.dim() == 0 or len(x) == 0:
+        raise ValueError("x: the data set is empty")
+    require_finite(x, "x", "input")
+    return x
+
+
+def first_parameter(model: nn.Module) -> nn.Parameter:
+    """A parameter that tells the model's device and dtype; ValueError where there is none."""
+    for parameter in model.parameters():
+        return parameter
+    raise ValueError("model: has no parameters")
+
+
+def as_example(x: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Two samples on the model's device, in its dtype unless they are indices (tokens)."""
+    part = x[:2].to(parameter.device)
+    floating = part.is_floating_point() or part.dtype == torch.uint8
+    return part.to(parameter.dtype) if floating else part
 
 
 def verify_network(
@@ -74,24 +98,36 @@ def verify_network(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     started = time.perf_counter()
-    common: dict[str, Any] = {"n": n, "width": network.width, "batch_norm": batch_norm}
+    bias = network.last.module.bias
+    ones = bias is not None and bias.requires_grad
+    common: dict[str, Any] = {
+        "n": n,
+        "width": network.width,
+        "batch_norm": batch_norm,
+        "bias": ones,
+    }
 
     def verdict(**fields: Any) -> Verdict:
         return Verdict(**common, **fields, seconds=time.perf_counter() - started)
 
-    if batch_norm == "batch":
+    moving = any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
+        for m in network.model.modules()
+    )
+    if batch_norm == "batch" or moving:
         return verdict(
             status="undecided",
             claim="at w",
             method="none",
             reason="mini-batch statistics hide dependent samples: use batch_norm='frozen'",
         )
-    if n > network.width + 1:
+    columns = network.width + ones
+    if n > columns:
         return verdict(
             status="deficient",
             claim="exists",
             method="dimension",
-            reason=f"n = {n} > m_H + 1 = {network.width + 1}: no weights reach rank n; "
+            reason=f"n = {n} > m_H{' + 1' if ones else ''} = {columns}: no weights reach rank n; "
             "tp.nn.widen(model, n) adds a wide enough layer",
         )
     inputs = list(batches)
@@ -105,11 +141,11 @@ def verify_network(
             "w; remove all but one of each group",
             culprits=culprits,
         )
-    columns = network.width + 1
     seconds = SVD_FLOPS * n * n * columns / _float64_rate(inputs[0][0].device)
     size = 3 * 8 * n * columns
     plan = f"svd of {n} x {columns} in float64: about {seconds:.0f} s and {size / 2**30:.2f} GiB"
-    if method == "auto" and seconds > AUTO_SECONDS:
+    available = available_memory(inputs[0][0].device)
+    if method == "auto" and (seconds > AUTO_SECONDS or size > AUTO_SHARE * available):
         return verdict(
             status="undecided",
             claim="at w",
@@ -118,7 +154,7 @@ def verify_network(
         )
     if seconds > 1:
         say(f"verifying: {plan}")
-    matrix = _features_and_ones(network, (x for x, _ in inputs), n)
+    matrix = _features_and_ones(network, [x for x, _ in inputs], n)[:, :columns]
     if not bool(torch.isfinite(matrix).all()):
         return verdict(
             status="undecided",
@@ -145,15 +181,29 @@ def verify_network(
 
 def identical_rows(rows: Tensor) -> list[list[int]]:
     """Groups of indices of exactly equal rows, in O(n d) by hashing each row's bytes."""
+    buckets: dict[bytes, list[int]] = {}
+    if rows.dtype == torch.bfloat16:  # NumPy has none
+        rows = rows.float()
+    array = rows.contiguous().numpy()
+
+    def content(i: int) -> bytes:
+        row = array[i]
+        return (row + 0.0 if row.dtype.kind == "f" else row).tobytes()  # -0 and 0 are equal
+
+    for i in range(len(array)):
+        buckets.setdefault(hashlib.blake2b(content(i), digest_size=16).digest(), []).append(i)
     groups: dict[bytes, list[int]] = {}
-    array = rows.contiguous().numpy() + 0.0 if rows.is_floating_point() else rows.numpy()
-    for i, row in enumerate(array):  # + 0.0 makes -0 and 0 the same bytes
-        groups.setdefault(row.tobytes(), []).append(i)
+    for bucket in buckets.values():
+        for i in bucket if len(bucket) > 1 else ():
+            groups.setdefault(content(i), []).append(i)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _features_and_ones(network: Network, inputs: Iterable[Tensor], n: int) -> Tensor:
+def _features_and_ones(network: Network, inputs: list[Tensor], n: int) -> Tensor:
     """[h_X, 1] in float64, from a float64 copy of the model in evaluation mode."""
+    # A forward pass without gradients first: torch.nn.utils.weight_norm keeps the weight of the
+    # last training step with its graph, and deepcopy refuses such a tensor.
+    record(network.model, as_example(inputs[0], first_parameter(network.model)), ())
     model = copy.deepcopy(network.model).double().eval()
     names = {name: module for name, module in model.named_modules()}
     last = names[next(k for k, m in network.model.named_modules() if m is network.last.module)]
