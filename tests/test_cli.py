@@ -119,3 +119,20 @@ def test_ctrl_c_exits_with_130_and_resumes(tmp_path):
     assert "run interrupted" in output
     done = len((folder / "metrics.csv").read_text().splitlines()) - 1
     assert 0 < done < 2000
+
+
+def test_classes_are_those_of_the_whole_set(tmp_path, capsys):
+    few = [*TRAIN, "--n", "3", "--run_dir", str(tmp_path / "few")]  # three digits, ten classes
+    assert run("train", *few) == 0, capsys.readouterr().err
+    assert run("train", *TRAIN, "--n", "0", "--run_dir", str(tmp_path / "none")) == 2
+    assert "n: expected at least 1" in capsys.readouterr().err
+    assert run("doctor", "--n", "-4") == 2
+
+
+def test_ctrl_c_outside_of_training_exits_with_130(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(twophase.cli.data, "load", interrupted)
+    assert run("train", *TRAIN) == 130
+    assert capsys.readouterr().err == "twophase train: interrupted\n"

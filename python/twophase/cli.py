@@ -164,9 +164,8 @@ def train(
     """
     images, labels = data.load(data_name, "train")
     test_images, test_labels = data.load(data_name, "test")
-    if n is not None:
-        images, labels = images[:n], labels[:n]
     classes = int(labels.max()) + 1
+    images, labels = _first(n, images, labels)
     wide = models.wide_units(len(images), ratio) if ratio > 0 else 0
     network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
     if device == "auto":
@@ -224,14 +223,21 @@ def doctor(
         seed: seed of the initialisation.
     """
     images, labels = data.load(data_name, "train")
-    if n is not None:
-        images, labels = images[:n], labels[:n]
-    wide = models.wide_units(len(images), ratio) if ratio > 0 else 0
     classes = int(labels.max()) + 1
+    images, labels = _first(n, images, labels)
+    wide = models.wide_units(len(images), ratio) if ratio > 0 else 0
     network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
     assumptions = tp.check_assumptions(network, images, loss=loss)
     print(assumptions)
     return 0 if assumptions.hold else 1
+
+
+def _first(
+    n: int | None, images: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if n is not None and n < 1:
+        raise ValueError(f"n: expected at least 1 sample, got {n}")
+    return images[:n], labels[:n]
 
 
 def _explain(result: tp.Result) -> None:
@@ -280,6 +286,9 @@ def main(arguments: list[str] | None = None) -> int:
         keywords["callbacks"] = (SaveOptions(parts[name].dump(chosen)),)
     try:
         return COMMANDS[name](**keywords)
+    except KeyboardInterrupt:  # before or after the training, or for the second time in it
+        print(f"twophase {name}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
         print(f"twophase {name}: {error}", file=sys.stderr)
         return 2

@@ -42,14 +42,7 @@ def perturb_(
     for a sigma out of range, a name without sigma or a sigma without tensor, two tensors of one
     name or of one memory. Everything is checked before any tensor is changed.
     """
-    pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
-    tensors: dict[str, Tensor] = {}
-    for name, value in pairs:
-        tensor = _shared_tensor(name, value)
-        if (key := canonical_name(name)) in tensors:
-            raise ValueError(f"named_tensors: expected distinct names, got {key!r} twice")
-        tensors[key] = tensor
-    _check_memory(tensors)
+    tensors = checked_tensors(named_tensors)
     sigmas = _sigmas(std, tensors)
     stream = _seed_bytes(seed)
 
@@ -62,6 +55,21 @@ def perturb_(
             keys = [_key(stream, name) for name in names]
             _ops.perturb_(changed, keys, [sigmas[name] for name in names])
             torch.autograd.graph.increment_version(changed)
+
+
+def checked_tensors(
+    named_tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
+) -> dict[str, Tensor]:
+    """The tensors by canonical name, with every check that `perturb_` makes of them."""
+    pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
+    tensors: dict[str, Tensor] = {}
+    for name, value in pairs:
+        tensor = _shared_tensor(name, value)
+        if (key := canonical_name(name)) in tensors:
+            raise ValueError(f"named_tensors: expected distinct names, got {key!r} twice")
+        tensors[key] = tensor
+    _check_memory(tensors)
+    return tensors
 
 
 def _seed_bytes(seed: int) -> bytes:

@@ -13,6 +13,7 @@ from ..files import write_atomically
 
 FORMAT = 1
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+FRESH = CURRENT + ".new"  # complete, and newer than CURRENT: a kill came before its rename
 
 
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -23,7 +24,7 @@ def describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def save(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` as the folder's checkpoint; the one before it is kept beside."""
     current, previous = folder / CURRENT, folder / PREVIOUS
-    fresh = folder / (CURRENT + ".new")
+    fresh = folder / FRESH
     write_atomically(fresh, lambda file: torch.save({"format": FORMAT, **state}, file))
     if current.exists():
         os.replace(current, previous)
@@ -45,9 +46,10 @@ def load(path: Path) -> tuple[dict[str, Any], Path]:
     A damaged newest checkpoint is passed over with a warning and the one before it is used.
     Raises FileNotFoundError where there is none, ValueError where none can be read.
     """
-    candidates = [path / CURRENT, path / PREVIOUS] if path.is_dir() else [path]
-    if not path.is_dir() and path.name == CURRENT:
-        candidates.append(path.with_name(PREVIOUS))
+    folder = path.parent if path.name == CURRENT and not path.is_dir() else path
+    candidates = [folder / name for name in (FRESH, CURRENT, PREVIOUS)]
+    if not path.is_dir() and path.name != CURRENT:
+        candidates = [path]
     existing = [candidate for candidate in candidates if candidate.exists()]
     if not existing:
         raise FileNotFoundError(f"resume: no checkpoint in {path}")

@@ -1,14 +1,16 @@
 """The Trainer's arguments, checked and resolved."""
 
-import math
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
+from ..names import canonical_name
 from .features import MODES
 
 SECOND_PHASES = ("base",)
+_SIGMAS = torch.finfo(torch.float32)
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -38,12 +40,13 @@ class Config:
         return asdict(self)
 
 
-def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+def integer(name: str, value: Any, least: int) -> int:
+    """`value` as an int of at least `least`; TypeError or ValueError name the argument."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return value
+    return int(value)
 
 
 def _choice(name: str, value: Any, choices: Any) -> str:
@@ -52,34 +55,34 @@ def _choice(name: str, value: Any, choices: Any) -> str:
     return str(value)
 
 
-def resolve_tau(tau: float | int, epochs: int) -> int:
+def resolve_tau(tau: Any, epochs: int) -> int:
     """The first epoch of the second phase: round(tau * epochs), kept within 1..epochs - 1.
 
     tau: a fraction in (0, 1), or an epoch number in 1..epochs - 1. ValueError otherwise.
     """
-    if isinstance(tau, bool) or not isinstance(tau, int | float):
+    if isinstance(tau, bool) or not isinstance(tau, Real):
         raise TypeError(f"tau: expected a fraction of the epochs or an epoch, got {tau!r}")
-    if isinstance(tau, int):
+    if isinstance(tau, Integral):
         if not 1 <= tau <= epochs - 1:
             raise ValueError(f"tau: expected an epoch in 1..{epochs - 1}, got {tau}")
-        return tau
+        return int(tau)
     if not 0 < tau < 1:
         raise ValueError(f"tau: expected a fraction in (0, 1), got {tau}")
-    return min(max(round(tau * epochs), 1), epochs - 1)
+    return min(max(round(float(tau) * epochs), 1), epochs - 1)
 
 
 def _resolve_noise(noise_std: Any) -> float | dict[str, float]:
     entries = noise_std.items() if isinstance(noise_std, dict) else [("noise_std", noise_std)]
     for name, sigma in entries:
-        if isinstance(sigma, bool) or not isinstance(sigma, int | float):
+        if isinstance(sigma, bool) or not isinstance(sigma, Real):
             raise TypeError(f"noise_std: expected a number for {name}, got {sigma!r}")
-        if not (math.isfinite(sigma) and sigma > 0):
+        if not _SIGMAS.tiny <= float(sigma) <= _SIGMAS.max:
             raise ValueError(
-                f"noise_std: expected a number > 0 for {name} (the Gaussian must not be "
-                f"degenerate), got {sigma}"
+                f"noise_std: expected a number > 0 in float32's range for {name} (the Gaussian "
+                f"must not be degenerate), got {sigma}"
             )
     if isinstance(noise_std, dict):
-        return {str(name): float(sigma) for name, sigma in noise_std.items()}
+        return {canonical_name(str(name)): float(sigma) for name, sigma in noise_std.items()}
     return float(noise_std)
 
 
@@ -98,7 +101,7 @@ def resolve(
     verify: Any,
 ) -> Config:
     """Check every argument; TypeError or ValueError names the first one that is wrong."""
-    epochs = _integer("epochs", epochs, 2)
+    epochs = integer("epochs", epochs, 2)
     if verify not in (False, "auto", "svd"):
         raise ValueError(f"verify: expected False, 'auto' or 'svd', got {verify!r}")
     return Config(
@@ -109,8 +112,8 @@ def resolve(
         second_phase=_choice("second_phase", second_phase, SECOND_PHASES),
         batch_norm=_choice("batch_norm", batch_norm, ("frozen", "batch")),
         feature_cache=_choice("feature_cache", feature_cache, MODES),
-        batch_size=_integer("batch_size", batch_size, 1),
-        seed=_integer("seed", seed, -(2**63)),
+        batch_size=integer("batch_size", batch_size, 1),
+        seed=integer("seed", seed, -(2**63)),
         precision=_choice("precision", precision, PRECISIONS),
         verify=verify,
     )

@@ -11,11 +11,16 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    TensorDataset,
     default_collate,
 )
 
-from ..arrays import as_tensor
+from ..arrays import as_tensor, require_finite
 from .losses import ConvexLoss, prepare_targets
+from .streams import host_stream, stream_seed
+
+_CHECKED = 256  # samples of a Dataset looked at together before training
+_VISITED_TWICE = 16  # samples fetched twice to see whether a Dataset is random
 
 
 class Samples:
@@ -23,6 +28,8 @@ class Samples:
 
     Made by `Samples.of` from a pair of arrays, a map-style Dataset or a DataLoader over one. uint8
     inputs are scaled to [0, 1] when they are fetched, so that images stay small in memory.
+    random: fetching a sample twice gives different inputs; what its transforms draw comes from
+    (seed, epoch), which the engine sets, and the batch.
     """
 
     def __init__(self, name: str, n: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -30,6 +37,7 @@ class Samples:
         self.name, self.n, self.device, self.dtype = name, n, device, dtype
         self.batch_size: int | None = None
         self.random = False
+        self.seed, self.epoch = 0, 0
 
     @staticmethod
     def of(source: Any, *, name: str, device: torch.device, dtype: torch.dtype) -> "Samples":
@@ -39,7 +47,7 @@ class Samples:
         if isinstance(source, IterableDataset):
             raise ValueError(f"{name}: expected a map-style dataset, got an IterableDataset")
         if isinstance(source, Dataset):
-            return _Fetched(source, default_collate, name, device, dtype)
+            return _from_dataset(source, default_collate, name, device, dtype)
         if isinstance(source, tuple | list) and len(source) == 2:
             return _Arrays(source[0], source[1], name, device, dtype)
         raise TypeError(
@@ -51,7 +59,7 @@ class Samples:
         raise NotImplementedError
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
-        """Check and convert the targets for `loss` and a last layer of `outputs` units."""
+        """Check every sample, and convert the targets for `loss` and `outputs` outputs."""
         raise NotImplementedError
 
     def in_order(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -79,22 +87,6 @@ def _check_length(name: str, n: int, n_targets: int) -> None:
         raise ValueError(f"{name}: the data set is empty")
 
 
-def _require_finite(x: Tensor, name: str, what: str, indices: list[int] | None = None) -> None:
-    """Raise ValueError that names the first sample with a NaN or an infinity.
-
-    indices: the samples' numbers where x holds only some of them.
-    """
-    if not x.is_floating_point():
-        return
-    finite = torch.isfinite(x.flatten(1) if x.dim() > 1 else x[:, None]).all(1)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero().flatten().tolist()
-        sample = indices[bad[0]] if indices else bad[0]
-        raise ValueError(
-            f"{name}: NaN or infinity in the {what} of sample {sample} ({len(bad)} such samples)"
-        )
-
-
 class _Arrays(Samples):
     """Two arrays held whole: the batch is one index_select."""
 
@@ -105,8 +97,8 @@ class _Arrays(Samples):
             if tensor.dim() == 0:
                 raise ValueError(f"{name}: expected {part} with a sample dimension, got a scalar")
         _check_length(name, len(self.x), len(self.y))
-        _require_finite(self.x, name, "input")
-        _require_finite(self.y, name, "target")
+        require_finite(self.x, name, "input")
+        require_finite(self.y, name, "target")
         super().__init__(name, len(self.x), device, dtype)
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
@@ -138,7 +130,11 @@ class _Fetched(Samples):
         self.loss: ConvexLoss | None = None
         self.outputs = 0
         # A random transform gives another x at every visit: such features cannot be cached.
-        self.random = not torch.equal(self._collate([0])[0], self._collate([0])[0])
+        some = list(range(0, self.n, -(-self.n // _VISITED_TWICE)))
+        with host_stream(0):
+            self.random = any(
+                not torch.equal(self._collate([i])[0], self._collate([i])[0]) for i in some
+            )
 
     def _collate(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         batch = self.collate([self.dataset[i] for i in indices])
@@ -149,16 +145,30 @@ class _Fetched(Samples):
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
         self.loss, self.outputs = loss, outputs
+        for _ in self.in_order(_CHECKED):  # nothing is to be found wrong after hours of training
+            pass
 
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         indices = index.tolist()
-        x, y = self._collate(indices)
-        _require_finite(x, self.name, "input", indices)
-        _require_finite(y, self.name, "target", indices)
+        if self.random:  # in one epoch a sample comes once: the first one tells the batch
+            with host_stream(stream_seed(self.seed, "augment", self.epoch, indices[0])):
+                x, y = self._collate(indices)
+        else:
+            x, y = self._collate(indices)
+        require_finite(x, self.name, "input", indices)
+        require_finite(y, self.name, "target", indices)
         if self.loss is not None:
-            y = prepare_targets(self.loss, y, self.outputs, name=self.name)
+            y = prepare_targets(self.loss, y, self.outputs, name=self.name, indices=indices)
         y = y.to(self.device)
         return self._place(x), y.to(self.dtype) if y.is_floating_point() else y
+
+
+def _from_dataset(
+    dataset: Any, collate: Any, name: str, device: torch.device, dtype: torch.dtype
+) -> Samples:
+    if type(dataset) is TensorDataset and collate is default_collate and len(dataset.tensors) == 2:
+        return _Arrays(*dataset.tensors, name, device, dtype)
+    return _Fetched(dataset, collate, name, device, dtype)
 
 
 def _from_loader(
@@ -167,11 +177,20 @@ def _from_loader(
     """A DataLoader's dataset, collate function and batch size; the order stays the Trainer's."""
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError(f"{name}: expected a loader over a map-style dataset")
-    if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+    sampler, refused = loader.sampler, ""
+    if not isinstance(sampler, RandomSampler | SequentialSampler):
+        refused = type(sampler).__name__
+    elif isinstance(sampler, RandomSampler) and (
+        sampler.replacement or sampler.num_samples != len(loader.dataset)  # type: ignore[arg-type]
+    ):
+        refused = "replacement or num_samples"
+    elif loader.batch_size is None:
+        refused = "a batch_sampler or without batches"
+    if refused:
         raise ValueError(
             f"{name}: the order of samples comes from the Trainer's seed; a DataLoader with "
-            f"{type(loader.sampler).__name__} cannot be honoured, pass its dataset"
+            f"{refused} cannot be honoured, pass its dataset"
         )
-    samples = _Fetched(loader.dataset, loader.collate_fn, name, device, dtype)
+    samples = _from_dataset(loader.dataset, loader.collate_fn, name, device, dtype)
     samples.batch_size = loader.batch_size
     return samples

@@ -37,7 +37,6 @@ class Run:
         train: Samples,
         val: Samples | None,
         cache_mode: str,
-        folder: Path | None,
         progress: Progress,
         callbacks: tuple[Any, ...],
         checkpoint_every: int,
@@ -45,7 +44,8 @@ class Run:
         """Nothing runs yet."""
         self.network, self.loss, self.optimizer, self.config = network, loss, optimizer, config
         self.train, self.val, self.cache_mode = train, val, cache_mode
-        self.folder, self.progress, self.callbacks = folder, progress, callbacks
+        self.progress, self.callbacks = progress, callbacks
+        self.folder: Path | None = None  # the run folder, where one is kept
         self.checkpoint_every = checkpoint_every
         self.device = train.device
         self.history: list[dict[str, Any]] = []
@@ -142,6 +142,7 @@ class Run:
     def _train_epoch(self, interrupt: Interrupt) -> bool:
         """The rest of this epoch; False where it was interrupted (state at the next batch)."""
         order = epoch_order(self.config.seed, self.epoch, self.train.n)
+        self.train.epoch = self.epoch
         bounds = list(self._bounds())
         step = self._first_step if self.phase == 1 else self._second_step()
         if self.phase == 1:
@@ -208,7 +209,7 @@ class Run:
             "train_accuracy": accuracy,
             "val_loss": None,
             "val_accuracy": None,
-            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+            "learning_rate": self._learning_rate(),
             "seconds": seconds,
         }
         self._add_time("first_phase" if phase == 1 else "second_phase", seconds)
@@ -222,18 +223,34 @@ class Run:
         self.sums, self.rng = torch.zeros(2, dtype=torch.float64), None
         if self.folder is not None:
             runfolder.write_metrics(self.folder, self.history)
-        if not math.isfinite(train_loss):
+        # The loss is that before each update: the last update may have broken the weights.
+        if not (math.isfinite(train_loss) and self._weights_finite()):
             self.progress.say(
-                f"epoch {record['epoch']}: the training loss is {train_loss}; stopped. The last "
-                "good checkpoint is kept: lower the learning rate and start again"
+                f"epoch {record['epoch']}: the training loss is {train_loss} and the weights are "
+                f"{'finite' if self._weights_finite() else 'not finite'}; stopped. The last good "
+                "checkpoint is kept: lower the learning rate and start again"
             )
             return False
+        # Before the checkpoint, so that it holds what a callback sets (a learning rate, say).
+        self._call("on_epoch_end", record)
         if self.epoch % self.checkpoint_every == 0 or self.epoch == self.config.epochs:
             self._save()
-        self._call("on_epoch_end", record)
         note = f"loss {train_loss:.4f}, {seconds:.1f} s an epoch"
         self.progress.advance("training", 1, note)
         return True
+
+    def _weights_finite(self) -> bool:
+        network = self.network
+        moved = network.parameters() if self.hidden_hash is None else network.last_parameters()
+        return all(bool(torch.isfinite(p).all()) for p in moved.values())
+
+    def _learning_rate(self) -> float:
+        """The first group's in the first phase, that of the last layer's weight in the second."""
+        groups = self.optimizer.param_groups
+        if self.phase == 2:
+            weight = self.network.last.module.weight
+            groups = [g for g in groups if any(p is weight for p in g["params"])]
+        return float(groups[0]["lr"])
 
     # --- measurement -------------------------------------------------------------------------
 
@@ -323,6 +340,14 @@ class Run:
             state["cuda"] = torch.cuda.get_rng_state(self.device)
         return state
 
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree in with the run that continues it."""
+        return {
+            **self.config.as_dict(),
+            "n": self.train.n,
+            "optimizer": type(self.optimizer).__name__,
+        }
+
     def _save(self) -> None:
         if self.folder is None:
             return
@@ -332,7 +357,7 @@ class Run:
                 {
                     "model": self.network.state(),
                     "optimizer": self.optimizer.state_dict(),
-                    "config": self.config.as_dict(),
+                    "config": self.identity(),
                     "cache_mode": self.cache_mode,
                     "epoch": self.epoch,
                     "batch": self.batch,
@@ -346,14 +371,26 @@ class Run:
             )
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint that `checkpoint.check_matches` has accepted."""
-        self.network.load_state(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Continue from a checkpoint.
+
+        Raises ValueError, before the model has changed, where it is of another model, configuration
+        or number of samples, or where its hidden layers are not those that were frozen.
+        """
+        model, config = self.network, self.config
+        checkpoint.check_matches(state, checkpoint.describe(model.state()), self.identity())
+        if state["hidden_hash"] is not None:
+            own = model.hidden_state(buffers=config.batch_norm == "frozen")
+            theirs = {name: state["model"].get(name, tensor) for name, tensor in own.items()}
+            if tensors_hash(theirs) != state["hidden_hash"]:
+                raise ValueError("resume: the checkpoint's hidden layers do not match their hash")
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"resume: the checkpoint's optimizer does not fit: {error}") from error
+        model.load_state(state["model"])
         self.cache_mode = state["cache_mode"]
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.sums, self.rng = state["sums"], state["rng"]
         self.history, self.timings = state["history"], state["timings"]
         self.verdict = Verdict(**state["verdict"]) if state["verdict"] else None
         self.hidden_hash = state["hidden_hash"]
-        if self.hidden_hash is not None and self._hash() != self.hidden_hash:
-            raise ValueError("resume: the checkpoint's hidden layers do not match their hash")

@@ -16,7 +16,8 @@ class HeadStep:
     """step(h, y) -> loss before the update, under the base algorithm's optimizer and its state.
 
     SGD (torch's or ours) with a built-in loss runs as one fused kernel over the optimizer's own
-    momentum buffers; anything else as forward, backward and optimizer.step().
+    momentum buffers; anything else, hooks on gradients or steps included, as forward, backward and
+    optimizer.step().
     """
 
     def __init__(
@@ -38,8 +39,14 @@ class HeadStep:
         if self.loss not in (CROSS_ENTROPY, SQUARED_ERROR):
             return None
         if not all(
-            p.requires_grad and p.dtype in (torch.float32, torch.float64) for p in parameters
+            p.requires_grad and p.is_contiguous() and p.dtype in (torch.float32, torch.float64)
+            for p in parameters
         ):
+            return None
+        # Hooks (gradient clipping, say) act on gradients, which the kernel never forms.
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
+            return None
+        if self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks:
             return None
         groups = [
             group
@@ -48,9 +55,11 @@ class HeadStep:
             if any(q is p for q in group["params"])
         ]
         settings = [{key: group[key] for key in _HYPERPARAMETERS} for group in groups]
+        if any(isinstance(value, Tensor) for s in settings for value in s.values()):
+            return None
         if len(groups) != len(parameters) or any(s != settings[0] for s in settings):
             return None
-        if settings[0]["maximize"] or isinstance(settings[0]["lr"], Tensor):
+        if settings[0]["maximize"]:
             return None
         return None if any(group.get("nu", 1) != 1 for group in groups) else groups[0]
 

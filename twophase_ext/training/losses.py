@@ -62,11 +62,14 @@ def resolve_loss(loss: Any) -> ConvexLoss:
     )
 
 
-def prepare_targets(loss: ConvexLoss, y: Tensor, outputs: int, name: str) -> Tensor:
+def prepare_targets(
+    loss: ConvexLoss, y: Tensor, outputs: int, name: str, indices: list[int] | None = None
+) -> Tensor:
     """Targets in the form that the loss takes: int64 labels, or float [n, m_y].
 
     Raises TypeError for labels that are not integers, ValueError for labels outside
-    [0, outputs) (the first such sample is named) or a target of another shape.
+    [0, outputs) (the first such sample is named) or a target of another shape. indices: the
+    samples' numbers where y holds only some of them.
     """
     if loss is CROSS_ENTROPY:
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
@@ -75,14 +78,16 @@ def prepare_targets(loss: ConvexLoss, y: Tensor, outputs: int, name: str) -> Ten
             y = y[:, 0]
         if y.dim() != 1:
             raise ValueError(f"{name}: expected labels of shape [n], got {list(y.shape)}")
+        y = y.long()  # before the comparison: `outputs` need not fit into uint8
         wrong = ((y < 0) | (y >= outputs)).nonzero()
         if len(wrong):
             i = int(wrong[0])
             raise ValueError(
                 f"{name}: expected labels in 0..{outputs - 1} (the last layer has {outputs} "
-                f"outputs), got {int(y[i])} at sample {i} ({len(wrong)} such samples)"
+                f"outputs), got {int(y[i])} at sample "
+                f"{indices[i] if indices else i} ({len(wrong)} such samples)"
             )
-        return y.long()
+        return y
     if y.dim() == 1 and outputs == 1:
         y = y[:, None]
     if loss is SQUARED_ERROR:

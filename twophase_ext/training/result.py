@@ -12,13 +12,15 @@ class Result:
     """The outcome of a run.
 
     history: one dict an epoch (epoch, phase, train_loss, train_accuracy, val_loss, val_accuracy,
-    learning_rate, seconds). train_loss is the mean over the epoch's batches of the loss before each
-    update; train_accuracy is measured during the epoch in the first phase and at its end in the
-    second; accuracies are None for losses other than cross-entropy, val_* without validation data.
-    status: "completed", "interrupted" or "diverged". verdict: the expressivity Verdict at w^tau, or
-    None. guarantee: the bound of Theorem 1, or None where none is claimed. final: losses and
-    accuracies of the trained network over the whole sets. timings: seconds by stage.
-    hidden_hash: SHA-256 of the frozen hidden layers, the same before and after the second phase.
+    learning_rate, seconds; learning_rate is the first parameter group's, in the second phase that
+    of the last layer's weight). train_loss is the mean over the epoch's batches of the loss before
+    each update; train_accuracy is measured during the epoch in the first phase and at its end in
+    the second; accuracies are None for losses other than cross-entropy, val_* without validation
+    data. status: "completed", "interrupted" or "diverged". verdict: the expressivity Verdict at
+    w^tau, or None. guarantee: the bound of Theorem 1, or None where none is claimed. final: losses
+    and accuracies of the trained network over the whole sets; empty unless completed. timings:
+    seconds by stage. hidden_hash: SHA-256 of the frozen hidden layers, the same before and after
+    the second phase.
     """
 
     model: nn.Module

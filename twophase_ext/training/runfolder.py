@@ -30,9 +30,6 @@ COLUMNS = (
 
 def environment(device: torch.device, seed: int) -> dict[str, Any]:
     """Versions, device, seed and the commit of the working folder, as plain data."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "twophase_ext": build_info(),
         "torch": torch.__version__,
@@ -42,10 +39,33 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "seed": seed,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's class and its groups' hyper-parameters, as plain data."""
+    plain = (bool, int, float, str, type(None))
+    groups = [
+        {
+            **{k: v if isinstance(v, plain) else str(v) for k, v in g.items() if k != "params"},
+            "parameters": len(g["params"]),
+        }
+        for g in optimizer.param_groups
+    ]
+    return {"class": f"{type(optimizer).__module__}.{type(optimizer).__name__}", "groups": groups}
+
+
+def _commit() -> str | None:
+    """The commit of the working folder; None outside of a repository or without git."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return answer.stdout.strip() or None
 
 
 def processor_name() -> str:

@@ -1,7 +1,11 @@
 """Named seed streams: each use of randomness has its own, so that one never shifts another."""
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy
 import torch
 
 
@@ -20,3 +24,22 @@ def epoch_order(seed: int, epoch: int, n: int) -> torch.Tensor:
     """The order in which epoch `epoch` visits the n samples: int64 [n], on the CPU."""
     generator = torch.Generator().manual_seed(stream_seed(seed, "shuffle", epoch))
     return torch.randperm(n, generator=generator)
+
+
+@contextmanager
+def host_stream(seed: int) -> Iterator[None]:
+    """Within it Python's, NumPy's and torch's CPU generators start from `seed`; then as before.
+
+    For random transforms, which draw from whichever of the three their author liked.
+    """
+    generator = torch.default_generator
+    states = random.getstate(), numpy.random.get_state(), generator.get_state()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        generator.set_state(states[2])

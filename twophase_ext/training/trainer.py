@@ -1,19 +1,22 @@
 """tp.Trainer: Algorithm 1 of the paper around any torch model and first-order optimizer."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import optim
 from ..files import write_json
 from ..memory import available_memory
 from ..network import Network
+from ..ops.perturb import checked_tensors
+from ..probing import record
 from . import batchnorm, checkpoint, runfolder
-from .config import resolve
+from .config import integer, resolve
 from .data import Samples
 from .engine import Run
 from .features import plan_cache
@@ -100,9 +103,8 @@ class Trainer:
         self.optimizer = optimizer or paper_optimizer
         self.device = _model_device(model, device)
         self.run_dir = run_dir
-        self.checkpoint_every = 1 if checkpoint_every is None else checkpoint_every
-        if not isinstance(self.checkpoint_every, int) or self.checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every: expected epochs >= 1, got {checkpoint_every!r}")
+        every = 1 if checkpoint_every is None else checkpoint_every
+        self.checkpoint_every = integer("checkpoint_every", every, 1)
         self.callbacks, self.progress = tuple(callbacks), progress
 
     def fit(
@@ -112,14 +114,54 @@ class Trainer:
 
         train, val: (x, y) tensors or arrays (NumPy, CuPy, anything with DLPack; uint8 inputs are
         scaled to [0, 1]), a map-style Dataset, or a DataLoader over one (its dataset, collate
-        function and batch size are used; the order of samples comes from the seed).
+        function and batch size are used; the order of samples comes from the seed, and no sample
+        is dropped). Every sample of a Dataset is fetched once before training, to be checked.
         resume: True continues the run in run_dir, a path the run in that folder or checkpoint file.
-        A run resumed on the CPU ends with the same bits as one that was never interrupted.
+        A run resumed on the CPU ends with the same bits as one that was never interrupted; a
+        callback's own state is not saved, but what it sets in the optimizer is.
 
         Ctrl-C finishes the step, saves, and returns status "interrupted". Raises ValueError or
-        TypeError for unusable data before anything is trained, FileNotFoundError or ValueError for
-        an unusable checkpoint.
+        TypeError for unusable data, FileNotFoundError or ValueError for an unusable checkpoint,
+        before the model has changed.
         """
+        with _unchanged_on_error(self.model):
+            run = self._prepare(train, val, resume)
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            status = run.execute()
+            final = run.measure_all() if status == "completed" else {}
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        result = Result(
+            model=self.model,
+            history=run.history,
+            status=status,
+            run_dir=run.folder,
+            verdict=run.verdict,
+            final=final,
+            timings=run.timings,
+            hidden_hash=run.hidden_hash,
+            feature_cache=run.cache_mode if run.hidden_hash else None,
+        )
+        if run.folder is not None:
+            write_json(
+                run.folder / "result.json",
+                {
+                    "status": status,
+                    "epochs_done": run.epoch,
+                    "final": result.final,
+                    "timings": result.timings,
+                    "hidden_hash": result.hidden_hash,
+                    "feature_cache": result.feature_cache,
+                },
+            )
+        return result
+
+    # --- parts of fit ------------------------------------------------------------------------
+
+    def _prepare(self, train: Any, val: Any, resume: bool | str | Path | None) -> Run:
+        """Everything that can be refused is refused here."""
         config = self.config
         progress = Progress(self.progress)
         self.model.to(config.dtype)
@@ -140,19 +182,17 @@ class Trainer:
             )
         if config.batch_norm == "frozen":
             batchnorm.check_freezable(self.model)
+        for part in (samples, held_out):
+            if part is not None:
+                part.seed = config.seed
+                _check_runs(self.model, part)
         network = Network(self.model, next(samples.in_order(2))[0][:2], self.last_layer)
         for part in (samples, held_out):
             if part is not None:
                 part.prepare(self.loss, network.outputs)
-        self._describe(network, samples, config, progress)
+        self._describe(network, samples, progress)
         mode = self._plan(network, samples, held_out, config, progress)
         optimizer = self._make_optimizer(network)
-
-        state = None
-        if resume:
-            state, self._resumed_from = checkpoint.load(self._checkpoint_path(resume))
-            checkpoint.check_matches(state, checkpoint.describe(network.state()), config.as_dict())
-        folder = self._open_folder(resume, config, progress)
         run = Run(
             network,
             self.loss,
@@ -161,49 +201,23 @@ class Trainer:
             samples,
             held_out,
             mode,
-            folder,
             progress,
             self.callbacks,
             self.checkpoint_every,
         )
+        state, source = None, None
+        if resume:
+            state, source = checkpoint.load(self._checkpoint_path(resume))
+        run.folder = self._open_folder(source)
         if state is not None:
             run.restore(state)
-            progress.say(f"resumed from {self._resumed_from}: {run.epoch} epochs done")
-        was_training = self.model.training
-        try:
-            status = run.execute()
-        finally:
-            self.model.train(was_training)
-        result = Result(
-            model=self.model,
-            history=run.history,
-            status=status,
-            run_dir=folder,
-            verdict=run.verdict,
-            final={} if status == "diverged" else run.measure_all(),
-            timings=run.timings,
-            hidden_hash=run.hidden_hash,
-            feature_cache=run.cache_mode if run.hidden_hash else None,
-        )
-        if folder is not None:
-            write_json(
-                folder / "result.json",
-                {
-                    "status": status,
-                    "epochs_done": run.epoch,
-                    "final": result.final,
-                    "timings": result.timings,
-                    "hidden_hash": result.hidden_hash,
-                    "feature_cache": result.feature_cache,
-                },
-            )
-        return result
+        if run.folder is not None:
+            self._describe_run(run, run.folder)
+        if source is not None:
+            progress.say(f"resumed from {source}: {run.epoch} epochs done")
+        return run
 
-    # --- parts of fit ------------------------------------------------------------------------
-
-    def _describe(
-        self, network: Network, samples: Samples, config: Any, progress: Progress
-    ) -> None:
+    def _describe(self, network: Network, samples: Samples, progress: Progress) -> None:
         last = network.last
         progress.say(f"last layer: {last.name} (affine, {network.width} -> {network.outputs})")
         if network.wide is None:
@@ -240,11 +254,13 @@ class Trainer:
 
     def _make_optimizer(self, network: Network) -> torch.optim.Optimizer:
         parameters = network.parameters()
-        last = network.last_parameters()
-        if not last:
-            raise ValueError(f"last_layer: {network.last.name} has no trainable parameter")
+        if not network.last.module.weight.requires_grad:
+            raise ValueError(
+                f"last_layer: {network.last.name}.weight does not require a gradient, but the "
+                "second phase trains it"
+            )
+        hidden = checked_tensors(network.hidden_parameters())  # what perturb_ refuses at tau
         if isinstance(self.config.noise_std, dict):
-            hidden = network.hidden_parameters()
             given = self.config.noise_std
             missing = [name for name in hidden if name not in given]
             unknown = [name for name in given if name not in hidden]
@@ -271,23 +287,68 @@ class Trainer:
             raise ValueError("resume: True needs run_dir, the folder of the run to continue")
         return Path(self.run_dir)
 
-    def _open_folder(self, resume: Any, config: Any, progress: Progress) -> Path | None:
+    def _open_folder(self, source: Path | None) -> Path | None:
+        """The run folder, reopened where the checkpoint `source` comes from it."""
         if self.run_dir is False:
             return None
-        run_dir = self.run_dir
-        if run_dir is None and resume:
-            path = self._checkpoint_path(resume)
-            run_dir = path if path.is_dir() else path.parent
-        if run_dir is True:
-            run_dir = None
-        folder = runfolder.create(run_dir, resuming=bool(resume))
+        run_dir = None if self.run_dir is True else self.run_dir
+        if run_dir is None and source is not None:
+            run_dir = source.parent
+        same = source is not None and source.parent.resolve() == Path(str(run_dir)).resolve()
+        return runfolder.create(run_dir, resuming=same)
+
+    def _describe_run(self, run: Run, folder: Path) -> None:
+        """What the folder tells about the run before its first epoch."""
         if not (folder / "config.json").exists():
-            resolved = {**config.as_dict(), "model": type(self.model).__name__}
+            network = run.network
+            resolved = {
+                **run.identity(),
+                "model": type(self.model).__name__,
+                "last_layer": network.last.name,
+                "width": network.width,
+                "outputs": network.outputs,
+                "optimizer": runfolder.describe_optimizer(run.optimizer),
+            }
             write_json(folder / "config.json", resolved)
-            environment = runfolder.environment(self.device, config.seed)
+            environment = runfolder.environment(self.device, run.config.seed)
             write_json(folder / "environment.json", environment)
-        progress.say(f"run folder: {folder}")
-        return folder
+        if run.verdict is not None:
+            run.verdict.save(folder / "verdict.json")
+        run.progress.say(f"run folder: {folder}")
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """The conversion to the training precision is undone where the arguments are refused."""
+    parameters = [
+        (p, p.data, p.grad, None if p.grad is None else p.grad.data) for p in model.parameters()
+    ]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for parameter, data, grad, grad_data in parameters:
+            parameter.grad = None
+            parameter.data = data
+            if grad is not None and grad_data is not None:
+                grad.data = grad_data
+                parameter.grad = grad
+        for module, own in buffers:
+            module._buffers.update(own)
+        raise
+
+
+def _check_runs(model: nn.Module, samples: Samples) -> None:
+    """Run the model on two samples; ValueError where it does not take such inputs."""
+    x: Tensor = next(samples.in_order(2))[0][:2]
+    try:
+        record(model, x, ())
+    except Exception as error:  # whatever the user's own forward pass raises
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{samples.name}: the model does not run on inputs of shape "
+            f"[n, {', '.join(map(str, x.shape[1:]))}] and {x.dtype}: {first_line}"
+        ) from error
 
 
 def _model_device(model: nn.Module, device: str | torch.device) -> torch.device:
