@@ -322,3 +322,13 @@ def test_opcheck(device):
     for dtype in (torch.float32, torch.float64):
         features = torch.randn(2, 4, 6, dtype=dtype, device=device)
         torch.library.opcheck(torch.ops.twophase.gram_logdet, (features, True))
+
+
+def test_arrays_of_other_libraries():
+    features = np.random.default_rng(0).standard_normal((3, 5, 9))
+    for ours, tensor in zip(
+        gram_logdet(features), gram_logdet(torch.from_numpy(features)), strict=True
+    ):
+        assert torch.equal(ours, tensor)
+    with pytest.raises(TypeError, match="features: expected a tensor"):
+        gram_logdet("features")
