@@ -47,7 +47,7 @@ finish() {
 }
 
 if [ $without_gpu = no ]; then
-  stage device 30 bash -c 'nvidia-smi -L | sed "s/ (UUID.*//" | tee "$0"' "$out/device.txt" || finish
+  stage device 30 bash -c 'set -o pipefail; nvidia-smi -L | sed "s/ (UUID.*//" | tee "$0"' "$out/device.txt" || finish
   stage torch 60 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' \
     || finish
 fi

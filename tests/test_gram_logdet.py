@@ -300,18 +300,14 @@ def test_small_panels_of_the_large_path(device, monkeypatch):
 
 def test_memory_is_checked_before_it_is_taken(monkeypatch):
     monkeypatch.setattr(large, "available_memory", lambda device: 10 * 2**20)
-    with pytest.raises(
-        MemoryError, match=r"1000 rows need 0.0 GiB .* 0.0 GiB are available on cpu"
-    ):
+    with pytest.raises(MemoryError, match=r"1000 rows need 0.0299 GiB .* 0.00977 GiB are avail"):
         gram_logdet(torch.zeros(1000, 3))
 
 
 def test_errors(device):
     with pytest.raises(ValueError, match="features: expected 2 or 3 dimensions, got 1"):
         gram_logdet(torch.zeros(3, device=device))
-    with pytest.raises(
-        TypeError, match=r"features: expected float32 or float64, got torch.float16"
-    ):
+    with pytest.raises(TypeError, match="features: expected float32 or float64, got"):
         gram_logdet(torch.zeros(3, 3, device=device).half())
     with pytest.raises(ValueError, match="features: expected at most 256 rows, got 257"):
         torch.ops.twophase.gram_logdet(torch.zeros(1, 257, 2, device=device), True)
@@ -326,3 +322,13 @@ def test_opcheck(device):
     for dtype in (torch.float32, torch.float64):
         features = torch.randn(2, 4, 6, dtype=dtype, device=device)
         torch.library.opcheck(torch.ops.twophase.gram_logdet, (features, True))
+
+
+def test_arrays_of_other_libraries():
+    features = np.random.default_rng(0).standard_normal((3, 5, 9))
+    for ours, tensor in zip(
+        gram_logdet(features), gram_logdet(torch.from_numpy(features)), strict=True
+    ):
+        assert torch.equal(ours, tensor)
+    with pytest.raises(TypeError, match="features: expected a tensor"):
+        gram_logdet("features")

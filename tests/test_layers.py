@@ -111,6 +111,12 @@ def test_the_probing_run_leaves_no_trace(device):
     assert hook_count(model) == 0
 
 
+def test_the_probing_run_is_in_eval_mode():
+    # in train mode BatchNorm refuses a single sample
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).train()
+    assert layers.find_last_layer(model, rows(1)).name == "2"
+
+
 def test_model_is_restored_where_its_forward_fails():
     model = Residual().train()
     with pytest.raises(RuntimeError):
@@ -275,7 +281,8 @@ def test_split_gives_the_features(device, wrap):
     elif wrap == "compiled inside":
         inner.head["inner"] = torch.compile(inner.head["inner"], backend="eager")
     x = images(device)
-    model(x)
+    with torch.no_grad():
+        model(x)  # compiled now, without the hooks to come
     last = layers.find_last_layer(model, x)
     wide = layers.find_wide_layer(model, x, last)
     assert last.name == "head.inner.last_layer"

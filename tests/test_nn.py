@@ -170,6 +170,14 @@ def test_widen_sequential_twice_and_shared_name():
     assert model(torch.ones(2, 4)).shape == (2, 3)
 
 
+def test_widen_a_subclass_of_linear():
+    class Named(nn.Linear):
+        pass
+
+    model = widen(nn.Sequential(Named(4, 3)), 2)
+    assert isinstance(model[0], WideHead)
+
+
 def test_widen_wrapped_model():
     inner = nn.Sequential(nn.Linear(4, 3))
     model = nn.DataParallel(inner)

@@ -8,6 +8,7 @@
 //   e_C = sum_j k_j u g_jj <= (n + 2) u T, k_j = j + 3 (j from 0), for any order of the operations.
 // With s above e_G + e_C the rows of M are independent: a proof. The same holds for every principal
 // submatrix, so r pivots of a factorization with diagonal pivoting prove rank >= r.
+// Assumed: rounding to nearest and no flush-to-zero, the defaults.
 #pragma once
 
 #include <cstdint>

@@ -92,7 +92,7 @@ def demo(
         images, labels = data.load("digits", "train")
         test = data.load("digits", "test")
         name = f"{len(images):,} images of scikit-learn's digits"
-    wide = models.wide_units(len(images))
+    wide = tp.nn.wide_units(len(images))
     if progress:
         print(
             f"Two-phase training of a small convolutional softplus network on {name}:\n"
@@ -167,7 +167,7 @@ def train(
     if n is not None:
         images, labels = images[:n], labels[:n]
     classes = int(labels.max()) + 1
-    wide = models.wide_units(len(images), ratio) if ratio > 0 else 0
+    wide = tp.nn.wide_units(len(images), ratio) if ratio > 0 else 0
     network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -226,7 +226,7 @@ def doctor(
     images, labels = data.load(data_name, "train")
     if n is not None:
         images, labels = images[:n], labels[:n]
-    wide = models.wide_units(len(images), ratio) if ratio > 0 else 0
+    wide = tp.nn.wide_units(len(images), ratio) if ratio > 0 else 0
     classes = int(labels.max()) + 1
     network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
     assumptions = tp.check_assumptions(network, images, loss=loss)

@@ -50,7 +50,7 @@ void check_perturb_dtype(Checks& checks) {
       expected[t][i + offset] += z * sigma;
       // 5.3 * 2^-24 |z|: what csrc/math/normal.h states; and one rounding each of product and sum
       bound[t][i + offset] = 5.3 * 0x1p-24 * std::abs(z) * sigma +
-          0x1p-24 * (std::abs(z * sigma) + std::abs(expected[t][i + offset]));
+                             0x1p-24 * (std::abs(z * sigma) + std::abs(expected[t][i + offset]));
       const NormalBlock block = normal_block(key, static_cast<uint64_t>(i / 4));
       const float lanes[4] = {block.z0, block.z1, block.z2, block.z3};
       exact[t][i + offset] = add_noise(exact[t][i + offset], lanes[i % 4], sigma);

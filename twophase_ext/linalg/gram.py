@@ -3,7 +3,8 @@
 The bounds are those of csrc/math/cholesky.h, with two differences. Panels of b columns are added
 up here, so gamma_K needs only K = b + (number of panels). And the factor of LAPACK, MKL or cuSOLVER
 is taken as any L whatever, judged by its residual (a posteriori), as libraries multiply by
-reciprocals and inverted blocks.
+reciprocals and inverted blocks. Assumed: plain float64 products (MKL's, OpenBLAS's and cuBLAS's
+default: no Strassen, no emulation by shorter types), rounding to nearest, no flush-to-zero.
 """
 
 import math
@@ -54,8 +55,8 @@ def _require_memory(n: int, m: int, device: torch.device) -> None:
     available = available_memory(device)
     if needed > available:
         raise MemoryError(
-            f"gram_logdet: {n} rows need {needed / 2**30:.1f} GiB (4 n^2 float64 numbers), "
-            f"{available / 2**30:.1f} GiB are available on {device}"
+            f"gram_logdet: {n} rows need {needed / 2**30:.3g} GiB (4 n^2 float64 numbers), "
+            f"{available / 2**30:.3g} GiB are available on {device}"
         )
 
 
