@@ -210,11 +210,11 @@ def test_floors_import_downwards_only():
         assert forbidden not in names, f"{path.relative_to(ROOT)} imports {forbidden}"
 
 
-def test_import_needs_torch_and_numpy_alone():
+def test_import_needs_torch_and_numpy_alone(tmp_path):
     """The GPU check runs on machines that have nothing else."""
     code = "import sys, twophase_ext; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     path = os.pathsep.join(p for p in sys.path if p)
-    result = run([sys.executable, "-c", code], env=environment(PYTHONPATH=path))
+    result = run([sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=path))
     assert result.returncode == 0, result.stderr
     declared = {"rich", "jsonargparse", "pooch", "sklearn", "scipy", "yaml", "matplotlib"}
     assert declared.isdisjoint(result.stdout.split())
