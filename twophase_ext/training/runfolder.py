@@ -30,9 +30,6 @@ COLUMNS = (
 
 def environment(device: torch.device, seed: int) -> dict[str, Any]:
     """Versions, device, seed and the commit of the working folder, as plain data."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "twophase_ext": build_info(),
         "torch": torch.__version__,
@@ -42,10 +39,21 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "seed": seed,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _commit() -> str | None:
+    """The commit of the working folder, None outside a repository or without git."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return found.stdout.strip() or None
 
 
 def processor_name() -> str:
