@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 
@@ -45,6 +46,15 @@ def find_torch() -> Path:
             f"run `{python} -m pip install torch` first, then repeat this command"
         )
     return installed
+
+
+class NeedsTorch(dist_info):
+    """pip asks for metadata first: stop here, before it downloads torch as a dependency."""
+
+    def run(self) -> None:
+        """Look for torch, then go on."""
+        find_torch()
+        super().run()
 
 
 def pybind11_include(torch: Path) -> str:
@@ -111,5 +121,5 @@ setup(
     package_dir={"twophase": "python/twophase"},
     package_data={"twophase_ext": ["py.typed"]},
     ext_modules=[Extension("twophase_ext._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "dist_info": NeedsTorch},
 )

@@ -32,7 +32,7 @@ def problem(small):
         images = torch.randint(0, 256, (n, 1, 28, 28), dtype=torch.uint8)
         labels = torch.randint(10, (n,))
     torch.manual_seed(0)
-    model = models.PreActResNet18(1, 10, width=width, wide=models.wide_units(n)).eval()
+    model = models.PreActResNet18(1, 10, width=width, wide=tp.nn.wide_units(n)).eval()
     return model, images, labels, torch.randperm(n).split(64)
 
 

@@ -12,16 +12,21 @@ Fixture `row` sets these in one call. Compared is the median.
 
 Fixture `small`: true under --benchmark-disable, where each benchmark runs once for correctness; use
 sizes that take milliseconds then.
+Freed memory is kept by the process (fixture `kept_memory`), as jemalloc, tcmalloc and torch's own
+allocator on CUDA keep it: otherwise glibc hands every tensor above 32 MB back to the system, and
+page faults drown what is measured. Fixture `fresh_memory` turns that off, for a row that shows it.
 Fixture `interleaved` times a row while the other rows of its group run untimed between its rounds,
 so that all rows see the same caches, clock and neighbours.
 """
 
+import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 DEFAULT_ROUNDS = 5  # pytest-benchmark's own default of --benchmark-min-rounds
 
 
@@ -56,6 +61,25 @@ def pytest_benchmark_update_json(
         for quantity, unit in (("bytes", "GB/s"), ("flops", "GFLOP/s")):
             if quantity in info and median > 0:
                 info[unit] = round(info[quantity] / median / 1e9, 2)
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Whether freed blocks of any size stay with this process; nothing where libc is not glibc."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_MAX, 0 if keep else 65536)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 128 << 10)
+
+
+@pytest.fixture(autouse=True)
+def kept_memory() -> Iterator[None]:
+    keep_freed_memory(True)
+    yield
+    keep_freed_memory(False)
+
+
+@pytest.fixture
+def fresh_memory(kept_memory) -> None:
+    keep_freed_memory(False)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -68,17 +69,21 @@ def test_build_info():
     assert bool(info["cuda"]) == bool(info["cuda_architectures"])
 
 
-def test_tests_import_the_installed_package():
-    """The source folder must not shadow it, unless a developer put it on the path."""
-    if ROOT in {Path(p).resolve() for p in sys.path}:
-        pytest.skip("the source folder is on sys.path: an in-place build is being tested")
+def installed() -> importlib.metadata.Distribution | None:
+    """The ordinary installation of this package; None for an editable one, or none."""
     try:
         distribution = importlib.metadata.distribution("twophase-ext")
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("twophase_ext comes from a folder on PYTHONPATH")
+        return None
     origin = json.loads(distribution.read_text("direct_url.json") or "{}")
-    if origin.get("dir_info", {}).get("editable"):
-        pytest.skip("editable installation")
+    return None if origin.get("dir_info", {}).get("editable") else distribution
+
+
+def test_tests_import_the_installed_package():
+    """The source folder must not shadow it, unless a developer put it on the path."""
+    distribution = installed()
+    if distribution is None or ROOT in {Path(p).resolve() for p in sys.path}:
+        pytest.skip("the source folder itself is being tested, built in place")
     assert Path(distribution.locate_file("twophase_ext")).resolve() == PACKAGE
     assert PACKAGE != ROOT / "twophase_ext"
 
@@ -97,21 +102,19 @@ def test_library_uses_the_stable_abi_only():
 def test_installing_without_torch_ends_in_one_clear_line(tmp_path):
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
-    # setuptools alone: the site-packages of this environment hold torch too
-    source = Path(__import__("setuptools").__file__).parent
+    # pip and setuptools alone: the site-packages of this environment hold torch too
     tools = tmp_path / "tools"
     tools.mkdir()
-    for package in (source, source.parent / "_distutils_hack"):
-        if package.exists():
-            (tools / package.name).symlink_to(package)
-    result = run(
-        [python, "setup.py", "--quiet", "build_ext", "--build-lib", tmp_path / "lib"],
-        cwd=ROOT,
-        env=environment(PYTHONPATH=str(tools)),
-    )
+    packages = Path(importlib.util.find_spec("setuptools").origin).parent.parent
+    for pattern in ("pip", "setuptools*", "_distutils_hack"):
+        for path in packages.glob(pattern):
+            (tools / path.name).symlink_to(path)
+    arguments = ["install", "--no-index", "--no-build-isolation", "--target", tmp_path / "lib"]
+    result = run([python, "-m", "pip", *arguments, ROOT], env=environment(PYTHONPATH=str(tools)))
     assert result.returncode != 0
-    last = result.stderr.strip().splitlines()[-1]
-    assert "needs torch >= 2.11" in last and "-m pip install torch`" in last
+    lines = [line for line in result.stderr.splitlines() if "torch" in line]
+    assert len(lines) == 1, result.stderr
+    assert "needs torch >= 2.11" in lines[0] and "-m pip install torch`" in lines[0]
     assert "Traceback" not in result.stderr
 
 
@@ -136,7 +139,10 @@ def test_cuda_on_without_nvcc_is_a_clear_error(tmp_path):
 
 def test_importing_without_the_library_says_why(tmp_path):
     copy_sources(tmp_path)
-    result = run([sys.executable, "-c", "import twophase_ext"], cwd=tmp_path, env=environment())
+    # an editable installation's import hook would find the library in the source folder
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]"
+    command = [sys.executable, "-c", f"{code}; import twophase_ext"]
+    result = run(command, cwd=tmp_path, env=environment())
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: twophase_ext has no compiled library beside it")
@@ -204,11 +210,11 @@ def test_floors_import_downwards_only():
         assert forbidden not in names, f"{path.relative_to(ROOT)} imports {forbidden}"
 
 
-def test_import_needs_torch_and_numpy_alone():
+def test_import_needs_torch_and_numpy_alone(tmp_path):
     """The GPU check runs on machines that have nothing else."""
     code = "import sys, twophase_ext; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     path = os.pathsep.join(p for p in sys.path if p)
-    result = run([sys.executable, "-c", code], env=environment(PYTHONPATH=path))
+    result = run([sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=path))
     assert result.returncode == 0, result.stderr
     declared = {"rich", "jsonargparse", "pooch", "sklearn", "scipy", "yaml", "matplotlib"}
     assert declared.isdisjoint(result.stdout.split())

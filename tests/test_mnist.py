@@ -15,7 +15,7 @@ SETTINGS = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5}
 def build():
     with torch.random.fork_rng():
         torch.manual_seed(tp.stream_seed(SEED, "init"))
-        return models.SmallConvNet(1, 10, width=8, wide=models.wide_units(N))
+        return models.SmallConvNet(1, 10, width=8, wide=tp.nn.wide_units(N))
 
 
 def train_base(images, labels):

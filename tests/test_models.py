@@ -69,10 +69,3 @@ def test_image_models_take_any_size(size):
         assert network.wide is not None and network.wide.beta == 100.0
         torch.testing.assert_close(network.logits(network.widen(network.backbone(x))), model(x))
         torch.testing.assert_close(network.logits(network.hidden(x)), model(x))
-
-
-def test_wide_units():
-    assert models.wide_units(60_000) == 66_000
-    assert models.wide_units(10) == 11 and models.wide_units(1) == 2
-    with pytest.raises(ValueError, match="expected n >= 1"):
-        models.wide_units(0)

@@ -301,3 +301,10 @@ def test_numpy_float64_and_lists():
     other = toy_mlp()
     quiet(other).fit((x.tolist(), y.tolist()))
     assert same_bits(bits(model), bits(other))
+
+
+def test_a_machine_without_git_still_gets_its_run_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    quiet(toy_mlp(), tmp_path / "run").fit(toy_data())
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["commit"] is None and environment["seed"] == 1

@@ -141,12 +141,6 @@ def test_weights_that_overflow_at_the_last_step_are_divergence(tmp_path, tau):
     assert kept["epoch"] == 2 and all(torch.isfinite(t).all() for t in kept["model"].values())
 
 
-def test_no_git_no_commit(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    quiet(toy_mlp(), tmp_path / "run").fit(toy_data())
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["commit"] is None
-
-
 def test_config_tells_the_optimizer(tmp_path):
     quiet(toy_mlp(), tmp_path / "läufe ∂").fit(toy_data())
     config = json.loads((tmp_path / "läufe ∂" / "config.json").read_text())

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "huge_pages.h"
 #include "kernels/softplus.h"
 #include "parallel.h"
 
@@ -20,12 +21,14 @@ char* at(void* p, int64_t i, Dtype d) { return static_cast<char*>(p) + i * width
 
 struct Cpu {
   static void forward(const Tensor&, Dtype d, const void* x, void* y, int64_t n, double beta) {
+    if (y != x) hint_huge_pages(y, n * width(d));
     parallel_chunks(n, kUnit, [&](int64_t i, int64_t end) {
       TP_DISPATCH(softplus_forward)(d, at(x, i, d), at(y, i, d), end - i, beta, std::log(beta));
     });
   }
   static void backward(const Tensor&, Dtype d, const void* grad, const void* y, void* out,
                        int64_t n, double beta) {
+    hint_huge_pages(out, n * width(d));
     parallel_chunks(n, kUnit, [&](int64_t i, int64_t end) {
       TP_DISPATCH(softplus_backward)
       (d, at(grad, i, d), at(y, i, d), at(out, i, d), end - i, beta, std::log(beta));
@@ -33,6 +36,8 @@ struct Cpu {
   }
   static void double_backward(const Tensor&, Dtype d, const void* grad_grad, const void* grad,
                               const void* y, void* out_grad, void* out_y, int64_t n, double beta) {
+    hint_huge_pages(out_grad, n * width(d));
+    hint_huge_pages(out_y, n * width(d));
     parallel_chunks(n, kUnit, [&](int64_t i, int64_t end) {
       TP_DISPATCH(softplus_double_backward)
       (d, at(grad_grad, i, d), at(grad, i, d), at(y, i, d), at(out_grad, i, d), at(out_y, i, d),

@@ -92,7 +92,7 @@ def demo(
         images, labels = data.load("digits", "train")
         test = data.load("digits", "test")
         name = f"{len(images):,} images of scikit-learn's digits"
-    wide = models.wide_units(len(images))
+    wide = tp.nn.wide_units(len(images))
     if progress:
         print(
             f"Two-phase training of a small convolutional softplus network on {name}:\n"
@@ -166,7 +166,7 @@ def train(
     test_images, test_labels = data.load(data_name, "test")
     classes = int(labels.max()) + 1
     images, labels = _first(n, images, labels)
-    wide = models.wide_units(len(images), ratio) if ratio > 0 else 0
+    wide = tp.nn.wide_units(len(images), ratio) if ratio > 0 else 0
     network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -225,7 +225,7 @@ def doctor(
     images, labels = data.load(data_name, "train")
     classes = int(labels.max()) + 1
     images, labels = _first(n, images, labels)
-    wide = models.wide_units(len(images), ratio) if ratio > 0 else 0
+    wide = tp.nn.wide_units(len(images), ratio) if ratio > 0 else 0
     network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
     assumptions = tp.check_assumptions(network, images, loss=loss)
     print(assumptions)
@@ -267,10 +267,11 @@ def make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     subcommands = parser.add_subcommands(required=True)
     parts = {}
     for name, function in COMMANDS.items():
-        part = ArgumentParser(description=function.__doc__.splitlines()[0])
+        summary = (function.__doc__ or "").splitlines()[0]
+        part = ArgumentParser(description=summary)
         part.add_function_arguments(function, skip={"callbacks"})
         part.add_argument("--config", action="config", help="YAML file with these options")
-        subcommands.add_subcommand(name, part, help=function.__doc__.splitlines()[0])
+        subcommands.add_subcommand(name, part, help=summary)
         parts[name] = part
     return parser, parts
 

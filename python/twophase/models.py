@@ -1,26 +1,18 @@
 """The networks of the paper: equations 1-2 and section 7, in analytic form."""
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from twophase_ext.nn import Softplus
+
 Activation = Callable[[], nn.Module]
 
 
-def wide_units(n: int, ratio: float = 1.1) -> int:
-    """ceil(ratio * n): the units of the wide last hidden layer for n samples (section 7)."""
-    if n < 1 or not (math.isfinite(ratio) and ratio > 0):
-        raise ValueError(f"wide_units: expected n >= 1 and ratio > 0, got {n} and {ratio}")
-    return math.ceil(round(ratio * n, 9))  # 1.1 * 10 is 11.000000000000002
-
-
 def _softplus(beta: float) -> Activation:
-    import twophase_ext as tp
-
-    return lambda: tp.nn.Softplus(beta)
+    return lambda: Softplus(beta)
 
 
 class MLP(nn.Sequential):

@@ -1,20 +1,24 @@
 """Certified rank and log det of [h, 1][h, 1]^T: one kernel for small n, BLAS-3 for larger."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
+from ..arrays import as_tensor
 from ..linalg.gram import gram_logdet_large
 
 _ops = torch.ops.twophase
 SMALL = 256  # kGramSmall of csrc/gram_logdet.h: rows that the kernel takes
 
 
-def gram_logdet(features: Tensor, append_ones: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def gram_logdet(features: Any, append_ones: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Certified rank and logabsdet of G = M M^T, M = [features, 1_n], in float64.
 
-    features [n, m] or [B, n, m], float32 or float64 (the stored numbers, taken as exact). Without
-    append_ones, M = features. Returns (rank int64, logabsdet float64, info int64), 0-d or [B]:
+    features [n, m] or [B, n, m], a tensor or array (NumPy, CuPy, DLPack: shared, not copied) of
+    float32 or float64, the stored numbers taken as exact. Without append_ones, M = features.
+    Returns (rank int64, logabsdet float64, info int64), 0-d or [B]:
 
     - rank: a proved lower bound of the exact rank of M (Rump 2006: a Cholesky factorization of
       G - s I with diagonal pivoting, s above every rounding error; each pivot proves one rank).
@@ -32,6 +36,7 @@ def gram_logdet(features: Tensor, append_ones: bool = True) -> tuple[Tensor, Ten
     the rank is not certified to be n. Raises TypeError for another dtype, ValueError for a wrong
     number of dimensions, MemoryError, before it allocates, where memory would not suffice.
     """
+    features = as_tensor(features, name="features")
     if features.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"features: expected float32 or float64, got {features.dtype}")
     if features.dim() not in (2, 3):

@@ -63,12 +63,14 @@ def resolve_tau(tau: Any, epochs: int) -> int:
     if isinstance(tau, bool) or not isinstance(tau, Real):
         raise TypeError(f"tau: expected a fraction of the epochs or an epoch, got {tau!r}")
     if isinstance(tau, Integral):
+        tau = int(tau)
         if not 1 <= tau <= epochs - 1:
             raise ValueError(f"tau: expected an epoch in 1..{epochs - 1}, got {tau}")
-        return int(tau)
+        return tau
+    tau = float(tau)
     if not 0 < tau < 1:
         raise ValueError(f"tau: expected a fraction in (0, 1), got {tau}")
-    return min(max(round(float(tau) * epochs), 1), epochs - 1)
+    return min(max(round(tau * epochs), 1), epochs - 1)
 
 
 def _resolve_noise(noise_std: Any) -> float | dict[str, float]:

@@ -59,13 +59,14 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the working folder; None outside of a repository or without git."""
-    command = ["git", "rev-parse", "HEAD"]
+    """The commit of the working folder, None outside a repository or without git."""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
     except OSError:
         return None
-    return answer.stdout.strip() or None
+    return found.stdout.strip() or None
 
 
 def processor_name() -> str:
