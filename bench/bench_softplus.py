@@ -69,8 +69,9 @@ def test_forward_fresh_memory(role, argument, compare, fresh_memory):
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_backward(role, argument, compare):
-    x = argument(torch.float32, "16M").requires_grad_()
+@pytest.mark.parametrize("size", list(COUNTS))
+def test_backward(size, role, argument, compare):
+    x = argument(torch.float32, size).requires_grad_()
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     ours, theirs = tp.softplus(x, BETA), torch.nn.Softplus(BETA)(x)
     value = ours.detach()
@@ -83,7 +84,7 @@ def test_backward(role, argument, compare):
         "baseline": ("torch.nn.Softplus(100)", lambda: backward(theirs)),
         "limit": ("grad * y", lambda: grad * value),
     }
-    result = compare("softplus backward float32 16M", role, rows, 3 * x.nbytes)
+    result = compare(f"softplus backward float32 {size}", role, rows, 3 * x.nbytes)
     if role != "limit":
         expected = grad * torch.sigmoid(BETA * x.detach())
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
