@@ -331,3 +331,16 @@ def test_shapes_are_checked():
         torch.ops.twophase.softplus_double_backward(y[0], y, y, 1.0)
     with pytest.raises(ValueError, match=r"^grad: expected the shape of y"):
         torch.ops.twophase.softplus_double_backward(y, y[0], y, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_large_results_are_the_same_bits(dtype):
+    """From 32 MiB on, results are stored past the caches; slices of them are not."""
+    count = (32 << 20) // dtype.itemsize + 5
+    x = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(dtype)
+    parts = x.split(1 << 20)
+    y = softplus(x)
+    assert torch.equal(y, torch.cat([softplus(part) for part in parts]))
+    back = torch.ops.twophase.softplus_backward
+    grads = torch.cat([back(part, softplus(part), 100.0) for part in parts])
+    assert torch.equal(back(x, y, 100.0), grads)

@@ -9,6 +9,8 @@
 namespace twophase {
 namespace {
 
+// Results of the size of a last-level cache, which also meets the input there, do not stay in it.
+constexpr int64_t kStreamBytes = 32 << 20;
 constexpr int64_t kUnit = 16384;  // elements: a few microseconds of work a thread
 
 int64_t width(Dtype dtype) {
@@ -22,16 +24,19 @@ char* at(void* p, int64_t i, Dtype d) { return static_cast<char*>(p) + i * width
 struct Cpu {
   static void forward(const Tensor&, Dtype d, const void* x, void* y, int64_t n, double beta) {
     if (y != x) hint_huge_pages(y, n * width(d));
+    const bool stream = y != x && n * width(d) >= kStreamBytes;
     parallel_chunks(n, kUnit, [&](int64_t i, int64_t end) {
-      TP_DISPATCH(softplus_forward)(d, at(x, i, d), at(y, i, d), end - i, beta, std::log(beta));
+      TP_DISPATCH(softplus_forward)
+      (d, at(x, i, d), at(y, i, d), end - i, stream, beta, std::log(beta));
     });
   }
   static void backward(const Tensor&, Dtype d, const void* grad, const void* y, void* out,
                        int64_t n, double beta) {
     hint_huge_pages(out, n * width(d));
+    const bool stream = out != grad && out != y && n * width(d) >= kStreamBytes;
     parallel_chunks(n, kUnit, [&](int64_t i, int64_t end) {
       TP_DISPATCH(softplus_backward)
-      (d, at(grad, i, d), at(y, i, d), at(out, i, d), end - i, beta, std::log(beta));
+      (d, at(grad, i, d), at(y, i, d), at(out, i, d), end - i, stream, beta, std::log(beta));
     });
   }
   static void double_backward(const Tensor&, Dtype d, const void* grad_grad, const void* grad,
