@@ -122,7 +122,7 @@ class Run:
                     batch_norm=config.batch_norm,
                     say=self.progress.say,
                 )
-            self.progress.say(str(self.verdict))
+            self.progress.say(str(self.verdict).splitlines()[0])  # whole in the result's summary
             if self.folder is not None:
                 self.verdict.save(self.folder / "verdict.json")
 

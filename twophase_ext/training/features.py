@@ -10,9 +10,8 @@ from ..network import Network
 from .data import Samples
 
 MODES = ("auto", "hidden", "backbone", "none")
-BATCH = (
-    256  # samples a forward pass that fills the cache; fixed, so that a resumed run has its bits
-)
+# Samples a forward pass outside training; fixed, so that a resumed run has the same bits.
+BATCH = 256
 SHARE = 0.6  # of the memory available when the cache is planned
 
 

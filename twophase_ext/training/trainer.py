@@ -19,7 +19,7 @@ from . import batchnorm, checkpoint, runfolder
 from .config import integer, resolve
 from .data import Samples
 from .engine import Run
-from .features import plan_cache
+from .features import BATCH, plan_cache
 from .losses import ConvexLoss, resolve_loss
 from .progress import Progress
 from .result import Result
@@ -43,7 +43,8 @@ class Trainer:
     epochs, tau: the second phase begins at epoch round(tau * epochs), or at epoch tau if an int.
     noise_std: sigma of the Gaussian noise, one number or {parameter name: sigma}, all > 0.
     second_phase: "base", the base algorithm's own hyper-parameters on the last layer only.
-    batch_norm: "frozen" (statistics recomputed once after the perturbation, then fixed) or "batch"
+    batch_norm: "frozen" (statistics recomputed once after the perturbation over the training set in
+        index order, 256 samples at a time, then fixed) or "batch"
         (batch statistics go on moving: nothing is cached and Theorem 1's premise fails).
     feature_cache: "auto", "hidden", "backbone" or "none"; auto chooses by memory and says what.
     batch_size, seed; device: "auto" (where the model is) or that same device; precision: "float32"
@@ -308,6 +309,7 @@ class Trainer:
                 "width": network.width,
                 "outputs": network.outputs,
                 "optimizer": runfolder.describe_optimizer(run.optimizer),
+                "statistics_batch": BATCH,
             }
             write_json(folder / "config.json", resolved)
             environment = runfolder.environment(self.device, run.config.seed)
