@@ -93,16 +93,16 @@ def demo(
         test = data.load("digits", "test")
         name = f"{len(images):,} images of scikit-learn's digits"
     wide = tp.nn.wide_units(len(images))
-    if progress:
-        print(
-            f"Two-phase training of a small convolutional softplus network on {name}:\n"
-            f"first phase {round(0.6 * epochs)} epochs on all layers, then Gaussian noise on the "
-            f"hidden layers,\nthen only the last layer, over {wide} fixed features (1.1 n).\n"
-        )
     model = build_model("small", images, 10, width=8, wide=wide, seed=seed)
     trainer = tp.Trainer(
         model, epochs=epochs, seed=seed, run_dir=run_dir, progress=progress, callbacks=callbacks
     )
+    if progress:
+        print(
+            f"Two-phase training of a small convolutional softplus network on {name}:\n"
+            f"first phase {trainer.config.tau_epoch} epochs on all layers, then Gaussian noise on "
+            f"the hidden layers,\nthen only the last layer, over {wide} fixed features (1.1 n).\n"
+        )
     result = trainer.fit((images, labels), test)
     if progress:
         print(f"\n{result}")
