@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import twophase_ext as tp
+from twophase_ext.expressivity.verify import AUTO_SECONDS
 from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 
 
@@ -35,8 +36,11 @@ def test_numerically_low_rank_is_undecided_not_deficient():
     model = toy_mlp()
     with torch.no_grad():
         model[2].weight.zero_()  # constant features: no longer a function of x
-    verdict = tp.verify_expressivity(model, x)
+    verdict = tp.verify_expressivity(model, x, method="svd")
     assert verdict.status == "undecided" and verdict.rank == 1
+    # auto proves that other weights have full rank, and does not hide the count at these
+    verdict = tp.verify_expressivity(model, x)
+    assert (verdict.status, verdict.claim, verdict.rank) == ("proved", "exists", 1)
     assert verdict.rank == np.linalg.matrix_rank(features(model, x))
 
 
@@ -66,25 +70,30 @@ def test_batch_norm_network_in_evaluation_mode():
     x, _ = toy_images(20)
     model = toy_convnet().train()
     verdict = tp.verify_expressivity(model, x)
-    assert verdict.status == "full rank" and model.training
+    assert verdict.status == "proved" and model.training
+    assert verdict.rank == 20
 
 
 def test_large_problems_are_left_with_an_estimate(monkeypatch):
     x, _ = toy_data(30)
-    monkeypatch.setattr("twophase_ext.expressivity.verify.AUTO_SECONDS", 0.0)
+    monkeypatch.setitem(AUTO_SECONDS, "current", 0.0)
     verdict = tp.verify_expressivity(toy_mlp(), x)
+    assert verdict.status == "proved" and verdict.claim == "exists" and verdict.rank is None
+    assert "pass method='svd'" in verdict.reason
+    model = nn.Sequential(*toy_mlp()[:3], nn.Tanh(), toy_mlp()[4])  # separation needs softplus
+    verdict = tp.verify_expressivity(model, x)
     assert verdict.status == "undecided" and "pass method='svd'" in verdict.reason
-    assert tp.verify_expressivity(toy_mlp(), x, method="svd").status == "full rank"
+    assert tp.verify_expressivity(model, x, method="svd").status == "full rank"
 
 
 def test_uint8_numpy_and_bad_arguments():
     x = torch.randint(0, 256, (20, 5), dtype=torch.uint8)
     a = tp.verify_expressivity(toy_mlp(), x.numpy())
-    b = tp.verify_expressivity(toy_mlp(), x.double() / 255)
+    b = tp.verify_expressivity(toy_mlp(), x.float() / 255)
     assert a.sigma_min == pytest.approx(b.sigma_min, rel=1e-9)
     with pytest.raises(ValueError, match="method: expected one of"):
         tp.verify_expressivity(toy_mlp(), x, method="qr")
-    with pytest.raises(ValueError, match="w: expected 'current'"):
+    with pytest.raises(ValueError, match="w: expected one of"):
         tp.verify_expressivity(toy_mlp(), x, w="best")
     with pytest.raises(ValueError, match="x: the data set is empty"):
         tp.verify_expressivity(toy_mlp(), x[:0])
@@ -117,7 +126,7 @@ def test_inputs_that_are_not_finite_are_refused_not_called_identical():
 
 def test_words_say_what_is_known():
     x, _ = toy_data(20)
-    text = str(tp.verify_expressivity(toy_mlp(), x))
+    text = str(tp.verify_expressivity(toy_mlp(), x, method="svd"))
     assert "full rank at these weights (counted numerically, not proved)" in text
     x[3] = x[8]
     text = str(tp.verify_expressivity(toy_mlp(), x))
@@ -142,7 +151,7 @@ def test_a_last_layer_without_bias_cannot_use_the_column_of_ones():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inputs(dtype):
     x = toy_data(12)[0].to(dtype)
-    assert tp.verify_expressivity(toy_mlp(), x).status == "full rank"
+    assert tp.verify_expressivity(toy_mlp(), x).status == "proved"
     x[5] = x[1]
     assert tp.verify_expressivity(toy_mlp(), x).culprits == [[1, 5]]
     assert not tp.check_assumptions(toy_mlp(), x).hold
@@ -165,7 +174,7 @@ def test_batch_statistics_are_never_decided():
 def test_too_little_memory_is_undecided(monkeypatch):
     monkeypatch.setattr("twophase_ext.expressivity.verify.available_memory", lambda _: 1000)
     verdict = tp.verify_expressivity(toy_mlp(), toy_data(20)[0])
-    assert verdict.status == "undecided" and "GiB" in verdict.reason
+    assert verdict.claim == "exists" and verdict.rank is None and "GiB" in verdict.reason
 
 
 def test_a_model_without_parameters():

@@ -1,11 +1,11 @@
 """What a verification found, in words and as data."""
 
-import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from torch import Tensor, nn
 
 STATUSES = ("proved", "full rank", "deficient", "undecided")
 
@@ -14,14 +14,29 @@ STATUSES = ("proved", "full rank", "deficient", "undecided")
 class Verdict:
     """The outcome of `verify_expressivity`.
 
-    status: "proved"; "full rank" (numerically: not a proof); "deficient" (proved: identical inputs,
-    or n > m_H + 1); "undecided" (a numerically low rank, or no method that fits).
+    status: "proved"; "full rank" (numerically, or certified for the stored matrix only: not a
+    proof); "deficient" (proved: identical inputs, or n > m_H + 1); "undecided" (a numerically low
+    rank, or no method that fits).
     claim: "exists" (some w has full rank: Assumption 1) or "at w" (this very w).
-    rank is that of [h_X, 1] (n x (width + 1)) as the method counts it, None where it was not
-    computed; logabsdet that of its Gram matrix; sigma_min its smallest singular value, estimated in
-    float64. culprits: groups of sample indices that make the rank fall. dtype: the arithmetic used;
-    batch_norm: the family of networks meant ("frozen": constant statistics). bias: whether the last
-    layer has a trainable bias; without one there is no column of ones and the matrix is h_X alone.
+    method: "separation", "certificate", "svd", or what proved a deficiency. factorization: the
+    certificate's: "triangular", "gram" or "preconditioned".
+    n, width = m_H; the matrix is M = [h_X, 1], n x (width + 1); bias: whether the last layer has a
+    trainable bias; without one there is no column of ones and the matrix is h_X alone.
+
+    Proved, of the exact function (real arithmetic on the stored weights and inputs), rounded down:
+    sigma_min_lower <= sigma_min(M), logabsdet_lower <= log det(M M^T); margin: the certified lower
+    bound over the sum of all errors it has to exceed (separation: the smallest distance over its
+    errors); above 1 is a proof. feature_error: upper bound of ||computed - exact h||_F (separation:
+    of the largest error of one sample's backbone features).
+    Estimated in float64, not proved: rank, sigma_min, condition, logabsdet = log det(M M^T).
+
+    culprits: groups of sample indices that keep the rank from being n, or from being proved;
+    explanation: the same in words. dtype: the arithmetic used; batch_norm: the family of networks
+    meant ("frozen": the running statistics are constants). w, seed: whose weights; witness: their
+    state, loadable by model.load_state_dict(verdict.witness, strict=False), not saved to the file.
+    assumptions, constants: what the proof takes for granted, and its numbers. hashes: SHA-256 of
+    data and hidden layers. stages: name, seconds, flops of each. peak_bytes: the process's largest
+    memory. source: how to build model and data again (the command line's).
     """
 
     status: str
@@ -29,21 +44,38 @@ class Verdict:
     method: str
     n: int
     width: int
+    factorization: str = ""
     rank: int | None = None
     logabsdet: float | None = None
+    logabsdet_lower: float | None = None
     sigma_min: float | None = None
+    sigma_min_lower: float | None = None
+    margin: float | None = None
+    feature_error: float | None = None
     condition: float | None = None
     batch_norm: str = "frozen"
     dtype: str = "float64"
     reason: str = ""
     culprits: list[list[int]] = field(default_factory=list)
+    explanation: list[str] = field(default_factory=list)
     seconds: float = 0.0
     peak_bytes: int = 0
     bias: bool = True
+    w: str = "current"
+    seed: int = 0
+    last_layer: str = ""
+    asked: str = "auto"
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
+    constants: dict[str, Any] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    witness: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         """An explanation for a person."""
-        where = "at these weights" if self.claim == "at w" else "for some weights"
+        where = "at these weights" if self.claim == "at w" else "for some weights (Assumption 1)"
         if self.status == "deficient":
             where = "for all weights (proved)"
         elif self.status == "full rank":
@@ -55,33 +87,57 @@ class Verdict:
         ]
         if self.reason:
             lines.append(f"  {self.reason}")
+        if self.sigma_min_lower is not None:
+            at = f" at w = {self.w}" if self.w != "current" else ""
+            lines.append(f"  proved{at}: smallest singular value >= {self.sigma_min_lower:.3e}")
+        if self.logabsdet_lower is not None:
+            lines.append(f"  proved: log det of the Gram matrix >= {self.logabsdet_lower:.6g}")
+        if self.margin is not None and self.status == "proved":
+            lines.append(f"  {self.margin:.3g} times what rounding and all other errors can do")
         if self.rank is not None:
             shown = (
                 "" if self.sigma_min is None else f", smallest singular value {self.sigma_min:.3e}"
             )
             shown += "" if self.condition is None else f", condition {self.condition:.1e}"
-            lines.append(f"  rank {self.rank} of {self.n} by {self.method} in {self.dtype}{shown}")
+            lines.append(f"  rank {self.rank} of {self.n} counted in {self.dtype}{shown}")
         if self.logabsdet is not None:
-            lines.append(f"  log det of the Gram matrix: {self.logabsdet:.6g}")
-        for group in self.culprits[:5]:
-            lines.append(f"  samples {', '.join(map(str, group[:8]))} have identical inputs")
-        if len(self.culprits) > 5:
-            lines.append(f"  ... and {len(self.culprits) - 5} more such groups")
-        lines.append(f"  method {self.method}, {self.seconds:.1f} s")
+            lines.append(f"  log det of the Gram matrix: {self.logabsdet:.6g} (estimate)")
+        lines += [f"  {line}" for line in self.explanation]
+        how = self.method + (f" ({self.factorization})" if self.factorization else "")
+        lines.append(f"  method {how}, {self.seconds:.1f} s")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data, without the witness."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "witness"}
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        write_json(Path(path), self.as_dict())
+        """Write the certificate file (JSON, docs/certificate.md)."""
+        from . import record
+
+        record.write(Path(path), self.as_dict())
 
     @staticmethod
     def load(path: str | Path) -> "Verdict":
-        """Read what `save` wrote; ValueError where it is not a verdict."""
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or data.get("status") not in STATUSES:
+        """Read what `save` wrote; ValueError where it is not a verdict or has been changed."""
+        from . import record
+
+        data = record.read(Path(path))
+        known = {f.name for f in fields(Verdict)}
+        if data.get("status") not in STATUSES or not data.keys() <= known:
             raise ValueError(f"path: {path} is not a verdict file")
         return Verdict(**data)
+
+    def recheck(self, model: nn.Module, x: Any, *, say: Callable[[str], None] = print) -> bool:
+        """Prove the verdict again from the model and the data: does it hold?
+
+        False, with the reason given to `say`, where the data or the hidden layers are others, or
+        where what is proved now falls short of what is written: status, claim, or a bound by more
+        than a thousandth (another processor rounds otherwise). Only "proved" and "deficient" can
+        hold. x as in `verify_expressivity`.
+        """
+        from . import record
+
+        reason = record.recheck(self, model, x)
+        say(f"holds: {self.status}, {self.claim}" if not reason else f"does not hold: {reason}")
+        return not reason

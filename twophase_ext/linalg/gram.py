@@ -3,8 +3,7 @@
 The bounds are those of csrc/math/cholesky.h, with two differences. Panels of b columns are added
 up here, so gamma_K needs only K = b + (number of panels). And the factor of LAPACK, MKL or cuSOLVER
 is taken as any L whatever, judged by its residual (a posteriori), as libraries multiply by
-reciprocals and inverted blocks. Assumed: plain float64 products (MKL's, OpenBLAS's and cuBLAS's
-default: no Strassen, no emulation by shorter types), rounding to nearest, no flush-to-zero.
+reciprocals and inverted blocks. What is assumed of the arithmetic: bounds.py.
 """
 
 import math
@@ -13,12 +12,20 @@ import torch
 from torch import Tensor
 
 from ..memory import available_memory
+from .bounds import (
+    SLACK,
+    UNDERFLOW,
+    UNIT_ROUNDOFF,
+    exponents_of,
+    gamma,
+    power_of_two,
+    shifted_down,
+)
+from .residual import residual_bound
+from .tiles import DenseTiles
 
 PANEL = 2048  # columns of a panel of M, rows of a panel of the residual
 PIVOTS = 64  # between two updates of the rest in the pivoted factorization
-UNIT_ROUNDOFF = 2.0**-53
-SLACK = (1 + 2.0**-20) ** 2  # covers the rounding of the bounds and of the computed trace
-UNDERFLOW = 2.0**-900  # more than all underflow together
 
 
 def gram_logdet_large(features: Tensor, append_ones: bool) -> tuple[int, float, int]:
@@ -31,10 +38,10 @@ def gram_logdet_large(features: Tensor, append_ones: bool) -> tuple[int, float, 
     exponents = _row_exponents(features, append_ones)
     if exponents is None:
         return 0, math.nan, -1
-    gram, products = _scaled_gram(features, append_ones, _power_of_two(-exponents))
+    gram, products = _scaled_gram(features, append_ones, power_of_two(-exponents))
     diagonal = gram.diagonal().clone()
     trace = float(diagonal.sum())
-    e_G = _gamma(min(m, PANEL) + products) * trace
+    e_G = gamma(min(m, PANEL) + products) * trace
 
     logabsdet = -math.inf
     factor, info_tensor = torch.linalg.cholesky_ex(gram)
@@ -47,7 +54,7 @@ def gram_logdet_large(features: Tensor, append_ones: bool) -> tuple[int, float, 
         return n, logabsdet, info
     # + 1 in k_j = j + 3 for a division that a library may do by a reciprocal
     shift = (e_G + (n + 3) * UNIT_ROUNDOFF * trace) * SLACK + UNDERFLOW
-    return _pivoted_rank(gram, _shifted_down(diagonal, shift)), logabsdet, info
+    return _pivoted_rank(gram, shifted_down(diagonal, shift)), logabsdet, info
 
 
 def _require_memory(n: int, m: int, device: torch.device) -> None:
@@ -60,15 +67,6 @@ def _require_memory(n: int, m: int, device: torch.device) -> None:
         )
 
 
-def _gamma(k: int) -> float:
-    return k * UNIT_ROUNDOFF / (1 - k * UNIT_ROUNDOFF)
-
-
-def _power_of_two(exponents: Tensor) -> Tensor:
-    """2^e exactly, e int64 from -1022 to 1023 (torch.ldexp goes through pow in float32)."""
-    return ((exponents + 1023) << 52).view(torch.float64)
-
-
 def _row_exponents(features: Tensor, append_ones: bool) -> Tensor | None:
     """row_exponent of csrc/math/cholesky.h; None where a feature is not finite."""
     n, m = features.shape
@@ -78,8 +76,7 @@ def _row_exponents(features: Tensor, append_ones: bool) -> Tensor | None:
         largest = torch.maximum(largest, panel.double())
     if not bool(largest.isfinite().all()):
         return None
-    exponents = ((largest.view(torch.int64) >> 52) - 1023).clamp(-1000, 1000)
-    return torch.where(largest == 0, 0, exponents)
+    return exponents_of(largest)
 
 
 def _scaled_gram(features: Tensor, append_ones: bool, scale: Tensor) -> tuple[Tensor, int]:
@@ -98,31 +95,20 @@ def _scaled_gram(features: Tensor, append_ones: bool, scale: Tensor) -> tuple[Te
     return gram, products
 
 
-def _shifted_down(diagonal: Tensor, shift: float) -> Tensor:
-    return torch.nextafter(diagonal - shift, diagonal.new_tensor(-torch.inf))
-
-
 def _positive_definite(gram: Tensor, diagonal: Tensor, trace: float, e_G: float) -> bool:
     """Whether lambda_min(M M^T) > 0 is proved by a factor L of A = G - s I and its residual.
 
-    lambda_min(M M^T) >= s - e_G - ||L L^T - A||_2, and the last is at most
-    ||fl(L L^T) - A||_F + gamma_n ||L||_F^2. Puts A's diagonal into gram, and takes it out again.
+    lambda_min(M M^T) >= s - e_G - ||L L^T - A||_2. Puts A's diagonal into gram, and takes it out
+    again.
     """
     n = len(gram)
     # What a backward stable factorization leaves as residual, with its evaluation: 3 (n + 2) u T.
     shift = (e_G + 4 * (n + 2) * UNIT_ROUNDOFF * trace) * SLACK + 2 * UNDERFLOW
-    gram.diagonal().copy_(_shifted_down(diagonal, shift))
+    gram.diagonal().copy_(shifted_down(diagonal, shift))
     factor, info = torch.linalg.cholesky_ex(gram)
     proved = False
     if int(info) == 0:
-        squares, size = 0.0, 0.0
-        for i in range(0, n, PANEL):
-            end = min(i + PANEL, n)
-            rows = factor[i:end, :end]
-            residual = (rows @ factor[:end, :end].T).sub_(gram[i:end, :end]).tril_(i)
-            squares += 2 * float(residual.square_().sum())  # both triangles
-            size += float(rows.square().sum())
-        error = math.sqrt(squares) + _gamma(n) * size
+        error = residual_bound(DenseTiles(gram, PANEL), DenseTiles(factor, PANEL), 0.0)
         proved = shift - (e_G + error) * SLACK - UNDERFLOW > 0
     gram.diagonal().copy_(diagonal)
     return proved

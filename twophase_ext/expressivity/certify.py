@@ -1,0 +1,293 @@
+"""Lower bounds of sigma_min([h_X, 1]) for the exact function: bound the matrix, then promote.
+
+A factorization bounds sigma_min of the stored float64 matrix from below. The claim is about the
+function: it needs that bound to exceed ||dH||_F, the forward error of the features (promotion),
+and sigma_min of the exact matrix is at least the difference.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linalg.bounds import SLACK, UNIT_ROUNDOFF
+from ..linalg.certificate import certify_gram
+from ..linalg.gram_tiles import MatrixSource
+from ..linalg.norms import frobenius_upper
+from ..linalg.preconditioned import preconditioned_sigma_min
+from ..linalg.progress import Stages
+from ..memory import available_memory
+from ..ops import softplus_
+from .problem import Problem
+from .triangular import certify_triangular, preactivation_error
+from .witness import local_kinks, spread_kinks, whiten
+
+# The preconditioned bound keeps about six n x p matrices and does some 6 n^2 p operations.
+PRECONDITIONED_COPIES = 6
+PRECONDITIONED_ROWS = 8192
+
+
+@dataclass
+class WideSource:
+    """Columns of M = [softplus(z weight^T + bias), 1] on request (linalg's PanelSource)."""
+
+    z: Tensor
+    weight: Tensor
+    bias: Tensor
+    beta: float
+    ones: bool
+
+    @property
+    def n(self) -> int:
+        """Rows."""
+        return len(self.z)
+
+    @property
+    def columns(self) -> int:
+        """Columns, the ones included."""
+        return len(self.weight) + self.ones
+
+    @property
+    def device(self) -> torch.device:
+        """Where the panels are made."""
+        return self.z.device
+
+    def panel(self, start: int, end: int) -> Tensor:
+        """Columns start..end, [n, end - start] float64."""
+        m = len(self.weight)
+        out = self.z.new_ones(self.n, end - start)
+        if start < m:
+            part = slice(start, min(end, m))
+            inner = out[:, : part.stop - start]
+            inner.copy_(
+                softplus_(torch.addmm(self.bias[part], self.z, self.weight[part].T), self.beta)
+            )
+        return out
+
+
+Source = WideSource | MatrixSource
+
+
+def certify_witness(
+    problem: Problem,
+    *,
+    factorization: str,
+    seed: int,
+    folder: Path | None,
+    key: str,
+    stages: Stages,
+) -> dict[str, Any]:
+    """Verdict fields for a witness: kinks at samples (triangular), else spread kinks (Gram)."""
+    assert problem.wide is not None
+    with stages.stage("backbone features", 0):
+        chosen = problem.choose_backbone()
+        found = problem.features(problem.wide)
+    z, error = found.z, found.error
+    n, d, m = problem.n, z.shape[1], problem.wide.out_features
+    whitening = whiten(z, error, problem.dtype)
+    constants: dict[str, Any] = {
+        "backbone": chosen,
+        "directions": len(whitening.map),
+        "largest_feature_error": float(error.max()),
+    }
+    common = {"assumptions": found.assumptions, "constants": constants}
+    reason = ""
+    if factorization in ("auto", "triangular") and m >= n:
+        with stages.stage("kinks at the samples", n * n * len(whitening.map)) as stage:
+            kinks = local_kinks(
+                z, whitening, problem.dtype, _counter(stage, n * len(whitening.map))
+            )
+        with stages.stage("triangular certificate", 2 * n * n * d) as stage:
+            proof = certify_triangular(
+                z,
+                error,
+                kinks.weight,
+                kinks.bias,
+                kinks.order,
+                problem.beta,
+                advance=_counter(stage, 2 * n * d),
+            )
+        constants |= {
+            "inverse_norm": proof.inverse_norm,
+            "distance": proof.distance,
+            "preactivation": proof.preactivation,
+            "evaluation": proof.evaluation,
+            "rest": proof.rest,
+            "entries_below_diagonal": proof.entries,
+            "smallest_gap": float(kinks.gaps[1:].min()) if n > 1 else None,
+        }
+        if proof.proved:
+            _load_witness(problem, kinks.weight, kinks.bias)
+            return common | {
+                "status": "proved",
+                "claim": "exists",
+                "factorization": "triangular",
+                "sigma_min_lower": proof.sigma_min_lower,
+                "logabsdet_lower": proof.logdet_lower,
+                "margin": 1 / (proof.inverse_norm * proof.distance),
+                "feature_error": proof.preactivation,
+                "witness": dict(problem.changes),
+            }
+        reason = proof.reason
+        if proof.offending is not None:
+            common["culprits"] = [sorted(proof.offending)]
+    if factorization == "triangular":
+        reason = reason or f"one neuron a sample needs m_H >= n, got {m} < {n}"
+        return common | {"status": "undecided", "claim": "exists", "reason": reason}
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias = spread_kinks(whitening, m, problem.dtype, generator)
+    source = WideSource(z, weight, bias, problem.beta, problem.ones)
+    common |= certify_matrix(
+        source,
+        preactivation_error(z, error, weight, bias),
+        factorization=factorization,
+        folder=folder,
+        stages=stages,
+        constants=constants,
+        assumptions=found.assumptions,
+        key=key,
+    )
+    if common["status"] == "proved":
+        _load_witness(problem, weight, bias)
+        common["witness"] = dict(problem.changes)
+    elif reason:
+        common["reason"] = f"{reason}; {common.get('reason', '')}".rstrip("; ")
+    return common | {"claim": "exists"}
+
+
+def certify_given(
+    problem: Problem, *, factorization: str, folder: Path | None, key: str, stages: Stages
+) -> dict[str, Any]:
+    """Verdict fields for the weights that the problem holds (w = "current" or "init")."""
+    constants: dict[str, Any] = {}
+    if problem.wide is not None:
+        with stages.stage("backbone features", 0):
+            found = problem.features(problem.wide)
+        weight = problem.wide.weight.detach()
+        bias = problem.wide.bias
+        bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        source: Source = WideSource(found.z, weight, bias, problem.beta, problem.ones)
+        spread = preactivation_error(found.z, found.error, weight, bias)
+    else:
+        with stages.stage("features", 0):
+            found = problem.features(problem.last)
+        h = found.z
+        ones = h.new_ones(problem.n, int(problem.ones))
+        source = MatrixSource(torch.cat([h, ones], 1))
+        spread = frobenius_upper(found.error)
+    constants["largest_feature_error"] = float(found.error.max())
+    return certify_matrix(
+        source,
+        spread,
+        factorization=factorization,
+        folder=folder,
+        stages=stages,
+        constants=constants,
+        assumptions=found.assumptions,
+        key=key,
+    )
+
+
+def certify_matrix(
+    source: Source,
+    spread: float | None,
+    *,
+    factorization: str,
+    folder: Path | None,
+    stages: Stages,
+    constants: dict[str, Any],
+    assumptions: list[str],
+    key: str,
+) -> dict[str, Any]:
+    """Verdict fields for M from a source: Gram + Cholesky, preconditioned where that is too weak.
+
+    spread: upper bound of the stored features' error before softplus is evaluated (in the Frobenius
+    norm), None where there is none: then no promotion, and "full rank" at best.
+    """
+    n, columns = source.n, source.columns
+    sigma, used, lower, estimate, size = 0.0, "", None, None, None
+    assumptions = list(assumptions)
+    if factorization in ("auto", "gram"):
+        gram = certify_gram(source, folder=folder, key=key, stages=stages)
+        assumptions += [a for a in gram.assumptions if a not in assumptions]
+        constants |= {"gram": gram.constants()}
+        sigma, used = gram.sigma_min_lower, "gram"
+        lower, estimate = gram.logdet_lower, gram.logdet_estimate
+        size = math.sqrt(gram.trace) if math.isfinite(gram.trace) else None
+    error = _feature_error(source, spread, size)
+    enough = sigma > (0.0 if error is None else error)
+    bytes_needed = PRECONDITIONED_COPIES * 8 * n * columns
+    affordable = bytes_needed <= available_memory(source.device) and n <= PRECONDITIONED_ROWS
+    if factorization == "preconditioned" or (factorization == "auto" and not enough and affordable):
+        with stages.stage("preconditioned certificate", 6 * n * n * columns):
+            matrix = torch.cat(
+                [source.panel(c, min(c + 2048, columns)) for c in range(0, columns, 2048)], 1
+            )
+            better = preconditioned_sigma_min(matrix)
+            error = _feature_error(source, spread, frobenius_upper(matrix))
+        if better > sigma:
+            sigma, used, lower = better, "preconditioned", None
+    fields: dict[str, Any] = {
+        "factorization": used,
+        "assumptions": assumptions,
+        "constants": constants | {"sigma_min_lower_stored": sigma},
+        "logabsdet": estimate,
+        "feature_error": error,
+        "claim": "at w",
+    }
+    if error is not None and sigma > error:
+        exact = (sigma - error) * (1 - 2.0**-40)
+        if lower is not None and math.isfinite(lower):
+            # On the row space of the stored M, exact = (I + X) stored with ||X||_F <= error / sigma,
+            # and what lies outside adds to det(M M^T): then as in triangular.py.
+            e = error / sigma * SLACK
+            fields["logabsdet_lower"] = lower - 2 * math.sqrt(n) * e / (1 - e) * SLACK
+        return fields | {
+            "status": "proved",
+            "sigma_min_lower": exact,
+            "margin": sigma / error if error > 0 else math.inf,
+        }
+    if sigma > 0:
+        why = (
+            "no error bound of the features" if error is None else f"their error bound {error:.1e}"
+        )
+        return fields | {
+            "status": "full rank",
+            "reason": f"the stored features have sigma_min >= {sigma:.3e} (certified), which "
+            f"{why} does not let carry over to the exact function",
+        }
+    return fields | {
+        "status": "undecided",
+        "reason": "sigma_min is below what rounding lets the certificate see",
+    }
+
+
+def _feature_error(source: Source, spread: float | None, size: float | None) -> float | None:
+    """||dH||_F: spread (softplus is 1-Lipschitz) + 8u ||h||_F + 8u sqrt(n m) / beta."""
+    if spread is None or size is None or isinstance(source, MatrixSource):
+        return spread
+    n, m = source.n, len(source.weight)
+    evaluation = 8 * UNIT_ROUNDOFF * (size + math.sqrt(n * m) / source.beta)
+    return (spread + evaluation) * SLACK
+
+
+def _load_witness(problem: Problem, weight: Tensor, bias: Tensor) -> None:
+    """The wide layer's rows of the witness; neurons beyond them keep their weights."""
+    assert problem.wide is not None
+    name = problem.wide_name
+    full_weight = problem.wide.weight.detach().clone()
+    full_bias = problem.wide.bias.detach().clone()
+    full_weight[: len(weight)], full_bias[: len(bias)] = weight, bias
+    problem.load(
+        {
+            f"{name}.weight": full_weight.to(problem.dtype),
+            f"{name}.bias": full_bias.to(problem.dtype),
+        }
+    )
+
+
+def _counter(stage: Any, flops: int) -> Any:
+    return lambda count: stage.advance(count * flops)

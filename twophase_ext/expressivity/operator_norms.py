@@ -1,0 +1,158 @@
+"""Upper bounds of the 2-norms of linear layers, and the convolution that they speak of.
+
+A convolution with zero padding is op = sum over taps t of W_t S_t: S_t moves the image by the tap's
+offset and keeps every stride-th pixel, ||S_t||_2 <= 1, and W_t [out, in] acts on channels. Pixels
+whose position agrees with a tap modulo the stride meet no other residue class of taps. Hence, with
+any stride, dilation and zero padding, for each group of channels,
+
+(a) ||op||_2 <= sqrt(sum over classes (sum over t in the class of ||W_t||_2)^2),
+(b) ||op||_2 <= sqrt(largest class) ||[W_t, all t side by side]||_2: no pixel is in more patches,
+(c) ||op||_2 <= sqrt(||op||_1 ||op||_inf), Schur's test: absolute row sums and, within one class,
+    column sums.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..linalg.bounds import SLACK
+from ..linalg.norms import norm_upper
+
+PATCH_BYTES = 1 << 26  # of patches at a time
+
+
+@dataclass(frozen=True)
+class OperatorNorms:
+    """Upper bounds of ||op||_2 (plain) and of || |op| ||_2 (absolute), entry by entry |op|."""
+
+    plain: float
+    absolute: float
+
+
+def linear_norms(weight: Tensor) -> OperatorNorms:
+    """Bounds for x -> W x, weight [out, in] float64."""
+    absolute = weight.abs()
+    return OperatorNorms(
+        min(norm_upper(weight), _schur(absolute.sum(1), absolute.sum(0))),
+        min(norm_upper(absolute), _schur(absolute.sum(1), absolute.sum(0))),
+    )
+
+
+def conv_norms(
+    weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> OperatorNorms:
+    """Bounds for a convolution, weight [out, in / groups, kh, kw] float64."""
+    plain, absolute = 0.0, 0.0
+    for part in weight.chunk(groups):
+        taps = part.flatten(2)  # [out, in, kh kw]
+        classes = list(_classes(part.shape[2:], stride, dilation))
+        rows = taps.flatten(1)
+        many = math.sqrt(max(map(len, classes))) * SLACK
+        sums = taps.abs().sum(0)  # [in, kh kw]
+        columns = torch.stack([sums[:, members].sum(1) for members in classes])
+        schur = _schur(rows.abs().sum(1), columns)
+        best = min(many * norm_upper(rows), schur)
+        # (a) takes a norm for each tap: only where an estimate says that it is smaller
+        if _by_taps(_estimates(taps), classes) < best:
+            norms = [norm_upper(taps[:, :, t]) for t in range(taps.shape[2])]
+            best = min(best, _by_taps(norms, classes))
+        plain = max(plain, best)
+        absolute = max(absolute, min(many * norm_upper(rows.abs()), schur))
+    return OperatorNorms(plain * SLACK, absolute * SLACK)
+
+
+def _by_taps(norms: list[float], classes: list[list[int]]) -> float:
+    return math.sqrt(sum(sum(norms[t] for t in taps) ** 2 for taps in classes)) * SLACK
+
+
+def _estimates(taps: Tensor) -> list[float]:
+    """About ||W_t||_2 for taps [out, in, t], by a few steps of the power method."""
+    matrices = taps.permute(2, 0, 1)
+    v = matrices.new_ones(len(matrices), matrices.shape[2], 1)
+    for _ in range(4):
+        v = matrices.mT @ (matrices @ v)
+        v = v / v.norm(dim=1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+    return (matrices @ v).norm(dim=(1, 2)).tolist()
+
+
+def _classes(
+    kernel: Iterable[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Iterable[list[int]]:
+    """Indices of taps (row-major) whose offsets agree modulo the stride."""
+    residues = [
+        [tap * d % s for tap in range(k)] for k, s, d in zip(kernel, stride, dilation, strict=True)
+    ]
+    classes: dict[tuple[int, ...], list[int]] = {}
+    for index, residue in enumerate(itertools.product(*residues)):
+        classes.setdefault(residue, []).append(index)
+    return classes.values()
+
+
+def _schur(rows: Tensor, columns: Tensor) -> float:
+    """sqrt(largest row sum * largest column sum); sums of non-negative numbers."""
+    return math.sqrt(float(rows.max())) * math.sqrt(float(columns.max())) * SLACK
+
+
+def pool_norm(sizes: Iterable[int], windows: Iterable[list[range]]) -> float:
+    """Bound for averages over windows, an axis each: Schur's test, the rows add up to 1 at most."""
+    product = 1.0
+    for size, axis in zip(sizes, windows, strict=True):
+        columns = [0.0] * size
+        for window in axis:
+            for i in window:
+                columns[i] += 1 / len(window)
+        product *= max(columns)
+    return math.sqrt(product) * SLACK
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Convolution as products of matrices, patches by weights: sums of products in some order.
+
+    x [b, c, h, w] and weight [out, c / groups, kh, kw] float64; padding: zeros before and after, an
+    axis each. Result [b, out, h', w'], channels last in memory. torch's own float64 convolution
+    takes 4 times as long on a CPU, and cuDNN may choose an algorithm that is no plain sum.
+    """
+    b, c, h, w = x.shape
+    out, depth, kh, kw = weight.shape
+    (top, bottom), (left, right) = padding
+    images = x.permute(0, 2, 3, 1)
+    if top or bottom or left or right:
+        padded = x.new_zeros(b, h + top + bottom, w + left + right, c)
+        padded[:, top : top + h, left : left + w] = images
+        images = padded
+    else:
+        images = images.contiguous()
+    rows = (images.shape[1] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    columns = (images.shape[2] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    if rows < 1 or columns < 1:
+        raise ValueError(f"x: images of {h} x {w} are smaller than the kernel {kh} x {kw}")
+    sb, sh, sw, _ = images.stride()
+    patches = images.as_strided(
+        (b, rows, columns, kh, kw, c),
+        (sb, sh * stride[0], sw * stride[1], sh * dilation[0], sw * dilation[1], 1),
+    )
+    result = x.new_empty(b, rows, columns, out)
+    matrices = weight.permute(0, 2, 3, 1).reshape(groups, out // groups, kh * kw * depth)
+    step = max(1, PATCH_BYTES // (8 * rows * columns * kh * kw * depth))
+    for start in range(0, b, step):
+        part, target = patches[start : start + step], result[start : start + step]
+        for group in range(groups):
+            own = part[..., group * depth : (group + 1) * depth]
+            product = own.reshape(-1, kh * kw * depth) @ matrices[group].T
+            own_out = slice(group * (out // groups), (group + 1) * (out // groups))
+            target[..., own_out] = product.view(*target.shape[:3], -1)
+    if bias is not None:
+        result += bias
+    return result.permute(0, 3, 1, 2)

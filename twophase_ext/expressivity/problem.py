@@ -1,0 +1,154 @@
+"""What is verified: a network, its inputs in index order, and the weights asked for."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..network import Network
+from ..probing import input_of, record, unwrap
+from .forward_error import BoundedFeatures, Unbounded, bounded_features, damped
+from .witness import whiten
+
+PILOT = 128  # samples that choose the backbone
+DAMPINGS = (1.0, 0.125, 0.0)  # of residual branches, tried in this order
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Problem:
+    """A float64 copy of the network in evaluation mode; the user's model is never touched.
+
+    inputs: batches [b, ...] as the model is fed, exact. ones: whether M has the column 1.
+    changes: entries of the state dict (the model's dtype) that differ from the user's model.
+    """
+
+    network: Network
+    inputs: list[Tensor]
+    n: int
+    ones: bool
+    say: Say = lambda _: None
+    changes: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Copy the model."""
+        source = unwrap(self.network.model)
+        # A forward pass without gradients first: torch.nn.utils.weight_norm keeps the weight of the
+        # last training step with its graph, and deepcopy refuses such a tensor.
+        parameter = next(source.parameters())
+        first = self.inputs[0][:2]
+        record(source, first.to(parameter.dtype) if first.is_floating_point() else first, ())
+        self._names = {module: name for name, module in source.named_modules()}
+        self.model = copy.deepcopy(source).double().eval()
+        self.last = self._twin(self.network.last.module)
+        wide = self.network.wide
+        self.wide = None if wide is None else self._twin(wide.linear)
+        self.dtype = parameter.dtype
+
+    def _twin(self, module: nn.Module) -> nn.Linear:
+        return dict(self.model.named_modules())[self._names[module]]  # type: ignore[return-value]
+
+    @property
+    def columns(self) -> int:
+        """Columns of M."""
+        return self.network.width + self.ones
+
+    @property
+    def wide_name(self) -> str:
+        """The wide layer's name in the model's own state dict."""
+        assert self.network.wide is not None
+        return self._names[self.network.wide.linear]
+
+    @property
+    def beta(self) -> float:
+        """Of the wide layer's softplus."""
+        assert self.network.wide is not None
+        return self.network.wide.beta
+
+    def load(self, changes: dict[str, Tensor]) -> None:
+        """Change weights of the copy; names as in the model's own state dict."""
+        state = self.model.state_dict()
+        with torch.no_grad():
+            for name, value in changes.items():
+                state[name].copy_(value)
+        self.changes.update(changes)
+
+    def reinitialise(self, seed: int) -> None:
+        """Default initialisation of every layer under the seed; running statistics stay."""
+        from ..training.streams import stream_seed  # training imports this package
+
+        fresh = copy.deepcopy(unwrap(self.network.model))
+        buffers = {name: b.clone() for name, b in fresh.named_buffers()}
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(stream_seed(seed, "init"))
+            for module in fresh.modules():
+                reset = getattr(module, "reset_parameters", None)
+                if callable(reset):
+                    reset()
+            for name, buffer in fresh.named_buffers():
+                buffer.copy_(buffers[name])
+        self.load({name: p.detach() for name, p in fresh.named_parameters()})
+
+    def batches(self, count: int | None = None) -> list[Tensor]:
+        """The first `count` inputs (all by default) in float64."""
+        parts, left = [], self.n if count is None else count
+        for x in self.inputs:
+            if left <= 0:
+                break
+            parts.append(x[:left].double() if x.is_floating_point() else x[:left])
+            left -= len(x)
+        return parts
+
+    def features(self, stop: nn.Module, count: int | None = None) -> BoundedFeatures:
+        """Input of `stop` with error bounds; Unbounded where a layer has no rule."""
+        size = self.n if count is None else min(count, self.n)
+        found = bounded_features(self.model, stop, self.batches(size), n=size, say=self.say)
+        if not bool((found.z.isfinite().all(1) & found.error.isfinite()).all()):
+            raise Unbounded("the features hold NaN or infinity")
+        return found
+
+    @torch.no_grad()
+    def plain_features(self) -> Tensor:
+        """h [n, m_H] in float64 without error bounds, for any model."""
+        h = None
+        done = 0
+        for x in self.batches():
+            rows = input_of(self.model, self.last, x).flatten(1)
+            h = rows.new_empty(self.n, rows.shape[1]) if h is None else h
+            h[done : done + len(rows)] = rows
+            done += len(rows)
+        assert h is not None
+        return h
+
+    def choose_backbone(self) -> str:
+        """Damp residual branches where that resolves more directions of the features.
+
+        A deep network's error bounds may exceed the spread of its features; a witness is free to
+        choose a tamer one. Tried on the first PILOT samples; what resolves most wins, the model's
+        own backbone on a tie. Returns what was chosen, for a person. Raises Unbounded.
+        """
+        assert self.wide is not None
+        own = {name: value.clone() for name, value in self.model.state_dict().items()}
+        best: tuple[int, str, dict[str, Tensor]] | None = None
+        for factor in DAMPINGS:
+            changes = {} if factor == 1 else damped(self.model, factor)
+            if factor != 1 and not changes:
+                continue
+            with torch.no_grad():
+                for name, value in changes.items():
+                    self.model.state_dict()[name].copy_(value)
+            found = self.features(self.wide, PILOT)
+            resolved = len(whiten(found.z, found.error, self.dtype).map)
+            with torch.no_grad():
+                for name in changes:
+                    self.model.state_dict()[name].copy_(own[name])
+            if best is None or resolved > best[0]:
+                what = "the model's own" if factor == 1 else f"residual branches times {factor:g}"
+                best = (resolved, what, changes)
+        assert best is not None
+        resolved, what, changes = best
+        self.load({name: value.to(self.dtype) for name, value in changes.items()})
+        return f"{what} ({resolved} directions resolved on {min(PILOT, self.n)} samples)"

@@ -1,0 +1,139 @@
+"""The certificate file, and proving it again. docs/certificate.md describes the format."""
+
+import hashlib
+import json
+import math
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._load import build_info
+from ..files import write_json
+
+if TYPE_CHECKING:
+    from .verdict import Verdict
+
+SCHEMA = "twophase-verdict/1"
+TOLERANCE = 1e-3  # by which a bound may differ on another processor
+# Numbers that JSON has no word for.
+_WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def write(path: Path, fields: dict[str, Any]) -> None:
+    """Write the fields with the schema's name and a checksum over both, atomically."""
+    body = {"schema": SCHEMA, **_plain(fields)}
+    write_json(path, {**body, "checksum": _checksum(body)})
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The fields; ValueError with the reason where it is not such a file, or has been edited."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"path: {path} is not a verdict file: {error}") from error
+    if not isinstance(data, dict) or not str(data.get("schema", "")).startswith("twophase-verdict"):
+        raise ValueError(f"path: {path} is not a verdict file")
+    if data["schema"] != SCHEMA:
+        raise ValueError(f"path: {path} has schema {data['schema']}, expected {SCHEMA}")
+    checksum = data.pop("checksum", None)
+    if checksum != _checksum(data):
+        raise ValueError(f"path: {path} has been changed since it was written (checksum)")
+    del data["schema"]
+    return _numbers(data)
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"number": str(value)}
+    return value
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"number"} and value["number"] in _WORDS:
+            return _WORDS[value["number"]]
+        return {k: _numbers(v) for k, v in value.items()}
+    return [_numbers(v) for v in value] if isinstance(value, list) else value
+
+
+def environment() -> dict[str, Any]:
+    """What computed: versions, processor, threads."""
+    info = build_info()
+    return {
+        "twophase_ext": info["version"],
+        "isa": info["isa"],
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def hash_tensors(tensors: list[Tensor]) -> str:
+    """SHA-256 of the numbers as float64, and of the shape of one sample; batching is not seen."""
+    digest = hashlib.sha256()
+    for k, part in enumerate(tensors):
+        if k == 0:
+            digest.update(repr(tuple(part.shape[1:])).encode())
+        digest.update((part.detach().cpu().double() + 0.0).contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def hash_hidden_layers(model: nn.Module, state: dict[str, Tensor], last_layer: str) -> str:
+    """SHA-256 of the architecture, the last layer's name and the hidden layers' state."""
+    digest = hashlib.sha256(f"{model}\n{last_layer}\n".encode())
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def recheck(verdict: "Verdict", model: nn.Module, x: Any) -> str:
+    """Why the verdict does not hold for model and data, "" where it does."""
+    from .verify import hashes_of, verify_expressivity
+
+    if verdict.status not in ("proved", "deficient"):
+        return f"the status {verdict.status!r} claims nothing that could be proved again"
+    last_layer = verdict.last_layer or None
+    try:
+        now = hashes_of(model, x, last_layer)
+    except (ValueError, TypeError) as error:
+        return str(error)
+    for what, name in (("data", "the data are"), ("model", "the model is")):
+        if verdict.hashes.get(what) != now[what]:
+            return f"{name} not the one of the certificate (SHA-256 differs)"
+    again = verify_expressivity(
+        model,
+        x,
+        w=verdict.w,
+        method=verdict.method if verdict.status == "proved" else "auto",
+        last_layer=last_layer,
+        seed=verdict.seed,
+    )
+    for name in ("status", "claim", "method", "n", "width", "bias", "batch_norm", "dtype", "w"):
+        written, proved = getattr(verdict, name), getattr(again, name)
+        if written != proved:
+            return f"{name}: {written!r} is written, {proved!r} is proved"
+    for name in ("sigma_min_lower", "logabsdet_lower", "margin"):
+        written, proved = getattr(verdict, name), getattr(again, name)
+        if written is None:
+            continue
+        slack = TOLERANCE * (abs(proved) if proved is not None else 0.0) + TOLERANCE
+        slack = slack if name == "logabsdet_lower" else slack - TOLERANCE
+        if proved is None or not written <= proved + slack:
+            return f"{name}: {written!r} is written, {proved!r} is proved"
+    return "" if sorted(verdict.culprits) == sorted(again.culprits) else "the culprits are others"
