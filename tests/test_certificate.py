@@ -183,3 +183,32 @@ def test_infinite_numbers_survive_the_file(tmp_path):
     verdict.save(tmp_path / "v.json")
     assert tp.Verdict.load(tmp_path / "v.json").margin == float("-inf")
     json.loads((tmp_path / "v.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_features_are_kept_in_a_folder(tmp_path, monkeypatch):
+    from twophase_ext.expressivity import problem
+
+    monkeypatch.setattr(problem, "CHUNK", 20)
+    x, _ = toy_data(60)
+    x = x.repeat(5, 1) + torch.linspace(0, 1, 300)[:, None]
+    model = toy_mlp(width=320)
+    settings = {"w": "witness", "method": "certificate", "folder": tmp_path}
+    verdict = tp.verify_expressivity(model, x, **settings)
+    assert verdict.status == "proved"
+    files = sorted(tmp_path.glob("features*.pt"))
+    assert len(files) == 2  # batches of 256
+    files[1].unlink()
+    monkeypatch.setattr(problem, "bounded_features", counting(problem.bounded_features, seen := []))
+    again = tp.verify_expressivity(model, x, **settings)
+    assert again.sigma_min_lower == verdict.sigma_min_lower
+    assert sum(seen) == 44 + min(problem.PILOT, 300)
+    with pytest.raises(ValueError, match="belongs to another problem"):
+        tp.verify_expressivity(model, x + 1, **settings)
+
+
+def counting(function, seen: list[int]):
+    def counted(*args, n, **kwargs):
+        seen.append(n)
+        return function(*args, n=n, **kwargs)
+
+    return counted

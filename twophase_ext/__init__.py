@@ -4,12 +4,16 @@ from . import nn, ops, optim
 from ._load import build_info
 from .assumptions import Assumptions, check_assumptions
 from .expressivity import Verdict, verify_expressivity
+from .linalg.rank_logdet import RankLogdet, rank_logdet
+from .ntk import NtkRank, ntk_rank
 from .ops import gram_logdet, perturb_, softplus, softplus_
 from .training import ConvexLoss, Result, Trainer, stream_seed
 
 __all__ = [
     "Assumptions",
     "ConvexLoss",
+    "NtkRank",
+    "RankLogdet",
     "Result",
     "Trainer",
     "Verdict",
@@ -17,9 +21,11 @@ __all__ = [
     "check_assumptions",
     "gram_logdet",
     "nn",
+    "ntk_rank",
     "ops",
     "optim",
     "perturb_",
+    "rank_logdet",
     "softplus",
     "softplus_",
     "stream_seed",

@@ -1,29 +1,31 @@
 """The premises of Theorem 1, checked for a user's own model, loss and data."""
 
+import textwrap
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from .expressivity import Verdict
-from .expressivity.verify import (
-    as_example,
-    checked_inputs,
-    first_parameter,
-    identical_rows,
-    verify_network,
-)
+from .expressivity.inputs import as_example, checked_inputs, first_parameter, identical_rows
+from .expressivity.verify import verify_network
 from .network import Network
 from .nn import classify
-from .training.losses import ConvexLoss, resolve_loss
+from .training.losses import CROSS_ENTROPY, SQUARED_ERROR, resolve_loss
 
 HELD, FAILED, UNCHECKED = "held", "failed", "not checked"
+NOT_MET = "not met"  # a sufficient condition that may fail: nothing depends on it
+COLUMNS = 100  # of the printed table
+PRODUCTS = 3e11  # of entries, for Assumption 3: some ten seconds
+EXACT_PAIRS = 100  # compared in rational arithmetic, for Assumption 3
 
 
 @dataclass
 class Assumption:
-    """One premise: its name, held / failed / not checked, the evidence, and what to do."""
+    """One premise: its name, held / failed / not checked / not met, the evidence, what to do."""
 
     name: str
     status: str
@@ -44,13 +46,22 @@ class Assumptions:
         return all(row.status != FAILED for row in self.rows)
 
     def __str__(self) -> str:
-        """A table for a person."""
+        """A table for a person, 100 columns wide."""
         width = max(len(row.name) for row in self.rows)
-        lines = []
+        status_width = max(len(row.status) for row in self.rows)
+        margin = " " * (width + status_width + 4)
+        lines: list[str] = []
+
+        def add(start: str, text: str, rest: str) -> None:
+            lines.extend(
+                textwrap.wrap(text, COLUMNS, initial_indent=start, subsequent_indent=rest)
+                or [start.rstrip()]
+            )
+
         for row in self.rows:
-            lines.append(f"{row.name:<{width}}  {row.status:<11}  {row.evidence}")
+            add(f"{row.name:<{width}}  {row.status:<{status_width}}  ", row.evidence, margin)
             if row.advice and row.status != HELD:
-                lines.append(f"{'':<{width}}               -> {row.advice}")
+                add(f"{margin}-> ", row.advice, f"{margin}   ")
         return "\n".join(lines)
 
 
@@ -58,77 +69,196 @@ def check_assumptions(
     model: nn.Module,
     x: Any,
     *,
-    loss: str | ConvexLoss = "cross_entropy",
+    loss: Any = "cross_entropy",
     last_layer: nn.Module | str | None = None,
     method: str = "auto",
 ) -> Assumptions:
     """Check what Theorem 1 asks of a model, its loss and its n training inputs x.
 
-    Rows: affine last layer; every module real analytic; functional calls analytic; loss convex and
-    smooth (Assumption 2, with L_ell); H >= 2; m_H >= n - 1; inputs distinct; expressivity
-    (Assumption 1 at the model's weights, by `verify_expressivity` with `method`). x: tensor or
-    array [n, ...], uint8 scaled to [0, 1]. The model is not changed. Raises as verify_expressivity.
+    Rows: affine last layer; every module real analytic, as it is in eval mode; functional calls
+    analytic; loss convex and smooth (Assumption 2, with L_ell); H >= 2; m_H >= n - 1 (n where the
+    last layer has no trainable bias); inputs distinct, as the model's dtype tells them apart;
+    Assumption 3, ||x_i||^2 - x_i.x_j > 0, which is only sufficient (Theorem 2) and may be "not
+    met"; expressivity (Assumption 1, by `verify_expressivity` with `method`). Every row that is not
+    held says what to do. x: tensor or array [n, ...], uint8 scaled to [0, 1]. loss: a name, a
+    `ConvexLoss`, or any callable, for which the row fails. The model is not changed. Raises as
+    verify_expressivity, ValueError for an unknown name of a loss.
     """
     x = checked_inputs(x)
-    resolved = resolve_loss(loss)
     table = Assumptions()
+    loss_row = _loss(loss)
     parameter = first_parameter(model)
 
-    def place(part: torch.Tensor) -> torch.Tensor:
+    def place(part: Tensor) -> Tensor:
         part = part.to(parameter.device)
         return part.to(parameter.dtype) / 255 if part.dtype == torch.uint8 else part
 
     try:
         network = Network(model, as_example(x, parameter), last_layer)
     except (ValueError, TypeError) as error:
-        table.rows.append(Assumption("affine last layer", FAILED, str(error), "name last_layer="))
+        advice = "name it by last_layer=, or end the model with an nn.Linear"
+        table.rows.append(Assumption("affine last layer", FAILED, str(error), advice))
         return table
-    table.rows.append(
-        Assumption(
-            "affine last layer",
-            HELD,
-            f"{network.last.name}, {network.width} -> {network.outputs}",
-        )
-    )
+    last = f"{network.last.name}, {network.width} -> {network.outputs}"
+    table.rows.append(Assumption("affine last layer", HELD, last))
     table.rows += _analyticity(model)
-    table.rows.append(
-        Assumption("convex, smooth loss", HELD, f"{resolved.name}, L_ell = {resolved.smoothness:g}")
+    table.rows += [loss_row, _depth(model, network), _width(network, len(x))]
+    table.rows.append(_distinct(x, parameter.dtype))
+    table.rows.append(_assumption_3(x))
+    table.verdict = verify_network(
+        network, [(place(part), None) for part in x.split(256)], n=len(x), method=method
     )
-    table.rows.append(_depth(model, network))
-    n, width = len(x), network.width
-    table.rows.append(
-        Assumption(
-            "m_H >= n - 1",
-            HELD if width >= n - 1 else FAILED,
-            f"m_H = {width}, n = {n}",
-            "tp.nn.widen(model, n) adds the wide softplus layer",
-        )
-    )
-    groups = identical_rows(x.cpu().flatten(1))
-    table.rows.append(
-        Assumption(
-            "distinct inputs",
-            FAILED if groups else HELD,
-            f"{len(groups)} groups of identical inputs, first {groups[0][:5]}"
-            if groups
-            else f"{n} inputs, all different",
-            "remove all but one of each group",
-        )
-    )
-    verdict = verify_network(
-        network, [(place(part), None) for part in x.split(256)], n=n, method=method
-    )
-    status = {"proved": HELD, "deficient": FAILED}.get(verdict.status, UNCHECKED)
-    evidence = verdict.reason
-    if verdict.status == "full rank":
-        status = HELD
-        evidence = (
-            f"rank {verdict.rank} of {n} at these weights, counted in float64 (not proved), "
-            f"sigma_min {verdict.sigma_min:.2e}"
-        )
-    table.rows.append(Assumption("expressivity", status, evidence))
-    table.verdict = verdict
+    table.rows.append(_expressivity(table.verdict))
     return table
+
+
+def _loss(loss: Any) -> Assumption:
+    name = "convex, smooth loss"
+    try:
+        resolved = resolve_loss(loss)
+    except ValueError as error:
+        if isinstance(loss, str):
+            raise
+        return Assumption(
+            name,
+            FAILED,
+            str(error),
+            "use 'cross_entropy' or 'squared_error', or declare it by tp.ConvexLoss",
+        )
+    evidence = f"{resolved.name}, L_ell = {resolved.smoothness:g}"
+    if resolved in (CROSS_ENTROPY, SQUARED_ERROR):
+        return Assumption(name, HELD, evidence)
+    return Assumption(
+        name,
+        UNCHECKED,
+        f"{evidence}, as declared",
+        "Assumption 2: convex in the output, its gradient L_ell-Lipschitz; show it on paper",
+    )
+
+
+def _width(network: Network, n: int) -> Assumption:
+    bias = network.last.module.bias
+    ones = bias is not None and bias.requires_grad
+    evidence = f"m_H = {network.width}, n = {n}"
+    if not ones:
+        evidence += "; without a trainable bias in the last layer there is no column of ones"
+    elif network.width == n - 1:
+        evidence += "; enough with the column of ones, Theorem 2 itself asks for m_H >= n"
+    return Assumption(
+        "m_H >= n - 1" if ones else "m_H >= n",
+        HELD if network.width + ones >= n else FAILED,
+        evidence,
+        f"tp.nn.widen(model, {n}) adds a softplus layer of 1.1 n units before the last one",
+    )
+
+
+def _distinct(x: Tensor, dtype: torch.dtype) -> Assumption:
+    seen = (x.to(dtype) if x.is_floating_point() else x).cpu().flatten(1)
+    groups = identical_rows(seen)
+    if not groups:
+        return Assumption("distinct inputs", HELD, f"{len(x)} inputs, all different")
+    return Assumption(
+        "distinct inputs",
+        FAILED,
+        f"{len(groups)} groups of identical inputs (in {seen.dtype}), first {groups[0][:5]}: "
+        "their rows of h_X agree for all weights",
+        "remove all but one of each group",
+    )
+
+
+def _assumption_3(x: Tensor) -> Assumption:
+    """||x_i||^2 - x_i.x_j > 0 for all i != j: float64 with its error bound, exact where close.
+
+    By Cauchy-Schwarz only j with ||x_j|| >= ||x_i|| can violate it: rows sorted by norm, each
+    compared with those behind it.
+    """
+    name = "Assumption 3"
+    advice = "only sufficient: distinct inputs do as well"
+    if not (x.is_floating_point() or x.dtype == torch.uint8):
+        return Assumption(name, UNCHECKED, "the inputs are indices, not vectors", advice)
+    rows = x.cpu().flatten(1).double()
+    squares = rows.square().sum(1)
+    if not bool(torch.isfinite(squares).all()):
+        return Assumption(name, UNCHECKED, "the squares of the inputs overflow", advice)
+    order = squares.argsort()
+    rows, squares, (n, d) = rows[order], squares[order], rows.shape
+    # a sum of d products in any order errs by gamma_d |x_i||x_j|; 4 covers the order by norm too
+    gamma, largest = 4 * (d + 2) * 2.0**-53, squares[-1].sqrt()
+    unit = 1 if x.is_floating_point() else 255**2  # the model sees uint8 scaled to [0, 1]
+    smallest, products, checked = float("inf"), 0, 0
+    size = max(1, 2**24 // n)
+    for a in range(0, n, size):
+        if products > PRODUCTS:
+            return Assumption(
+                name,
+                UNCHECKED,
+                f"no violation by the {a} inputs of smallest norm; the others would take long",
+                advice,
+            )
+        block = rows[a : a + size]
+        products += len(block) * (n - a) * d
+        own = squares[a : a + size, None]
+        value = own - block @ rows[a:].T
+        value.diagonal().fill_(float("inf"))
+        error = gamma * (own + own.sqrt() * largest) + d * 2.0**-1073
+        close = (~(value > error)).nonzero()
+        close = close[value[close[:, 0], close[:, 1]].argsort()]
+        for i, j in close.tolist():
+            if checked == EXACT_PAIRS:
+                return Assumption(
+                    name,
+                    UNCHECKED,
+                    f"more than {EXACT_PAIRS} pairs are within rounding of equality",
+                    advice,
+                )
+            checked += 1
+            for p, q in ((a + i, a + j), (a + j, a + i)):
+                exact = _exact_gap(rows[p], rows[q])
+                if exact <= 0:
+                    p, q, found = int(order[p]), int(order[q]), float(exact / unit)
+                    return Assumption(
+                        name,
+                        NOT_MET,
+                        f"||x_{p}||^2 - x_{p}.x_{q} = {found:.3g}, Theorem 2 asks for > 0",
+                        f"{advice}; inputs scaled to equal norms would meet it",
+                    )
+                smallest = min(smallest, float(exact))
+        if value.numel() > len(close):
+            value[close[:, 0], close[:, 1]] = float("inf")
+            smallest = min(smallest, float(value.min()))
+    least = "one input" if n == 1 else f"least ||x_i||^2 - x_i.x_j = {smallest / unit:.3g}"
+    return Assumption(name, HELD, least)
+
+
+def _exact_gap(x: Tensor, other: Tensor) -> Fraction:
+    """||x||^2 - x.other of float64 vectors, without rounding."""
+    pairs = zip(x.tolist(), other.tolist(), strict=True)
+    return sum((Fraction(p) * (Fraction(p) - Fraction(q)) for p, q in pairs), Fraction(0))
+
+
+def _expressivity(verdict: Verdict) -> Assumption:
+    where = "at these weights" if verdict.claim == "at w" else "for some weights"
+    lower = verdict.sigma_min_lower
+    if verdict.status == "proved":
+        shown = f", sigma_min >= {lower:.2e}" if lower else ""
+        return Assumption("expressivity", HELD, f"proved {where} by {verdict.method}{shown}")
+    if verdict.status == "full rank":
+        shown = "" if verdict.sigma_min is None else f", sigma_min {verdict.sigma_min:.2e}"
+        evidence = (
+            f"rank {verdict.n} of {verdict.n} {where}, counted in float64 by {verdict.method} "
+            f"(not proved){shown}"
+        )
+        return Assumption("expressivity", HELD, evidence)
+    if verdict.status == "deficient":
+        advice = "remove identical inputs; tp.nn.widen where m_H is too small"
+        return Assumption("expressivity", FAILED, f"deficient: {verdict.reason}", advice)
+    return Assumption(
+        "expressivity",
+        UNCHECKED,
+        f"undecided: {verdict.reason}",
+        "tp.verify_expressivity(model, x, w='witness', method='certificate') looks for weights "
+        "that can be certified",
+    )
 
 
 def _analyticity(model: nn.Module) -> list[Assumption]:
@@ -141,8 +271,14 @@ def _analyticity(model: nn.Module) -> list[Assumption]:
         evidence = f"{finding.name or 'the model'} ({finding.kind}) is {finding.status}"
         rows[name].append(Assumption(name, status, evidence, finding.reason))
     if not rows["analytic modules"]:
-        held = Assumption("analytic modules", HELD, f"all {len(findings) - len(bad)} modules")
-        rows["analytic modules"].append(held)
+        evidence = f"all {len(findings) - len(bad)} modules"
+        dropout = [k for k, m in model.named_modules() if isinstance(m, _DropoutNd) and m.p > 0]
+        if dropout:
+            evidence += (
+                f" in eval mode, as in the second phase; {', '.join(dropout[:3])} (dropout) "
+                "random in train mode"
+            )
+        rows["analytic modules"].append(Assumption("analytic modules", HELD, evidence))
     if not rows["analytic calls"]:
         unseen = [f.name or "the model" for f in bad if f.status == "unknown"]
         evidence = f"not seen in {', '.join(unseen)}" if unseen else "none found that is not"
@@ -159,5 +295,5 @@ def _depth(model: nn.Module, network: Network) -> Assumption:
         "H >= 2",
         HELD if hidden >= 2 else FAILED,
         f"{hidden} hidden layers before {network.last.name}",
-        "tp.nn.widen(model, n) adds one",
+        "tp.nn.widen(model, n) adds one hidden layer",
     )

@@ -1,9 +1,7 @@
-"""The command line: twophase demo | train | doctor."""
+"""The command line: twophase demo | train | verify | doctor."""
 
-import importlib
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,42 +11,9 @@ from torch import nn
 import twophase_ext as tp
 from twophase_ext.files import write_atomically
 
-from . import data, models
-
-DataName = Literal["digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "cifar100", "svhn"]
-
-
-def build_model(
-    name: str, images: torch.Tensor, classes: int, *, width: int, wide: int, seed: int
-) -> nn.Module:
-    """A built-in model ("mlp", "small", "preactresnet18"), or "package.module:callable" of yours.
-
-    Your callable is called without arguments and returns an nn.Module; the wide softplus layer is
-    then added by tp.nn.widen where wide > 0. The initialisation comes from the seed's own stream.
-    """
-    channels, height, breadth = images.shape[1:]
-    with torch.random.fork_rng():
-        torch.manual_seed(tp.stream_seed(seed, "init"))
-        if name == "mlp":
-            hidden = models.MLP([channels * height * breadth, width, wide or width, classes])
-            return nn.Sequential(nn.Flatten(), hidden)
-        if name == "small":
-            return models.SmallConvNet(channels, classes, width=width, wide=wide or None)
-        if name == "preactresnet18":
-            return models.PreActResNet18(channels, classes, width=width, wide=wide or None)
-        module, _, attribute = name.partition(":")
-        if not attribute:
-            raise ValueError(
-                "model: expected mlp, small, preactresnet18 or package.module:callable, "
-                f"got {name!r}"
-            )
-        sys.path.insert(0, str(Path.cwd()))
-        model = getattr(importlib.import_module(module), attribute)()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: {name} returned {type(model).__name__}, not an nn.Module")
-        if wide:
-            tp.nn.widen(model, wide, ratio=1.0, example_input=data.as_float(images[:2]))
-        return model
+from . import data
+from .assembly import DataName, build_model, first
+from .verification import verify
 
 
 class SaveOptions:
@@ -165,7 +130,7 @@ def train(
     images, labels = data.load(data_name, "train")
     test_images, test_labels = data.load(data_name, "test")
     classes = int(labels.max()) + 1
-    images, labels = _first(n, images, labels)
+    images, labels = first(n, images, labels)
     wide = tp.nn.wide_units(len(images), ratio) if ratio > 0 else 0
     network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
     if device == "auto":
@@ -224,20 +189,12 @@ def doctor(
     """
     images, labels = data.load(data_name, "train")
     classes = int(labels.max()) + 1
-    images, labels = _first(n, images, labels)
+    images, labels = first(n, images, labels)
     wide = tp.nn.wide_units(len(images), ratio) if ratio > 0 else 0
     network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
     assumptions = tp.check_assumptions(network, images, loss=loss)
     print(assumptions)
     return 0 if assumptions.hold else 1
-
-
-def _first(
-    n: int | None, images: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if n is not None and n < 1:
-        raise ValueError(f"n: expected at least 1 sample, got {n}")
-    return images[:n], labels[:n]
 
 
 def _explain(result: tp.Result) -> None:
@@ -256,7 +213,12 @@ def _exit_code(status: str) -> int:
     return {"completed": 0, "interrupted": 130, "diverged": 1}[status]
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"demo": demo, "train": train, "doctor": doctor}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "demo": demo,
+    "train": train,
+    "verify": verify,
+    "doctor": doctor,
+}
 
 
 def make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
@@ -277,13 +239,16 @@ def make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand; the exit code: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
+    """Run one subcommand; the exit code.
+
+    0 done, 1 failed or not proved, 2 wrong arguments, 130 interrupted.
+    """
     parser, parts = make_parser()
     options: Namespace = parser.parse_args(arguments)
     name = options.subcommand
     chosen = options[name]
     keywords = {key: value for key, value in chosen.as_dict().items() if key != "config"}
-    if name != "doctor":
+    if name in ("demo", "train"):
         keywords["callbacks"] = (SaveOptions(parts[name].dump(chosen)),)
     try:
         return COMMANDS[name](**keywords)

@@ -111,13 +111,32 @@ _FRESH = {
     *("tanh", "silu", "gelu", "add", "sub", "mul", "div", "neg", "mean", "sum", "cat", "pad"),
     *("avg_pool2d", "adaptive_avg_pool2d"),
 }
-_IN_PLACE = {getattr(operator, f"i{n}") for n in ("add", "sub", "mul", "truediv", "pow", "matmul")}
+_AUGMENTED = (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+)
+_IN_PLACE = {getattr(operator, name) for name in _AUGMENTED}
 _PLAIN = {"size", "dim", "ndimension", "numel"}  # of a tensor's shape
 _PLAIN_MODULES = ("_operator", "builtins", "math")
 
 
 class _Reached(BaseException):
     """The stop layer is called. Not an Exception, which a forward might swallow."""
+
+
+class _Proxy(fx.Proxy):
+    """Records `y += x` as in place, where fx records y = y + x."""
+
+
+def _augmented(function: Any) -> Callable[[_Proxy, Any], Any]:
+    def record(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name in _AUGMENTED:
+    setattr(_Proxy, f"__{_name}__", _augmented(getattr(operator, _name)))
 
 
 class _Tracer(fx.Tracer):
@@ -127,6 +146,9 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_modules=(math, ops, root))  # type: ignore[arg-type]
         self.stop = stop
         self.reached: fx.Node | None = None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m is self.stop or type(m) in _MODULES or super().is_leaf_module(m, "")

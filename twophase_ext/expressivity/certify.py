@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ..linalg.bounds import SLACK, UNIT_ROUNDOFF
 from ..linalg.certificate import certify_gram
-from ..linalg.gram_tiles import MatrixSource
+from ..linalg.gram_tiles import PANEL, MatrixSource
 from ..linalg.norms import frobenius_upper
 from ..linalg.preconditioned import preconditioned_sigma_min
 from ..linalg.progress import Stages
 from ..memory import available_memory
 from ..ops import softplus_
+from .culprits import describe, find_culprits
 from .problem import Problem
 from .triangular import certify_triangular, preactivation_error
 from .witness import local_kinks, spread_kinks, whiten
@@ -82,9 +83,11 @@ def certify_witness(
 ) -> dict[str, Any]:
     """Verdict fields for a witness: kinks at samples (triangular), else spread kinks (Gram)."""
     assert problem.wide is not None
-    with stages.stage("backbone features", 0):
-        chosen = problem.choose_backbone()
-        found = problem.features(problem.wide)
+    with stages.stage("choice of a backbone", 0, "samples") as stage:
+        chosen = problem.choose_backbone(stage)
+    stages.say(f"backbone: {chosen}")
+    with stages.stage("backbone features", problem.n, "samples") as stage:
+        found = problem.features(problem.wide, stage, folder=folder)
     z, error = found.z, found.error
     n, d, m = problem.n, z.shape[1], problem.wide.out_features
     whitening = whiten(z, error, problem.dtype)
@@ -93,7 +96,7 @@ def certify_witness(
         "directions": len(whitening.map),
         "largest_feature_error": float(error.max()),
     }
-    common = {"assumptions": found.assumptions, "constants": constants}
+    common: dict[str, Any] = {"assumptions": found.assumptions, "constants": constants}
     reason = ""
     if factorization in ("auto", "triangular") and m >= n:
         with stages.stage("kinks at the samples", n * n * len(whitening.map)) as stage:
@@ -133,7 +136,10 @@ def certify_witness(
             }
         reason = proof.reason
         if proof.offending is not None:
-            common["culprits"] = [sorted(proof.offending)]
+            groups = find_culprits(z, error)
+            pair = [sorted(proof.offending)]
+            common["culprits"] = [sorted(c.samples) for c in groups] or pair
+            common["explanation"] = describe(groups)
     if factorization == "triangular":
         reason = reason or f"one neuron a sample needs m_H >= n, got {m} < {n}"
         return common | {"status": "undecided", "claim": "exists", "reason": reason}
@@ -164,16 +170,16 @@ def certify_given(
     """Verdict fields for the weights that the problem holds (w = "current" or "init")."""
     constants: dict[str, Any] = {}
     if problem.wide is not None:
-        with stages.stage("backbone features", 0):
-            found = problem.features(problem.wide)
+        with stages.stage("backbone features", problem.n, "samples") as stage:
+            found = problem.features(problem.wide, stage, folder=folder)
         weight = problem.wide.weight.detach()
-        bias = problem.wide.bias
-        bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        own = problem.wide.bias
+        bias = weight.new_zeros(len(weight)) if own is None else own.detach()
         source: Source = WideSource(found.z, weight, bias, problem.beta, problem.ones)
         spread = preactivation_error(found.z, found.error, weight, bias)
     else:
-        with stages.stage("features", 0):
-            found = problem.features(problem.last)
+        with stages.stage("features", problem.n, "samples") as stage:
+            found = problem.features(problem.last, stage, folder=folder)
         h = found.z
         ones = h.new_ones(problem.n, int(problem.ones))
         source = MatrixSource(torch.cat([h, ones], 1))
@@ -211,7 +217,9 @@ def certify_matrix(
     sigma, used, lower, estimate, size = 0.0, "", None, None, None
     assumptions = list(assumptions)
     if factorization in ("auto", "gram"):
-        gram = certify_gram(source, folder=folder, key=key, stages=stages)
+        # softplus features of one layer have rows of about one size
+        scale = None if isinstance(source, MatrixSource) else False
+        gram = certify_gram(source, folder=folder, key=key, scale_rows=scale, stages=stages)
         assumptions += [a for a in gram.assumptions if a not in assumptions]
         constants |= {"gram": gram.constants()}
         sigma, used = gram.sigma_min_lower, "gram"
@@ -223,9 +231,7 @@ def certify_matrix(
     affordable = bytes_needed <= available_memory(source.device) and n <= PRECONDITIONED_ROWS
     if factorization == "preconditioned" or (factorization == "auto" and not enough and affordable):
         with stages.stage("preconditioned certificate", 6 * n * n * columns):
-            matrix = torch.cat(
-                [source.panel(c, min(c + 2048, columns)) for c in range(0, columns, 2048)], 1
-            )
+            matrix = _whole(source)
             better = preconditioned_sigma_min(matrix)
             error = _feature_error(source, spread, frobenius_upper(matrix))
         if better > sigma:
@@ -241,8 +247,8 @@ def certify_matrix(
     if error is not None and sigma > error:
         exact = (sigma - error) * (1 - 2.0**-40)
         if lower is not None and math.isfinite(lower):
-            # On the row space of the stored M, exact = (I + X) stored with ||X||_F <= error / sigma,
-            # and what lies outside adds to det(M M^T): then as in triangular.py.
+            # On the row space of the stored M, exact = (I + X) stored, ||X||_F <= error / sigma;
+            # what lies outside adds to det(M M^T). Then as in triangular.py.
             e = error / sigma * SLACK
             fields["logabsdet_lower"] = lower - 2 * math.sqrt(n) * e / (1 - e) * SLACK
         return fields | {
@@ -259,10 +265,18 @@ def certify_matrix(
             "reason": f"the stored features have sigma_min >= {sigma:.3e} (certified), which "
             f"{why} does not let carry over to the exact function",
         }
+    groups = find_culprits(torch.arange(n), None, lambda: _whole(source))
     return fields | {
         "status": "undecided",
         "reason": "sigma_min is below what rounding lets the certificate see",
+        "culprits": [c.samples for c in groups],
+        "explanation": describe(groups),
     }
+
+
+def _whole(source: Source) -> Tensor:
+    columns = range(0, source.columns, PANEL)
+    return torch.cat([source.panel(c, min(c + PANEL, source.columns)) for c in columns], 1)
 
 
 def _feature_error(source: Source, spread: float | None, size: float | None) -> float | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..arrays import require_finite
 from ..linalg.bounds import UNIT_ROUNDOFF
+from .inputs import identical_rows
 
 LARGEST = 5000  # samples whose Gram matrix is formed
 MAX_PAIRS = 1 << 20  # distances of near-duplicates computed
@@ -61,8 +62,6 @@ def find_culprits(
 
     Raises ValueError where z or M hold NaN or infinity, or the lengths differ.
     """
-    from .verify import identical_rows  # which may use this module
-
     n = len(z)
     z = z.detach().flatten(1) if z.dim() > 1 else z.detach()[:, None]
     require_finite(z, "z", "input")

@@ -10,8 +10,10 @@ from .backbone_graph import WEIGHTED, BackboneGraph, backbone_graph
 from .bounded import Unbounded
 
 
-def damped(model: nn.Module, factor: float) -> dict[str, Tensor]:
+def damped(model: nn.Module, factor: float, identity: float | None = None) -> dict[str, Tensor]:
     """Entries of the state dict that shrink every residual branch to `factor` times itself.
+
+    identity: the factor of branches whose shortcut has no weights of its own, `factor` by default.
 
     A residual sum has two operands that both depend on the input. Its branch is the operand with
     more weighted layers (linear, convolution) of its own, the other one the shortcut; the weight
@@ -19,14 +21,16 @@ def damped(model: nn.Module, factor: float) -> dict[str, Tensor]:
     what the shortcuts do, and with factor 0 the branches need not be computed. As Assumption 1 asks
     for some weights, these are as good a witness as any.
 
-    factor: 0 <= factor < 1, exact in any dtype for 0 and powers of two. Names and dtypes are the
-    model's; {} where no residual sum is found, as in a model that cannot be traced. The model is
-    not changed. Raises TypeError and ValueError for a wrong factor.
+    Factors lie between 0 and 1, exact in any dtype for 0 and powers of two. Names and dtypes are
+    the model's; {} where no residual sum is found, as in a model that cannot be traced. The model
+    is not changed. Raises TypeError and ValueError for a wrong factor.
     """
-    if isinstance(factor, bool) or not isinstance(factor, Real):
-        raise TypeError(f"factor: expected a number, got {type(factor).__name__}")
-    if not (math.isfinite(factor) and 0 <= factor < 1):
-        raise ValueError(f"factor: expected 0 <= factor < 1, got {factor}")
+    identity = factor if identity is None else identity
+    for name, value in (("factor", factor), ("identity", identity)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        if not (math.isfinite(value) and 0 <= value <= 1):
+            raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
     source = unwrap(model)
     try:
         graph = backbone_graph(source, None)
@@ -34,15 +38,16 @@ def damped(model: nn.Module, factor: float) -> dict[str, Tensor]:
         return {}
     state = source.state_dict()
     changed: dict[str, Tensor] = {}
-    for layer in _last_layers(graph):
+    for layer, plain in _last_layers(graph):
+        times = identity if plain else factor
         for name in (f"{layer}.weight", f"{layer}.bias"):
-            if name in state:
-                changed[name] = state[name].detach() * factor
+            if name in state and times != 1:
+                changed[name] = state[name].detach() * times
     return changed
 
 
-def _last_layers(graph: BackboneGraph) -> list[str]:
-    """Paths of the last weighted layers of the residual branches."""
+def _last_layers(graph: BackboneGraph) -> list[tuple[str, bool]]:
+    """Paths of the residual branches' last weighted layers; whether the shortcut has no weights."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     behind: dict[fx.Node, set[fx.Node]] = {}  # each node with all that it depends on
     for node in graph.nodes:
@@ -58,7 +63,8 @@ def _last_layers(graph: BackboneGraph) -> list[str]:
         own = [_weighted(graph, behind[a] - behind[b]), _weighted(graph, behind[b] - behind[a])]
         if len(own[0]) != len(own[1]):
             branch = max(own, key=len)
-            layers.append(str(max(branch, key=order.__getitem__).target))
+            last = str(max(branch, key=order.__getitem__).target)
+            layers.append((last, not min(own, key=len)))
     return layers
 
 

@@ -88,7 +88,7 @@ def bounded_features(
             continue
         x = x.double()
         if z is None:
-            evaluation.prepare(x[:2])
+            evaluation.prepare(x[:2].clone())  # the model may work in place
         features = evaluation(x)
         if features.value.dim() != 2:
             raise Unbounded(f"stop: expected features [b, d], got {tuple(features.value.shape)}")

@@ -61,7 +61,7 @@ def conv_norms(
             norms = [norm_upper(taps[:, :, t]) for t in range(taps.shape[2])]
             best = min(best, _by_taps(norms, classes))
         plain = max(plain, best)
-        absolute = max(absolute, min(many * norm_upper(rows.abs()), schur))
+        absolute = max(absolute, schur)  # near (b) for |W|, whose entries have one sign
     return OperatorNorms(plain * SLACK, absolute * SLACK)
 
 
@@ -71,7 +71,7 @@ def _by_taps(norms: list[float], classes: list[list[int]]) -> float:
 
 def _estimates(taps: Tensor) -> list[float]:
     """About ||W_t||_2 for taps [out, in, t], by a few steps of the power method."""
-    matrices = taps.permute(2, 0, 1)
+    matrices = taps.permute(2, 0, 1).contiguous()
     v = matrices.new_ones(len(matrices), matrices.shape[2], 1)
     for _ in range(4):
         v = matrices.mT @ (matrices @ v)

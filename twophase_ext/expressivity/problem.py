@@ -1,21 +1,24 @@
 """What is verified: a network, its inputs in index order, and the weights asked for."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..files import write_atomically
+from ..linalg.progress import Stage
 from ..network import Network
 from ..probing import input_of, record, unwrap
 from .forward_error import BoundedFeatures, Unbounded, bounded_features, damped
+from .record import hash_tensors
 from .witness import whiten
 
-PILOT = 128  # samples that choose the backbone
-DAMPINGS = (1.0, 0.125, 0.0)  # of residual branches, tried in this order
-
-Say = Callable[[str], None]
+CHUNK = 8192  # samples
+PILOT = 64  # samples that choose the backbone
+# Factors of residual branches (beside a shortcut with weights, beside an identity), tried in order.
+DAMPINGS = ((1.0, 1.0), (1.0, 0.0), (0.25, 0.0), (0.0, 0.0))
 
 
 @dataclass
@@ -30,7 +33,6 @@ class Problem:
     inputs: list[Tensor]
     n: int
     ones: bool
-    say: Say = lambda _: None
     changes: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,12 +104,53 @@ class Problem:
             left -= len(x)
         return parts
 
-    def features(self, stop: nn.Module, count: int | None = None) -> BoundedFeatures:
-        """Input of `stop` with error bounds; Unbounded where a layer has no rule."""
-        size = self.n if count is None else min(count, self.n)
-        found = bounded_features(self.model, stop, self.batches(size), n=size, say=self.say)
+    def features(
+        self, stop: nn.Module, stage: Stage, count: int | None = None, folder: Path | None = None
+    ) -> BoundedFeatures:
+        """Input of `stop` with error bounds; Unbounded where a layer has no rule.
+
+        count: the first samples only. folder: keeps what is done, CHUNK samples a file, for a run
+        that is killed; it belongs to one problem.
+        """
+        batches = self.batches(count)
+        size = sum(map(len, batches))
+        if folder is None:
+            parts = [self._bounded(stop, batches, stage)]
+        else:
+            parts, chunk = [], []
+            for k, batch in enumerate(batches, 1):
+                chunk.append(batch)
+                if sum(map(len, chunk)) >= CHUNK or k == len(batches):
+                    path = folder / f"features{len(parts)}.pt"
+                    parts.append(self._kept(stop, chunk, stage, path))
+                    chunk = []
+        found = BoundedFeatures(
+            torch.cat([part.z for part in parts]),
+            torch.cat([part.error for part in parts]),
+            parts[0].assumptions,
+            sum(part.seconds for part in parts),
+        )
+        assert len(found.z) == size
         if not bool((found.z.isfinite().all(1) & found.error.isfinite()).all()):
             raise Unbounded("the features hold NaN or infinity")
+        return found
+
+    def _bounded(self, stop: nn.Module, batches: list[Tensor], stage: Stage) -> BoundedFeatures:
+        n = sum(map(len, batches))
+        return bounded_features(self.model, stop, batches, n=n, progress=stage.advance)
+
+    def _kept(
+        self, stop: nn.Module, batches: list[Tensor], stage: Stage, path: Path
+    ) -> BoundedFeatures:
+        key = hash_tensors([*batches, *(v for v in self.model.state_dict().values())])
+        if path.exists():
+            state = torch.load(path, weights_only=True, map_location=batches[0].device)
+            if state.pop("key", None) != key:
+                raise ValueError(f"folder: {path} belongs to another problem; use another folder")
+            stage.advance(len(state["z"]))
+            return BoundedFeatures(**state)
+        found = self._bounded(stop, batches, stage)
+        write_atomically(path, lambda file: torch.save({"key": key, **vars(found)}, file))
         return found
 
     @torch.no_grad()
@@ -123,7 +166,7 @@ class Problem:
         assert h is not None
         return h
 
-    def choose_backbone(self) -> str:
+    def choose_backbone(self, stage: Stage) -> str:
         """Damp residual branches where that resolves more directions of the features.
 
         A deep network's error bounds may exceed the spread of its features; a witness is free to
@@ -133,21 +176,23 @@ class Problem:
         assert self.wide is not None
         own = {name: value.clone() for name, value in self.model.state_dict().items()}
         best: tuple[int, str, dict[str, Tensor]] | None = None
-        for factor in DAMPINGS:
-            changes = {} if factor == 1 else damped(self.model, factor)
-            if factor != 1 and not changes:
+        for factors in DAMPINGS:
+            changes = damped(self.model, *factors)
+            if factors != (1.0, 1.0) and not changes:
                 continue
             with torch.no_grad():
                 for name, value in changes.items():
                     self.model.state_dict()[name].copy_(value)
-            found = self.features(self.wide, PILOT)
+            found = self.features(self.wide, stage, PILOT)
             resolved = len(whiten(found.z, found.error, self.dtype).map)
             with torch.no_grad():
                 for name in changes:
                     self.model.state_dict()[name].copy_(own[name])
             if best is None or resolved > best[0]:
-                what = "the model's own" if factor == 1 else f"residual branches times {factor:g}"
-                best = (resolved, what, changes)
+                what = "residual branches times {:g} (beside an identity: {:g})".format(*factors)
+                best = (resolved, what if changes else "the model's own", changes)
+            if resolved >= min(len(found.z) - 1, found.z.shape[1]):
+                break
         assert best is not None
         resolved, what, changes = best
         self.load({name: value.to(self.dtype) for name, value in changes.items()})

@@ -181,7 +181,7 @@ class _Search:
             needed = torch.nextafter((self.error[a] + self.error[b]) * SLACK, up)
             needed = torch.where((self.error[a] == 0) & (self.error[b] == 0), 0.0, needed)
             self.separated &= bool((distance > needed).all())
-            margin = torch.where(needed > 0, (distance - needed) / needed, math.inf)
+            margin = torch.where(needed > 0, distance / needed - 1, math.inf)
             worst = margin.topk(min(SHOWN, len(margin)), largest=False).indices
             for k in worst.tolist():
                 low, high = sorted((int(a[k]), int(b[k])))

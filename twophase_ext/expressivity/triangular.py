@@ -1,4 +1,4 @@
-"""A lower bound of sigma_min from one triangular submatrix of [h, 1]: O(n^2 d), n = 60,000 included.
+"""A lower bound of sigma_min from one triangular submatrix of [h, 1], in O(n^2 d).
 
 Theorem. Let T be n columns of M = [h, 1_n] (n x p), rows and columns in some order, and L lower
 triangular with positive diagonal and non-negative entries. With <L> the comparison matrix (the
@@ -11,7 +11,7 @@ where e = ||<L>^-1||_2 ||T - L||_F < 1.
 Proof. M M^T - T T^T is a sum of squares of the other columns: both first inequalities (the second
 by monotony of det). |L^-1| <= <L>^-1 entry by entry, as <L> is a triangular M-matrix; so
 ||L^-1||_2 <= ||<L>^-1||_2, and singular values are 1-Lipschitz. T = L (I + X), ||X||_F <= e, and
-|log |det(I + X)|| <= sum |log(1 + lambda_k)| <= sum |lambda_k| / (1 - e) <= sqrt(n) e / (1 - e). QED
+|log |det(I + X)|| <= sum |log(1 + lambda_k)| <= sum |lambda_k| / (1 - e) <= sqrt(n) e / (1 - e).
 
 ||<L>^-1||_2 needs no trust in a solver. For y > 0 and any x > 0 with <L> x >= a y, x >= a <L>^-1 y,
 as <L>^-1 is non-negative; likewise z for <L>^T and x. So N y <= z / (a b) for the non-negative
@@ -117,7 +117,9 @@ def certify_triangular(
         parts.append((rows, columns + start, a[rows, columns]))
         advance(end - start)
 
-    def result(reason: str, sigma: float = 0.0, logdet: float = -math.inf, **more: float):
+    def result(
+        reason: str, sigma: float = 0.0, logdet: float = -math.inf, **more: float
+    ) -> TriangularCertificate:
         numbers = {
             key: more.get(key, math.inf)
             for key in ("inverse_norm", "distance", "preactivation", "evaluation")

@@ -1,6 +1,5 @@
 """Verification of rank [h_X, 1] = n for a model and its data."""
 
-import hashlib
 import resource
 import time
 from collections.abc import Callable, Iterable
@@ -11,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arrays import as_tensor, require_finite
 from ..linalg.gram_tiles import MatrixSource
 from ..linalg.progress import Stages
 from ..memory import available_memory
 from ..network import Network
 from . import record
 from .certify import certify_given, certify_matrix, certify_witness
+from .culprits import describe, find_culprits
 from .forward_error import Unbounded
+from .inputs import as_example, batches, checked_inputs, first_parameter, identical_rows
 from .problem import Problem
 from .separation import separate
 from .verdict import Verdict
@@ -47,9 +47,9 @@ def verify_expressivity(
 ) -> Verdict:
     """Whether [h_X^(H)(w), 1_n] has rank n: Assumption 1, or that this very w fulfils it.
 
-    x: the n training inputs (tensor or array; uint8 becomes k / 255 in the model's dtype). Everything
-    is computed in float64, in evaluation mode, on a copy: the model is not changed, BatchNorm's
-    running statistics are constants of it.
+    x: the n training inputs (tensor or array; uint8 becomes k / 255 in the model's dtype).
+    Everything is computed in float64, in evaluation mode, on a copy: the model is not changed,
+    BatchNorm's running statistics are constants of it.
 
     w: "current", the model's weights; "init", its default initialisation under `seed` (the paper's
     procedure); "witness", weights of the wide layer made for the proof (witness.py).
@@ -74,7 +74,7 @@ def verify_expressivity(
     network = Network(model, as_example(x, parameter), last_layer)
     return verify_network(
         network,
-        _batches(x, parameter),
+        batches(x, parameter),
         n=len(x),
         w=w,
         method=method,
@@ -86,41 +86,12 @@ def verify_expressivity(
     )
 
 
-def _batches(x: Tensor, parameter: nn.Parameter) -> Iterable[tuple[Tensor, None]]:
-    for start in range(0, len(x), 256):
-        part = x[start : start + 256].to(parameter.device)
-        yield (part.to(parameter.dtype) / 255 if part.dtype == torch.uint8 else part), None
-
-
-def checked_inputs(x: Any) -> Tensor:
-    """The argument x as a tensor [n, ...]; ValueError where it is empty or not finite."""
-    x = as_tensor(x, name="x")
-    if x.dim() == 0 or len(x) == 0:
-        raise ValueError("x: the data set is empty")
-    require_finite(x, "x", "input")
-    return x
-
-
-def first_parameter(model: nn.Module) -> nn.Parameter:
-    """A parameter that tells the model's device and dtype; ValueError where there is none."""
-    for parameter in model.parameters():
-        return parameter
-    raise ValueError("model: has no parameters")
-
-
-def as_example(x: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Two samples on the model's device, in its dtype unless they are indices (tokens)."""
-    part = x[:2].to(parameter.device)
-    floating = part.is_floating_point() or part.dtype == torch.uint8
-    return part.to(parameter.dtype) if floating else part
-
-
 def hashes_of(model: nn.Module, x: Any, last_layer: str | None) -> dict[str, str]:
     """SHA-256 of data and hidden layers, as in a Verdict's `hashes`."""
     x = checked_inputs(x)
     parameter = first_parameter(model)
     network = Network(model, as_example(x, parameter), last_layer)
-    return _hashes(network, [part for part, _ in _batches(x, parameter)])
+    return _hashes(network, [part for part, _ in batches(x, parameter)])
 
 
 def _hashes(network: Network, inputs: list[Tensor]) -> dict[str, str]:
@@ -133,7 +104,7 @@ def _hashes(network: Network, inputs: list[Tensor]) -> dict[str, str]:
 
 def verify_network(
     network: Network,
-    batches: Iterable[tuple[Tensor, Any]],
+    samples: Iterable[tuple[Tensor, Any]],
     *,
     n: int,
     w: str = "current",
@@ -145,7 +116,7 @@ def verify_network(
     progress: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Verdict:
-    """`verify_expressivity` for a Network and batches (x, anything) in index order."""
+    """`verify_expressivity` for a Network and samples: batches (x, anything) in index order."""
     for name, value, known in (
         ("w", w, WEIGHTS),
         ("method", method, METHODS),
@@ -188,7 +159,7 @@ def verify_network(
             method="none",
             reason="mini-batch statistics hide dependent samples: use batch_norm='frozen'",
         )
-    inputs = [x for x, _ in batches]
+    inputs = [x for x, _ in samples]
     common["hashes"] = _hashes(network, inputs)
     columns = network.width + ones
     if n > columns:
@@ -210,7 +181,7 @@ def verify_network(
             culprits=culprits,
             explanation=_named(culprits, "have identical inputs"),
         )
-    problem = Problem(network, inputs, n, ones, say)
+    problem = Problem(network, inputs, n, ones)
     key = " ".join([*common["hashes"].values(), w, str(seed), str(ones)])
     attempt = _Attempt(problem, w, seed, factorization, folder, stages, key)
     return verdict(**getattr(attempt, method)())
@@ -243,9 +214,10 @@ class _Attempt:
                 "tp.nn.widen(model, n) adds one"
             }
         try:
-            with self.stages.stage("backbone features", 0):
-                chosen = problem.choose_backbone()
-                found = problem.features(problem.wide)
+            with self.stages.stage("choice of a backbone", 0, "samples") as stage:
+                chosen = problem.choose_backbone(stage)
+            with self.stages.stage("backbone features", problem.n, "samples") as stage:
+                found = problem.features(problem.wide, stage, folder=self.folder)
         except Unbounded as error:
             return fields | {"reason": f"no error bound: {error}"}
         with self.stages.stage("separation", 2 * found.z.numel()):
@@ -258,11 +230,13 @@ class _Attempt:
         }
         if separation.proved:
             return fields | {"status": "proved", "witness": dict(problem.changes)}
+        groups = find_culprits(found.z, found.error)
         pairs = [sorted((i, j)) for i, j, _, _ in separation.closest]
         return fields | {
             "reason": "these backbone features are not apart beyond their error bounds",
-            "culprits": pairs,
-            "explanation": [
+            "culprits": [sorted(c.samples) for c in groups] or pairs,
+            "explanation": describe(groups)
+            or [
                 f"samples {i} and {j}: distance {distance:.2e}, needed {needed:.2e}"
                 for i, j, distance, needed in separation.closest[:5]
             ],
@@ -316,6 +290,12 @@ class _Attempt:
         tolerance = float(sigma[0]) * problem.columns * torch.finfo(torch.float64).eps
         rank, smallest = int((sigma > tolerance).sum()), float(sigma[-1])
         low = "numerically low rank, which is no proof of a low one"
+        if rank < problem.n:
+            groups = find_culprits(matrix, None, matrix)
+            fields |= {
+                "culprits": [c.samples for c in groups],
+                "explanation": describe(groups),
+            }
         return fields | {
             "status": "full rank" if rank == problem.n else "undecided",
             "rank": rank,
@@ -382,26 +362,6 @@ class _Attempt:
 def _named(groups: list[list[int]], what: str) -> list[str]:
     lines = [f"samples {', '.join(map(str, group[:8]))} {what}" for group in groups[:5]]
     return lines + ([f"... and {len(groups) - 5} more such groups"] if len(groups) > 5 else [])
-
-
-def identical_rows(rows: Tensor) -> list[list[int]]:
-    """Groups of indices of exactly equal rows, in O(n d) by hashing each row's bytes."""
-    buckets: dict[bytes, list[int]] = {}
-    if rows.dtype == torch.bfloat16:  # NumPy has none
-        rows = rows.float()
-    array = rows.contiguous().numpy()
-
-    def content(i: int) -> bytes:
-        row = array[i]
-        return (row + 0.0 if row.dtype.kind == "f" else row).tobytes()  # -0 and 0 are equal
-
-    for i in range(len(array)):
-        buckets.setdefault(hashlib.blake2b(content(i), digest_size=16).digest(), []).append(i)
-    groups: dict[bytes, list[int]] = {}
-    for bucket in buckets.values():
-        for i in bucket if len(bucket) > 1 else ():
-            groups.setdefault(content(i), []).append(i)
-    return [group for group in groups.values() if len(group) > 1]
 
 
 def _float64_rate(device: torch.device) -> float:

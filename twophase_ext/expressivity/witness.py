@@ -15,6 +15,7 @@ Spread kinks: random directions through the samples' centre, dense and for any m
 certificate's witness where the local one fails.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -76,10 +77,16 @@ def whiten(z: Tensor, error: Tensor, dtype: torch.dtype) -> Whitening:
     return Whitening(mean, vectors[:, :r].T / kept[:, None], spreads[:r])
 
 
-def local_kinks(z: Tensor, whitening: Whitening, dtype: torch.dtype, advance=None) -> LocalKinks:
+def local_kinks(
+    z: Tensor,
+    whitening: Whitening,
+    dtype: torch.dtype,
+    advance: Callable[[int], object] = lambda _: None,
+) -> LocalKinks:
     """One neuron for each of the n samples z [n, d] (float64), rounded to `dtype`.
 
-    Each neuron is 1 at its own sample before rounding. n^2 r operations.
+    Each neuron is 1 at its own sample before rounding. n^2 r operations. advance: called with the
+    number of neurons done.
     """
     n = len(z)
     q = whitening(z)
@@ -97,8 +104,7 @@ def local_kinks(z: Tensor, whitening: Whitening, dtype: torch.dtype, advance=Non
         )
         reach, nearest[start:end] = along.max(0)
         gaps[start:end] = sizes[start:end] - reach
-        if advance is not None:
-            advance(end - start)
+        advance(end - start)
     # The first sample has no earlier one: half its size, as for a sample at the centre.
     on = torch.minimum(KINK * gaps, 0.5 * sizes)
     on = torch.where(on > 0, on, sizes.clamp(min=1.0))  # hopeless: two samples agree

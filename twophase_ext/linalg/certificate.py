@@ -158,7 +158,7 @@ def certify_gram(
         result.reason = f"{source.n} rows of {source.columns} columns are dependent"
         return result
     stages = Stages(progress, say) if stages is None else stages
-    run = _Run(source, sizes, folder, key, resume, scale_rows, stages, result)
+    run = _Run(source, sizes, folder, key, resume, scale_rows, shift, stages, result)
     try:
         run.stages.say(str(sizes))
         run.certify(shift, passes)
@@ -178,6 +178,7 @@ class _Run:
         key: str,
         resume: bool,
         scale_rows: bool | None,
+        shift: float | None,
         stages: Stages,
         result: GramCertificate,
     ) -> None:
@@ -196,6 +197,7 @@ class _Run:
                 "tile": sizes.tile,
                 "panel": sizes.panel,
                 "scale_rows": scale_rows,
+                "shift": shift,
             }
             self.journal = Journal(folder / "tiles.journal", header, resume)
             try:

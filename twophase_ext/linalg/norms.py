@@ -10,7 +10,7 @@ SQUARINGS = 6  # ||A||_F <= sqrt(d) ||A||_2 shrinks to d^(1 / 2^(SQUARINGS + 2))
 
 
 def frobenius_upper(a: Tensor) -> float:
-    """Upper bound of ||a||_F for a float64 tensor; scaled, so that no square over- or underflows."""
+    """Upper bound of ||a||_F for a float64 tensor; scaled: no square over- or underflows."""
     largest = float(a.abs().max()) if a.numel() else 0.0
     if largest == 0 or not math.isfinite(largest):
         return largest

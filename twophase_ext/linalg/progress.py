@@ -10,29 +10,34 @@ from typing import Any
 class Stage:
     """One stage under way."""
 
-    def __init__(self, name: str) -> None:
-        """name: what the record calls it."""
-        self.name, self.flops, self.tiles = name, 0.0, 0
+    def __init__(self, name: str, unit: str = "operations") -> None:
+        """name: what the record calls it. unit: what is counted."""
+        self.name, self.unit, self.count, self.tiles = name, unit, 0.0, 0
         self._started = time.perf_counter()
         self.show: Callable[[], None] = lambda: None
 
-    def advance(self, flops: float, tiles: int = 0) -> None:
-        """So many more operations were executed, and tiles finished."""
-        self.flops += flops
+    def advance(self, count: float, tiles: int = 0) -> None:
+        """So many more operations were executed (or samples done), and tiles finished."""
+        self.count += count
         self.tiles += tiles
         self.show()
 
     def record(self) -> dict[str, Any]:
-        """{name, seconds, flops, gflops (10^9 executed operations a second), tiles}."""
+        """{name, seconds, and for operations flops, gflops (10^9 executed a second), tiles}."""
         seconds = time.perf_counter() - self._started
-        rate = self.flops / max(seconds, 1e-9) / 1e9
-        return {
-            "name": self.name,
-            "seconds": seconds,
-            "flops": self.flops,
-            "gflops": rate,
-            "tiles": self.tiles,
-        }
+        if self.unit != "operations":
+            return {"name": self.name, "seconds": seconds, self.unit: self.count}
+        rate = self.count / max(seconds, 1e-9) / 1e9
+        work = {"flops": self.count, "gflops": rate, "tiles": self.tiles}
+        return {"name": self.name, "seconds": seconds, **work}
+
+    @property
+    def rate(self) -> str:
+        """For a person."""
+        r = self.record()
+        if self.unit != "operations":
+            return f"{self.count / max(r['seconds'], 1e-9):.3g} {self.unit}/s"
+        return f"{r['gflops']:.1f} GFLOP/s" + (f", {self.tiles} tiles" if self.tiles else "")
 
 
 class Stages:
@@ -45,10 +50,10 @@ class Stages:
         self.say = say if say is not None else lambda text: None
 
     @contextmanager
-    def stage(self, name: str, total: float) -> Iterator[Stage]:
-        """A stage of about `total` operations."""
-        self.say(f"{name}: {total:.3g} operations")
-        stage = Stage(name)
+    def stage(self, name: str, total: float, unit: str = "operations") -> Iterator[Stage]:
+        """A stage of about `total` operations, or of another unit."""
+        self.say(f"{name}: {total:.3g} {unit}" if total else name)
+        stage = Stage(name, unit)
         try:
             if self._bar:
                 with self._shown(stage, total):
@@ -57,8 +62,8 @@ class Stages:
                 yield stage
         finally:
             self.done.append(stage.record())
-        r = self.done[-1]
-        self.say(f"{name}: {r['seconds']:.1f} s, {r['gflops']:.1f} GFLOP/s, {r['tiles']} tiles")
+        rate = f", {stage.rate}" if stage.count else ""
+        self.say(f"{name}: done in {self.done[-1]['seconds']:.1f} s{rate}")
 
     @contextmanager
     def _shown(self, stage: Stage, total: float) -> Iterator[None]:
@@ -69,8 +74,7 @@ class Stages:
             task = bar.add_task(stage.name, total=total, rate="")
 
             def show() -> None:
-                rate = f"{stage.record()['gflops']:.0f} GFLOP/s"
-                bar.update(task, completed=stage.flops, rate=rate)
+                bar.update(task, completed=stage.count, rate=stage.rate)
 
             stage.show = show
             yield

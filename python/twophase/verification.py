@@ -1,0 +1,120 @@
+"""twophase verify: prove the expressivity condition, or prove a certificate again."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+import twophase_ext as tp
+
+from .assembly import DataName, build_model, load_inputs
+from .pictures import culprit_picture
+
+OPTIONS = "options.yaml"  # what `twophase train` leaves in a run folder
+
+
+def verify(
+    data_name: DataName = "digits",
+    model: str = "small",
+    n: int | None = None,
+    width: int = 8,
+    ratio: float = 1.1,
+    x: str | None = None,
+    weights: str | None = None,
+    run: str | None = None,
+    w: Literal["current", "init", "witness"] = "witness",
+    method: Literal["auto", "separation", "certificate", "svd"] = "auto",
+    factorization: Literal["auto", "triangular", "gram", "preconditioned"] = "auto",
+    seed: int = 1,
+    out: str | None = None,
+    folder: str | None = None,
+    recheck: str | None = None,
+    progress: bool = True,
+) -> int:
+    """Prove that [h_X, 1] has rank n for a model and data, and write a certificate.
+
+    Args:
+        data_name: data set; read from TWOPHASE_DATA or downloaded.
+        model: mlp, small, preactresnet18, or package.module:callable of your own.
+        n: the first n samples only.
+        width: channels (or units) of the built-in models' hidden layers.
+        ratio: the wide last hidden layer has ceil(ratio * n) units; 0 adds none.
+        x: your own inputs instead of a data set, a .npy or .npz file.
+        weights: a state dict (torch.save) to load into the model.
+        run: a run folder of twophase train: its model, weights and data.
+        w: prove it for made weights, for the default initialisation, or for the current weights.
+        method: auto is separation, then the certificate where it fits.
+        factorization: of the certificate.
+        seed: seed of the initialisation.
+        out: write the certificate here (JSON).
+        folder: keep the tiles of a large Gram certificate here, to continue after a kill.
+        recheck: a certificate to prove again, from the data and model that it names.
+        progress: print what happens.
+    """
+    source: dict[str, Any] = {
+        "data_name": data_name,
+        "model": model,
+        "n": n,
+        "width": width,
+        "ratio": ratio,
+        "x": x,
+        "weights": weights,
+        "run": run,
+        "seed": seed,
+    }
+    if recheck is not None:
+        verdict = tp.Verdict.load(recheck)
+        network, inputs = _problem(verdict.source or {"run": str(Path(recheck).parent)})
+        return 0 if verdict.recheck(network, inputs) else 1
+    network, inputs = _problem(source)
+    verdict = tp.verify_expressivity(
+        network,
+        inputs,
+        w=w,
+        method=method,
+        factorization=factorization,
+        seed=seed,
+        folder=folder,
+        progress=progress,
+    )
+    verdict.source = source
+    if progress:
+        print(verdict)
+    if out is not None:
+        verdict.save(out)
+        if progress:
+            print(f"certificate: {out}; prove it again with: twophase verify --recheck {out}")
+        draw_culprits(verdict, inputs, Path(out).with_suffix(".png"))
+    return 0 if verdict.status == "proved" else 1
+
+
+def draw_culprits(verdict: tp.Verdict, inputs: Tensor, path: Path) -> bool:
+    """A picture of the first groups of culprits, where there are some and inputs are images."""
+    if not verdict.culprits or inputs.dim() != 4:
+        return False
+    culprit_picture(inputs, verdict.culprits, path)
+    return True
+
+
+def _problem(source: dict[str, Any]) -> tuple[nn.Module, Tensor]:
+    """Model and inputs of a certificate's `source`, or of a run folder."""
+    run = source.get("run")
+    if run is not None:
+        if not (Path(run) / OPTIONS).exists():
+            raise FileNotFoundError(f"run: {run} holds no {OPTIONS} of twophase train")
+        options = yaml.safe_load((Path(run) / OPTIONS).read_text(encoding="utf-8"))
+        keys = ("data_name", "model", "n", "width", "ratio", "seed")
+        source = {key: options[key] for key in keys} | {"run": run}
+    inputs, classes = load_inputs(source["data_name"], source["n"], source.get("x"))
+    wide = tp.nn.wide_units(len(inputs), source["ratio"]) if source["ratio"] > 0 else 0
+    network = build_model(
+        source["model"], inputs, classes, width=source["width"], wide=wide, seed=source["seed"]
+    )
+    if run is not None:
+        network.load_state_dict(tp.training.checkpoint.load(Path(run))[0]["model"])
+    elif source.get("weights"):
+        state = torch.load(source["weights"], map_location="cpu", weights_only=True)
+        network.load_state_dict(state)
+    return network, inputs

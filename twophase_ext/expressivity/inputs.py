@@ -1,0 +1,60 @@
+"""The inputs that are verified: checked, in batches, and compared with each other."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arrays import as_tensor, require_finite
+
+
+def checked_inputs(x: Any) -> Tensor:
+    """The argument x as a tensor [n, ...]; ValueError where it is empty or not finite."""
+    x = as_tensor(x, name="x")
+    if x.dim() == 0 or len(x) == 0:
+        raise ValueError("x: the data set is empty")
+    require_finite(x, "x", "input")
+    return x
+
+
+def first_parameter(model: nn.Module) -> nn.Parameter:
+    """A parameter that tells the model's device and dtype; ValueError where there is none."""
+    for parameter in model.parameters():
+        return parameter
+    raise ValueError("model: has no parameters")
+
+
+def as_example(x: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Two samples on the model's device, in its dtype unless they are indices (tokens)."""
+    part = x[:2].to(parameter.device)
+    floating = part.is_floating_point() or part.dtype == torch.uint8
+    return part.to(parameter.dtype) if floating else part
+
+
+def batches(x: Tensor, parameter: nn.Parameter) -> Iterator[tuple[Tensor, None]]:
+    """(inputs as the model is fed, None): on its device; uint8 becomes k / 255 in its dtype."""
+    for start in range(0, len(x), 256):
+        part = x[start : start + 256].to(parameter.device)
+        yield (part.to(parameter.dtype) / 255 if part.dtype == torch.uint8 else part), None
+
+
+def identical_rows(rows: Tensor) -> list[list[int]]:
+    """Groups of indices of exactly equal rows, in O(n d) by hashing each row's bytes."""
+    buckets: dict[bytes, list[int]] = {}
+    if rows.dtype == torch.bfloat16:  # NumPy has none
+        rows = rows.float()
+    array = rows.contiguous().numpy()
+
+    def content(i: int) -> bytes:
+        row = array[i]
+        return (row + 0.0 if row.dtype.kind == "f" else row).tobytes()  # -0 and 0 are equal
+
+    for i in range(len(array)):
+        buckets.setdefault(hashlib.blake2b(content(i), digest_size=16).digest(), []).append(i)
+    groups: dict[bytes, list[int]] = {}
+    for bucket in buckets.values():
+        for i in bucket if len(bucket) > 1 else ():
+            groups.setdefault(content(i), []).append(i)
+    return [group for group in groups.values() if len(group) > 1]
