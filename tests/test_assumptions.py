@@ -79,16 +79,15 @@ def gap(points) -> float:
 
 
 def test_assumption_3_against_rational_arithmetic():
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(1)
     seen = set()
-    for trial in range(300):
-        n, d = 2 + trial % 6, 1 + trial % 4
+    for trial in range(3000):
+        n, d = (2 + trial % 6, 1 + trial % 4) if trial % 3 else (2, 8)
         points = torch.randint(-3, 4, (n, d), generator=g).double()
-        if trial % 3 == 0:  # single roundings apart: decided in rational arithmetic only
-            points = torch.rand(1, d, generator=g).double().exp().expand(n, d)
-            moves = torch.randint(-2, 3, (n, d), generator=g).double()
-            points = points * (1 + 2.0**-52 * moves)
-        points *= 2.0 ** (-536, 0, 300, -300)[trial % 4]  # squares that are subnormal, too
+        if trial % 3 == 0:  # single roundings apart: float64 may have the wrong sign
+            points = torch.rand(1, d, generator=g).double().exp() * (1 + 2.0**-52 * points)
+        elif trial % 3 == 1:  # squares that are subnormal or 0
+            points *= 2.0**-539
         row = module._assumption_3(points)
         assert row.status == ("held" if gap(points.tolist()) > 0 else "not met")
         seen.add(row.status)

@@ -26,7 +26,7 @@ def test_demo_leaves_a_run_folder_and_a_summary(tmp_path, capsys, monkeypatch):
         assert part in out
     verdict = tp.Verdict.load(tmp_path / "run" / "verdict.json")
     assert verdict.n == 1437 and verdict.width == 1581
-    assert verdict.status == "full rank" and f"rank {verdict.rank} of 1437" in out
+    assert verdict.status == "proved" and f"rank {verdict.rank} of 1437" in out
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
     assert [row["phase"] for row in rows] == ["1", "1", "2"]
 

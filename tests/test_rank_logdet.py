@@ -255,9 +255,7 @@ def test_errors(monkeypatch):
         rank_logdet(torch.zeros(3, 3), method="qr")
     with pytest.raises(ValueError, match="features: expected 2 or 3 dimensions, got 1"):
         rank_logdet(torch.zeros(3))
-    with pytest.raises(
-        TypeError, match=r"features: expected float32 or float64, got torch\.f"
-    ):
+    with pytest.raises(TypeError, match=r"features: expected float32 or float64, got torch\.f"):
         rank_logdet(torch.zeros(3, 3).half())
     with pytest.raises(TypeError, match="features: expected a tensor"):
         rank_logdet("features")

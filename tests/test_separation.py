@@ -111,14 +111,26 @@ def test_too_many_overlaps_are_undecided(monkeypatch):
     found = separate(z, error)
     assert not found.proved and found.overlapping == 20_000 * 19_999 // 2
     assert len(found.closest) == 10 and found.seconds < 10
-    monkeypatch.setattr(separation, "MAX_OVERLAPS", 1 << 40)
-    monkeypatch.setattr(separation, "MAX_PAIRS", 1000)
-    found = separate(z[:300], error[:300])
-    assert not found.proved and found.overlapping == 300 * 299 // 2
-    # pairs that are apart but too many to look at
-    monkeypatch.setattr(separation, "MAX_OVERLAPS", 3)
+    # pairs that are apart, but more than either limit
     grid = torch.cartesian_prod(*[torch.arange(3, dtype=torch.float64)] * 6)
-    assert not separate(grid, _bounds(len(grid), 0.4)).proved
+    found = separate(grid, _bounds(len(grid), 0.4))
+    assert found.proved and found.overlapping > 5
+    for name in ("MAX_OVERLAPS", "MAX_PAIRS"):
+        with monkeypatch.context() as patch:
+            patch.setattr(separation, name, 5)
+            undecided = separate(grid, _bounds(len(grid), 0.4))
+        assert not undecided.proved and undecided.overlapping >= found.overlapping
+
+
+def test_intervals_hold_the_exact_projections():
+    """Rows of large numbers: the computed projections are off by more than their last bits."""
+    z = 1e8 + _random(50, 64)
+    lines = separation._lines(z, 4)
+    for k, (low, high) in enumerate(separation._intervals(z, _bounds(50), 4)):
+        line = [Fraction(v) for v in lines[:, k].tolist()]
+        for i, row in enumerate(z.tolist()):
+            place = sum((Fraction(a) * b for a, b in zip(row, line, strict=True)), Fraction(0))
+            assert Fraction(float(low[i])) <= place <= Fraction(float(high[i]))
 
 
 def test_all_pairs_are_compared_whatever_the_block(monkeypatch):
@@ -141,6 +153,11 @@ def test_extreme_sizes(exponent):
     z[3] = z[8] * (1 + 2.0**-40)
     assert separate(z, _bounds(60, 1e-16 * apart)).proved
     assert not separate(z, _bounds(60, 1e-11 * apart)).proved
+
+
+def test_huge_numbers_do_not_hide_what_a_line_separates():
+    z = _random(1500, 3) * 2.0**1010
+    assert separate(z, _bounds(1500)).overlapping == 0
 
 
 def test_rows_of_very_different_sizes():

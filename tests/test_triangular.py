@@ -121,7 +121,8 @@ def test_preactivation_error_against_exact_arithmetic():
         for i in range(12):
             for j in range(9):
                 terms = (
-                    mpmath.mpf(a) * mpmath.mpf(b) for a, b in zip(z[i].tolist(), weight[j].tolist())
+                    mpmath.mpf(a) * mpmath.mpf(b)
+                    for a, b in zip(z[i].tolist(), weight[j].tolist(), strict=True)
                 )
                 exact = sum(terms, mpmath.mpf(float(bias[j])))
                 total += (mpmath.mpf(float(computed[i, j])) - exact) ** 2
@@ -176,5 +177,8 @@ def test_norms_of_special_matrices():
     assert norm_upper(torch.zeros(0, 4, dtype=torch.float64)) == 0
     ones = torch.ones(50, 20, dtype=torch.float64)
     assert math.sqrt(1000) <= norm_upper(ones) <= math.sqrt(1000) * (1 + 1e-5)
+    assert norm_upper(torch.full((3, 3), 1e-320, dtype=torch.float64)) >= 3e-320
+    assert frobenius_upper(torch.full((3, 3), 1e-320, dtype=torch.float64)) >= 3e-320
+    assert norm_upper(torch.full((3, 3), 1e308, dtype=torch.float64)) >= 1e308
     ones[3, 3] = float("nan")
     assert not norm_upper(ones) < math.inf

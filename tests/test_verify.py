@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import twophase_ext as tp
-from twophase_ext.expressivity.verify import AUTO_SECONDS
 from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
+from twophase_ext.expressivity.verify import AUTO_SECONDS
 
 
 def features(model: nn.Module, x: torch.Tensor) -> np.ndarray:

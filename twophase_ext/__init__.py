@@ -7,11 +7,13 @@ from .expressivity import Verdict, verify_expressivity
 from .linalg.rank_logdet import RankLogdet, rank_logdet
 from .ntk import NtkRank, ntk_rank
 from .ops import gram_logdet, perturb_, softplus, softplus_
-from .training import ConvexLoss, Result, Trainer, stream_seed
+from .training import ConvexLoss, Lazy, LazyGuarantee, Result, Trainer, stream_seed
 
 __all__ = [
     "Assumptions",
     "ConvexLoss",
+    "Lazy",
+    "LazyGuarantee",
     "NtkRank",
     "RankLogdet",
     "Result",

@@ -12,8 +12,8 @@ import twophase_ext as tp
 from twophase_ext.files import write_atomically
 
 from . import data
-from .assembly import DataName, build_model, first
-from .verification import verify
+from .assembly import DataName, build_model, first, load_inputs
+from .verification import draw_culprits, verify
 
 
 class SaveOptions:
@@ -89,9 +89,13 @@ def train(
     tau: int | float = 0.6,
     noise_std: float = 1e-3,
     batch_size: int = 64,
+    second_phase: Literal["base", "lazy"] = "base",
+    smoothness: float | None = None,
+    eta_bar: float = 0.5,
+    verify_every: int = 1,
     batch_norm: Literal["frozen", "batch"] = "frozen",
     feature_cache: Literal["auto", "hidden", "backbone", "none"] = "auto",
-    verify: Literal["auto", "svd", "off"] = "auto",
+    verify: Literal["auto", "separation", "certificate", "svd", "off"] = "auto",
     precision: Literal["float32", "float64"] = "float32",
     device: str = "auto",
     seed: int = 1,
@@ -116,6 +120,10 @@ def train(
         tau: the second phase begins at this fraction of the epochs, or epoch.
         noise_std: sigma of the noise on the hidden layers.
         batch_size: samples a step.
+        second_phase: base trains the last layer; lazy all layers, by full gradients (Theorem 3).
+        smoothness: L of the lazy phase's loss, if you know it; the step is 2 eta_bar / L.
+        eta_bar: in (0, 1), of the lazy phase.
+        verify_every: lazy steps between two checks of the rank.
         batch_norm: frozen statistics in the second phase, or batch statistics.
         feature_cache: what the second phase keeps in memory.
         verify: check the expressivity condition after the perturbation.
@@ -140,6 +148,9 @@ def train(
         labels, test_labels = (
             nn.functional.one_hot(part, classes).float() for part in (labels, test_labels)
         )
+    lazy = None
+    if second_phase == "lazy":
+        lazy = tp.Lazy(smoothness=smoothness, eta_bar=eta_bar, verify_every=verify_every)
     trainer = tp.Trainer(
         network,
         loss=loss,
@@ -150,6 +161,8 @@ def train(
         tau=tau,
         noise_std=noise_std,
         batch_size=batch_size,
+        second_phase=second_phase,
+        lazy=lazy,
         batch_norm=batch_norm,
         feature_cache=feature_cache,
         verify=False if verify == "off" else verify,
@@ -161,6 +174,8 @@ def train(
         callbacks=callbacks,
     )
     result = trainer.fit((images, labels), (test_images, test_labels), resume=resume or None)
+    if result.verdict is not None and result.run_dir is not None:
+        draw_culprits(result.verdict, images, result.run_dir / "culprits.png")
     if progress:
         print(f"\n{result}")
         _explain(result)
@@ -175,6 +190,7 @@ def doctor(
     ratio: float = 1.1,
     loss: Literal["cross_entropy", "squared_error"] = "cross_entropy",
     seed: int = 1,
+    x: str | None = None,
 ) -> int:
     """Say which premises of Theorem 1 hold for a model, its loss and its data, and what to do.
 
@@ -186,10 +202,9 @@ def doctor(
         ratio: the wide last hidden layer has ceil(ratio * n) units; 0 adds none.
         loss: the training loss.
         seed: seed of the initialisation.
+        x: your own inputs instead of a data set, a .npy or .npz file.
     """
-    images, labels = data.load(data_name, "train")
-    classes = int(labels.max()) + 1
-    images, labels = first(n, images, labels)
+    images, classes = load_inputs(data_name, n, x)
     wide = tp.nn.wide_units(len(images), ratio) if ratio > 0 else 0
     network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
     assumptions = tp.check_assumptions(network, images, loss=loss)
@@ -200,17 +215,22 @@ def doctor(
 def _explain(result: tp.Result) -> None:
     if result.status != "completed" or result.verdict is None:
         return
-    if result.verdict.status == "full rank":
+    known = {
+        "proved": "is proved" + (" at these weights" if result.verdict.claim == "at w" else ""),
+        "full rank": "holds at these weights, counted numerically in float64 and not proved",
+    }
+    if result.verdict.status in known:
         print(
-            "\nThe features have full rank: at these hidden weights the training loss is convex in "
-            "the last\nlayer and its infimum is the global one. Full rank was counted numerically "
-            "in float64, not proved.\nWith momentum and a constant rate (second_phase='base', the "
-            "paper's experiments) no rate is claimed."
+            f"\nThe expressivity condition {known[result.verdict.status]}: where the features have "
+            "full rank, the training\nloss is convex in the last layer and its infimum is the "
+            "global one. The Gaussian noise reaches such weights\nwith probability 1. With "
+            "momentum and a constant rate (second_phase='base', the paper's experiments)\nno rate "
+            "is claimed."
         )
 
 
 def _exit_code(status: str) -> int:
-    return {"completed": 0, "interrupted": 130, "diverged": 1}[status]
+    return {"completed": 0, "interrupted": 130, "diverged": 1, "stopped": 1}[status]
 
 
 COMMANDS: dict[str, Callable[..., int]] = {

@@ -49,7 +49,7 @@ def verify(
         factorization: of the certificate.
         seed: seed of the initialisation.
         out: write the certificate here (JSON).
-        folder: keep the tiles of a large Gram certificate here, to continue after a kill.
+        folder: keep features and tiles here, to continue after a kill; it must exist.
         recheck: a certificate to prove again, from the data and model that it names.
         progress: print what happens.
     """
@@ -67,7 +67,7 @@ def verify(
     if recheck is not None:
         verdict = tp.Verdict.load(recheck)
         network, inputs = _problem(verdict.source or {"run": str(Path(recheck).parent)})
-        return 0 if verdict.recheck(network, inputs) else 1
+        return 0 if verdict.recheck(network, inputs, folder=folder) else 1
     network, inputs = _problem(source)
     verdict = tp.verify_expressivity(
         network,

@@ -74,7 +74,7 @@ def environment() -> dict[str, Any]:
     return {
         "twophase_ext": info["version"],
         "isa": info["isa"],
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": np.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -102,7 +102,7 @@ def hash_hidden_layers(model: nn.Module, state: dict[str, Tensor], last_layer: s
     return digest.hexdigest()
 
 
-def recheck(verdict: "Verdict", model: nn.Module, x: Any) -> str:
+def recheck(verdict: "Verdict", model: nn.Module, x: Any, folder: str | Path | None) -> str:
     """Why the verdict does not hold for model and data, "" where it does."""
     from .verify import hashes_of, verify_expressivity
 
@@ -123,6 +123,7 @@ def recheck(verdict: "Verdict", model: nn.Module, x: Any) -> str:
         method=verdict.method if verdict.status == "proved" else "auto",
         last_layer=last_layer,
         seed=verdict.seed,
+        folder=folder,
     )
     for name in ("status", "claim", "method", "n", "width", "bias", "batch_norm", "dtype", "w"):
         written, proved = getattr(verdict, name), getattr(again, name)

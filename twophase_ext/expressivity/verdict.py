@@ -128,16 +128,23 @@ class Verdict:
             raise ValueError(f"path: {path} is not a verdict file")
         return Verdict(**data)
 
-    def recheck(self, model: nn.Module, x: Any, *, say: Callable[[str], None] = print) -> bool:
+    def recheck(
+        self,
+        model: nn.Module,
+        x: Any,
+        *,
+        folder: str | Path | None = None,
+        say: Callable[[str], None] = print,
+    ) -> bool:
         """Prove the verdict again from the model and the data: does it hold?
 
         False, with the reason given to `say`, where the data or the hidden layers are others, or
         where what is proved now falls short of what is written: status, claim, or a bound by more
         than a thousandth (another processor rounds otherwise). Only "proved" and "deficient" can
-        hold. x as in `verify_expressivity`.
+        hold. x, folder as in `verify_expressivity`.
         """
         from . import record
 
-        reason = record.recheck(self, model, x)
+        reason = record.recheck(self, model, x, folder)
         say(f"holds: {self.status}, {self.claim}" if not reason else f"does not hold: {reason}")
         return not reason

@@ -351,9 +351,10 @@ class _Attempt:
         """Whether "auto" may do it, and the plan in words."""
         device = self.problem.inputs[0].device
         seconds = flops / _float64_rate(device)
+        length = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
         plan = (
-            f"{what} of {self.problem.n} x {self.problem.columns} in float64: about "
-            f"{seconds / 60:.1f} min and {size / 2**30:.2f} GiB"
+            f"{what} of {self.problem.n} x {self.problem.columns} in float64: about {length} and "
+            f"{size / 2**30:.2f} GiB, after the features"
         )
         fits = size <= AUTO_SHARE * available_memory(device)
         return fits and seconds <= AUTO_SECONDS[self.w], plan

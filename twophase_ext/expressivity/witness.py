@@ -15,6 +15,7 @@ Spread kinks: random directions through the samples' centre, dense and for any m
 certificate's witness where the local one fails.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,10 +63,13 @@ def whiten(z: Tensor, error: Tensor, dtype: torch.dtype) -> Whitening:
     error [n]: bounds of the features' errors. At least one direction is kept.
     """
     n = len(z)
-    mean = z.mean(0)
-    centred = z - mean
-    values, vectors = torch.linalg.eigh(centred.T @ centred / n)
-    spreads = values.flip(0).clamp(min=0).sqrt()
+    # by a power of two, so that no sum or square overflows
+    scale = 2.0 ** min(max(-math.frexp(float(z.abs().max()))[1], -1000), 1000)
+    scaled = z * scale
+    mean = scaled.mean(0) / scale
+    scaled = scaled - mean * scale
+    values, vectors = torch.linalg.eigh(scaled.T @ scaled / n)
+    spreads = values.flip(0).clamp(min=0).sqrt() / scale
     vectors = vectors.flip(1)
     floor = max(
         float(spreads[0]) / CONDITION,

@@ -287,8 +287,14 @@ class _Run:
 
     def _ladder(self, gram: Tiles, trace: float, e_G: float) -> list[float]:
         n, result = self.source.n, self.result
-        with self.stages.stage("smallest eigenvalue, estimated", 0.0):
-            result.lambda_estimates = lambda_estimates(gram)
+        known = self.journal and self.journal.find("lambda")
+        if known:
+            result.lambda_estimates = [(int(rows), float(value)) for rows, value in known[1]]
+        else:
+            with self.stages.stage("smallest eigenvalue, estimated", 0.0):
+                result.lambda_estimates = lambda_estimates(gram)
+            if self.journal is not None:
+                self.journal.add("lambda", result.lambda_estimates)
         errors = e_G + expected_e_C(trace, self.grid) + UNDERFLOW
         estimate = extrapolated(result.lambda_estimates, n, self.source.columns)
         self.stages.say(f"lambda_min: about {estimate:.3g}; rounding errors: {errors:.3g}")

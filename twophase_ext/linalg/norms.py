@@ -14,7 +14,7 @@ def frobenius_upper(a: Tensor) -> float:
     largest = float(a.abs().max()) if a.numel() else 0.0
     if largest == 0 or not math.isfinite(largest):
         return largest
-    scale = 2.0 ** max(-math.frexp(largest)[1], -1000)
+    scale = 2.0 ** min(max(-math.frexp(largest)[1], -1000), 1000)
     total = float((a * scale).square().sum()) * (1 + gamma(a.numel() + 4))
     return math.sqrt(total + a.numel() * 2.0**-1022) / scale * SLACK
 
@@ -33,18 +33,17 @@ def norm_upper(a: Tensor) -> float:
     size = frobenius_upper(a)
     if size == 0 or not math.isfinite(size):
         return size
-    scale = 2.0 ** -math.frexp(size)[1]
+    scale = 2.0 ** max(min(-math.frexp(size)[1], 1000), -1000)
     scaled = a * scale
-    gram = _mirrored(scaled.T @ scaled)
-    error = gamma(len(a) + 1) * (size * scale) ** 2 + a.numel() * 2.0**-1022
+    gram = _symmetric(scaled.T @ scaled)
+    error = gamma(len(a) + 2) * (size * scale) ** 2 + a.numel() * 2.0**-1022
     squared = (_symmetric_norm(gram, SQUARINGS) + error) * SLACK
     return min(size, math.sqrt(squared) / scale * SLACK)
 
 
-def _mirrored(a: Tensor) -> Tensor:
-    """The lower triangle on both sides: exactly symmetric, with the same bound of each entry."""
-    lower = a.tril()
-    return lower + lower.tril(-1).T
+def _symmetric(a: Tensor) -> Tensor:
+    """(a + a^T) / 2, exactly symmetric; one more rounding of each entry."""
+    return (a + a.T).mul_(0.5)
 
 
 def _symmetric_norm(b: Tensor, squarings: int) -> float:
@@ -52,9 +51,9 @@ def _symmetric_norm(b: Tensor, squarings: int) -> float:
     size = frobenius_upper(b)
     if squarings == 0 or size == 0 or not math.isfinite(size):
         return size
-    scale = 2.0 ** -math.frexp(size)[1]
+    scale = 2.0 ** max(min(-math.frexp(size)[1], 1000), -1000)
     b = b * scale  # exact but for entries that vanish: they are in the underflow term
-    square = _mirrored(b @ b)
-    error = gamma(len(b) + 1) * (size * scale) ** 2 + b.numel() * 2.0**-1000
+    square = _symmetric(b @ b)
+    error = gamma(len(b) + 2) * (size * scale) ** 2 + b.numel() * 2.0**-1000
     root = math.sqrt((_symmetric_norm(square, squarings - 1) + error) * SLACK)
     return min(size, root / scale * SLACK)

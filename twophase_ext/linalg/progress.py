@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# Lines of text: at the beginning of a stage of so much, at the end of one that took so long.
+LARGE = {"operations": 1e11, "samples": 4096}
+QUICK = 1.0  # seconds
+
 
 class Stage:
     """One stage under way."""
@@ -52,7 +56,9 @@ class Stages:
     @contextmanager
     def stage(self, name: str, total: float, unit: str = "operations") -> Iterator[Stage]:
         """A stage of about `total` operations, or of another unit."""
-        self.say(f"{name}: {total:.3g} {unit}" if total else name)
+        if total >= LARGE[unit]:
+            size = f"{total:.3g}" if unit == "operations" else f"{total:,.0f}"
+            self.say(f"{name}: {size} {unit}")
         stage = Stage(name, unit)
         try:
             if self._bar:
@@ -62,8 +68,10 @@ class Stages:
                 yield stage
         finally:
             self.done.append(stage.record())
-        rate = f", {stage.rate}" if stage.count else ""
-        self.say(f"{name}: done in {self.done[-1]['seconds']:.1f} s{rate}")
+        seconds = self.done[-1]["seconds"]
+        if seconds > QUICK:
+            rate = f", {stage.rate}" if stage.count else ""
+            self.say(f"{name}: done in {seconds:.1f} s{rate}")
 
     @contextmanager
     def _shown(self, stage: Stage, total: float) -> Iterator[None]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .bounds import UNIT_ROUNDOFF
 from .tiles import Tiles
 
-LARGEST = 4096  # rows of a subsample
+SMALLEST, LARGEST = 512, 4096  # rows of a subsample
 ATTEMPTS = 4
 LOWER = 8.0  # by this factor after each failed attempt
 VECTORS, STEPS = 4, 20  # of inverse iteration
@@ -17,12 +17,13 @@ VECTORS, STEPS = 4, 20  # of inverse iteration
 def lambda_estimates(gram: Tiles) -> list[tuple[int, float]]:
     """(rows, about lambda_min) of principal submatrices of G: n/16 and n/8 rows, taken evenly.
 
-    LARGEST rows at most; G itself where it is no larger. An estimate: it proves nothing.
+    SMALLEST to LARGEST rows for the greater one; G itself where it is no larger than SMALLEST. An
+    estimate: it proves nothing.
     """
     n = gram.grid.n
-    if n <= LARGEST:
+    if n <= SMALLEST:
         return [(n, _smallest(submatrix(gram, n)))]
-    k = min(n // 8, LARGEST)
+    k = min(max(n // 8, SMALLEST), LARGEST)
     return [(rows, _smallest(submatrix(gram, rows))) for rows in (k // 2, k)]
 
 

@@ -1,17 +1,63 @@
 """The Trainer's arguments, checked and resolved."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 
+from ..expressivity.verify import METHODS
 from ..names import canonical_name
 from .features import MODES
 
-SECOND_PHASES = ("base",)
+SECOND_PHASES = ("base", "lazy")
 _SIGMAS = torch.finfo(torch.float32)
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """Settings of second_phase="lazy" (Theorem 3): full gradient steps on all parameters.
+
+    smoothness: L with ||grad L(w) - grad L(w')|| <= L ||w - w'||; the step is 2 * eta_bar / L.
+    None: the step is the optimizer's learning rate at tau and the premise stays unchecked.
+    eta_bar: in (0, 1), used with smoothness. verify_every: the rank is verified again after every
+    so many steps (one step an epoch), and after the last.
+    """
+
+    smoothness: float | None = None
+    eta_bar: float = 0.5
+    verify_every: int = 1
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name, value, limit in (
+            ("smoothness", self.smoothness, "inf"),
+            ("eta_bar", self.eta_bar, "1"),
+        ):
+            if name == "smoothness" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"lazy: expected a number for {name}, got {value!r}")
+            if not 0 < value < float(limit):
+                raise ValueError(f"lazy: expected {name} in (0, {limit}), got {value}")
+        object.__setattr__(
+            self, "verify_every", integer("lazy: verify_every", self.verify_every, 1)
+        )
+
+    @staticmethod
+    def of(settings: Any) -> "Lazy":
+        """The settings given as an object, as a dict or as None (defaults)."""
+        if settings is None or isinstance(settings, Lazy):
+            return settings or Lazy()
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"lazy: expected a dict of settings, got {type(settings).__name__}")
+        known = [field.name for field in fields(Lazy)]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise ValueError(f"lazy: expected settings among {known}, got {unknown[0]!r}")
+        return Lazy(**settings)
 
 
 @dataclass(frozen=True)
@@ -29,6 +75,7 @@ class Config:
     seed: int
     precision: str
     verify: str | bool
+    lazy: Lazy | None = None  # settings of that second phase, None in the others
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,21 +148,43 @@ def resolve(
     seed: Any,
     precision: Any,
     verify: Any,
+    lazy: Any = None,
 ) -> Config:
     """Check every argument; TypeError or ValueError names the first one that is wrong."""
     epochs = integer("epochs", epochs, 2)
-    if verify not in (False, "auto", "svd"):
-        raise ValueError(f"verify: expected False, 'auto' or 'svd', got {verify!r}")
+    second_phase = _choice("second_phase", second_phase, SECOND_PHASES)
+    if verify is not False and verify not in METHODS:
+        raise ValueError(f"verify: expected False or one of {METHODS}, got {verify!r}")
     return Config(
         loss=loss,
         epochs=epochs,
         tau_epoch=resolve_tau(tau, epochs),
         noise_std=_resolve_noise(noise_std),
-        second_phase=_choice("second_phase", second_phase, SECOND_PHASES),
+        second_phase=second_phase,
         batch_norm=_choice("batch_norm", batch_norm, ("frozen", "batch")),
         feature_cache=_choice("feature_cache", feature_cache, MODES),
         batch_size=integer("batch_size", batch_size, 1),
         seed=integer("seed", seed, -(2**63)),
         precision=_choice("precision", precision, PRECISIONS),
         verify=verify,
+        lazy=_resolve_lazy(lazy, second_phase, verify, batch_norm, feature_cache),
     )
+
+
+def _resolve_lazy(
+    lazy: Any, second_phase: str, verify: Any, batch_norm: Any, feature_cache: Any
+) -> Lazy | None:
+    if second_phase != "lazy":
+        if lazy is not None:
+            raise ValueError(f"lazy: expected None with second_phase={second_phase!r}, got {lazy}")
+        return None
+    if verify is False:
+        raise ValueError("verify: second_phase='lazy' needs the rank verified, got False")
+    if batch_norm == "batch":
+        raise ValueError("batch_norm: second_phase='lazy' needs 'frozen' statistics, got 'batch'")
+    if feature_cache in ("hidden", "backbone"):
+        raise ValueError(
+            f"feature_cache: {feature_cache!r} needs fixed features, but second_phase='lazy' "
+            "trains all layers; leave 'auto'"
+        )
+    return Lazy.of(lazy)

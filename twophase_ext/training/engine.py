@@ -24,9 +24,14 @@ from .losses import CROSS_ENTROPY, ConvexLoss
 from .progress import Progress
 from .streams import epoch_order, stream_seed
 
+# Attributes of a Run that a checkpoint holds as they are.
+SAVED = ("cache_mode", "epoch", "batch", "sums", "rng", "hidden_hash", "history", "timings")
+
 
 class Run:
     """State and stages of one run; `Trainer.fit` builds it and calls `execute`."""
+
+    moving = "only the last layer is"  # in the second phase, for the log
 
     def __init__(
         self,
@@ -55,6 +60,7 @@ class Run:
         self.epoch, self.batch = 0, 0  # the next batch to train on
         self.sums = torch.zeros(2, dtype=torch.float64)  # loss * samples, correct: of this epoch
         self.rng: dict[str, Tensor] | None = None  # of a run interrupted within an epoch
+        self.notes: dict[str, Any] = {}  # what the second phase adds to this epoch's row
         self.train_features: Features | None = None
         self.val_features: Features | None = None
         single = train.n % config.batch_size == 1 and train.n > 1
@@ -109,22 +115,26 @@ class Run:
         self.hidden_hash = self._hash()
         self.progress.say(
             f"epoch {self.epoch}: noise added to {len(hidden)} hidden tensors; "
-            f"only {network.last.name} is trained from here"
+            f"from here {self.moving} trained"
         )
         self._call("on_perturb")
         if config.verify:
-            with self._timed("verification"):
-                self.verdict = verify_network(
-                    network,
-                    self.train.in_order(BATCH),
-                    n=self.train.n,
-                    method="svd" if config.verify == "svd" else "auto",
-                    batch_norm=config.batch_norm,
-                    say=self.progress.say,
-                )
+            self.verdict = self._verify()
             self.progress.say(str(self.verdict).splitlines()[0])  # whole in the result's summary
             if self.folder is not None:
                 self.verdict.save(self.folder / "verdict.json")
+
+    def _verify(self, method: str | None = None) -> Verdict:
+        """The expressivity condition at the weights as they are."""
+        with self._timed("verification"):
+            return verify_network(
+                self.network,
+                self.train.in_order(BATCH),
+                n=self.train.n,
+                method=method or str(self.config.verify),
+                batch_norm=self.config.batch_norm,
+                say=self.progress.say,
+            )
 
     def _cache_features(self) -> None:
         """Fill the caches of the frozen network's features."""
@@ -215,20 +225,21 @@ class Run:
         self._add_time("first_phase" if phase == 1 else "second_phase", seconds)
         if self.val is not None:
             with self._timed("evaluation"):
-                record["val_loss"], record["val_accuracy"] = self._measure(
-                    self.val_features, self.val
-                )
+                measured = self._measure(self.val_features, self.val)
+            record["val_loss"], record["val_accuracy"] = measured
+        record |= self.notes
         self.history.append(record)
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums, self.rng = torch.zeros(2, dtype=torch.float64), None
         if self.folder is not None:
             runfolder.write_metrics(self.folder, self.history)
         # The loss is that before each update: the last update may have broken the weights.
-        if not (math.isfinite(train_loss) and self._weights_finite()):
+        finite = self._weights_finite()
+        if not (math.isfinite(train_loss) and finite):
             self.progress.say(
-                f"epoch {record['epoch']}: the training loss is {train_loss} and the weights are "
-                f"{'finite' if self._weights_finite() else 'not finite'}; stopped. The last good "
-                "checkpoint is kept: lower the learning rate and start again"
+                f"epoch {record['epoch']}: the training loss is {train_loss}, the weights are "
+                f"{'' if finite else 'not '}finite; stopped. The last good checkpoint is kept: "
+                "lower the learning rate and start again"
             )
             return False
         # Before the checkpoint, so that it holds what a callback sets (a learning rate, say).
@@ -283,13 +294,16 @@ class Run:
             if samples is not None:
                 usable = features if self.config.batch_norm == "frozen" else None
                 with self._timed("evaluation"):
-                    final[f"{name}_loss"], final[f"{name}_accuracy"] = self._measure(
-                        usable, samples
-                    )
+                    measured = self._measure(usable, samples)
+                final[f"{name}_loss"], final[f"{name}_accuracy"] = measured
         return final
 
+    def _frozen(self) -> dict[str, Tensor]:
+        """What stays as it is at tau."""
+        return self.network.hidden_state(buffers=self.config.batch_norm == "frozen")
+
     def _hash(self) -> str:
-        return tensors_hash(self.network.hidden_state(buffers=self.config.batch_norm == "frozen"))
+        return tensors_hash(self._frozen())
 
     def _prove_frozen(self) -> None:
         if self.hidden_hash is not None and self._hash() != self.hidden_hash:
@@ -358,14 +372,7 @@ class Run:
                     "model": self.network.state(),
                     "optimizer": self.optimizer.state_dict(),
                     "config": self.identity(),
-                    "cache_mode": self.cache_mode,
-                    "epoch": self.epoch,
-                    "batch": self.batch,
-                    "sums": self.sums,
-                    "rng": self.rng,
-                    "hidden_hash": self.hidden_hash,
-                    "history": self.history,
-                    "timings": self.timings,
+                    **{name: getattr(self, name) for name in SAVED},
                     "verdict": None if self.verdict is None else self.verdict.as_dict(),
                 },
             )
@@ -376,10 +383,10 @@ class Run:
         Raises ValueError, before the model has changed, where it is of another model, configuration
         or number of samples, or where its hidden layers are not those that were frozen.
         """
-        model, config = self.network, self.config
+        model = self.network
         checkpoint.check_matches(state, checkpoint.describe(model.state()), self.identity())
         if state["hidden_hash"] is not None:
-            own = model.hidden_state(buffers=config.batch_norm == "frozen")
+            own = self._frozen()
             theirs = {name: state["model"].get(name, tensor) for name, tensor in own.items()}
             if tensors_hash(theirs) != state["hidden_hash"]:
                 raise ValueError("resume: the checkpoint's hidden layers do not match their hash")
@@ -388,9 +395,6 @@ class Run:
         except ValueError as error:
             raise ValueError(f"resume: the checkpoint's optimizer does not fit: {error}") from error
         model.load_state(state["model"])
-        self.cache_mode = state["cache_mode"]
-        self.epoch, self.batch = state["epoch"], state["batch"]
-        self.sums, self.rng = state["sums"], state["rng"]
-        self.history, self.timings = state["history"], state["timings"]
+        for name in SAVED:
+            setattr(self, name, state[name])
         self.verdict = Verdict(**state["verdict"]) if state["verdict"] else None
-        self.hidden_hash = state["hidden_hash"]

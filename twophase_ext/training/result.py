@@ -16,8 +16,9 @@ class Result:
     of the last layer's weight). train_loss is the mean over the epoch's batches of the loss before
     each update; train_accuracy is measured during the epoch in the first phase and at its end in
     the second; accuracies are None for losses other than cross-entropy, val_* without validation
-    data. status: "completed", "interrupted" or "diverged". verdict: the expressivity Verdict at
-    w^tau, or None. guarantee: the bound of Theorem 1, or None where none is claimed. final: losses
+    data. status: "completed", "interrupted", "diverged" or "stopped" (lazy: the rank could not be
+    shown any more). verdict: the expressivity Verdict at w^tau, or None. guarantee: the premise
+    audit of the lazy second phase (`LazyGuarantee`), or None. final: losses
     and accuracies of the trained network over the whole sets; empty unless completed. timings:
     seconds by stage. hidden_hash: SHA-256 of the frozen hidden layers, the same before and after
     the second phase.
@@ -57,6 +58,8 @@ class Result:
             )
         if self.verdict is not None:
             lines += ["  " + line for line in str(self.verdict).splitlines()]
+        if self.guarantee is not None:
+            lines += ["  " + line for line in str(self.guarantee).splitlines()]
         if self.run_dir is not None:
             lines.append(f"  run folder: {self.run_dir}")
         return "\n".join(lines)

@@ -16,10 +16,11 @@ from ..network import Network
 from ..ops.perturb import checked_tensors
 from ..probing import record
 from . import batchnorm, checkpoint, runfolder
-from .config import integer, resolve
+from .config import Config, Lazy, integer, resolve
 from .data import Samples
 from .engine import Run
 from .features import BATCH, plan_cache
+from .lazy import LazyRun
 from .losses import ConvexLoss, resolve_loss
 from .progress import Progress
 from .result import Result
@@ -42,14 +43,18 @@ class Trainer:
     last_layer: module or its name; by default the last affine layer on the path to the output.
     epochs, tau: the second phase begins at epoch round(tau * epochs), or at epoch tau if an int.
     noise_std: sigma of the Gaussian noise, one number or {parameter name: sigma}, all > 0.
-    second_phase: "base", the base algorithm's own hyper-parameters on the last layer only.
+    second_phase: "base", the base algorithm's own hyper-parameters on the last layer only; "lazy",
+        full gradient steps on all layers under Theorem 3, one an epoch, without momentum or weight
+        decay, the rank verified again as it goes: the step is halved, and in the end the run
+        stopped (status "stopped"), where the rank cannot be shown. result.guarantee tells.
+    lazy: its settings, a `Lazy` or a dict of {"smoothness", "eta_bar", "verify_every"}.
     batch_norm: "frozen" (statistics recomputed once after the perturbation over the training set in
         index order, 256 samples at a time, then fixed) or "batch"
         (batch statistics go on moving: nothing is cached and Theorem 1's premise fails).
     feature_cache: "auto", "hidden", "backbone" or "none"; auto chooses by memory and says what.
     batch_size, seed; device: "auto" (where the model is) or that same device; precision: "float32"
         or "float64", to which model and data are converted.
-    verify: "auto", "svd" or False: check the expressivity condition at w^tau.
+    verify: method of `verify_expressivity` at w^tau ("auto", "separation", ...), or False.
     run_dir: the run's folder; None makes a new one under runs/, False writes nothing.
     checkpoint_every: epochs between checkpoints, default 1.
     callbacks: objects with any of on_fit_start(run), on_perturb(run), on_epoch_end(run, record).
@@ -69,6 +74,7 @@ class Trainer:
         tau: float | int = 0.6,
         noise_std: float | dict[str, float] = 1e-3,
         second_phase: str = "base",
+        lazy: Lazy | dict[str, Any] | None = None,
         batch_norm: str = "frozen",
         feature_cache: str = "auto",
         batch_size: int = 64,
@@ -93,6 +99,7 @@ class Trainer:
             tau=tau,
             noise_std=noise_std,
             second_phase=second_phase,
+            lazy=lazy,
             batch_norm=batch_norm,
             feature_cache=feature_cache,
             batch_size=batch_size,
@@ -142,7 +149,9 @@ class Trainer:
             verdict=run.verdict,
             final=final,
             timings=run.timings,
-            hidden_hash=run.hidden_hash,
+            guarantee=run.guarantee() if isinstance(run, LazyRun) else None,
+            # in the lazy phase the hidden layers move: no claim that they did not
+            hidden_hash=None if isinstance(run, LazyRun) else run.hidden_hash,
             feature_cache=run.cache_mode if run.hidden_hash else None,
         )
         if run.folder is not None:
@@ -155,6 +164,7 @@ class Trainer:
                     "timings": result.timings,
                     "hidden_hash": result.hidden_hash,
                     "feature_cache": result.feature_cache,
+                    "guarantee": result.guarantee and result.guarantee.as_dict(),
                 },
             )
         return result
@@ -194,7 +204,7 @@ class Trainer:
         self._describe(network, samples, progress)
         mode = self._plan(network, samples, held_out, config, progress)
         optimizer = self._make_optimizer(network)
-        run = Run(
+        run = (LazyRun if config.lazy else Run)(
             network,
             self.loss,
             optimizer,
@@ -236,10 +246,12 @@ class Trainer:
         network: Network,
         samples: Samples,
         held_out: Samples | None,
-        config: Any,
+        config: Config,
         progress: Progress,
     ) -> str:
         wide = network.wide
+        if config.lazy:
+            return "none"
         plan = plan_cache(
             config.feature_cache,
             n=samples.n + (held_out.n if held_out is not None else 0),

@@ -1,0 +1,395 @@
+"""The lazy second phase (Theorem 3): all layers move, by full gradient steps that keep the rank.
+
+w^{t+1} = w^t - (2 eta_bar / L) grad L(w^t) on every trainable parameter, one step an epoch, the
+gradient summed over the whole training set in index order. The NTK K(w^k) keeps its full rank as
+long as [h_X(w^k), 1] has rank n (see ntk.py), which is verified again at a chosen cadence.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..expressivity import Verdict
+from ..network import Network
+from ..ntk import float64_copy, method_at_w, rank_shown
+from .engine import Run
+from .features import BATCH
+from .interrupt import Interrupt
+from .losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
+
+HALVINGS = 8  # of the step at one check, before the run stops
+
+
+class RankNotShown(Exception):
+    """The rank condition could not be shown: the run ends here."""
+
+
+@dataclass
+class LazyGuarantee:
+    """What is known of Theorem 3 about a run: a premise audit, and bounds where they hold.
+
+    premises: (name, status, evidence), status one of "proved", "numerical" (float64, no proof),
+    "held", "not checked", "failed". checks: one dict a verification, in order: steps (t - tau),
+    status, method, rank, sigma_min, sigma_min_lower, reason, and lemma7, a dict, or None where the
+    rank was not shown, n is large or the loss is the user's own. stopped: why the run
+    ended early, or None. bound: Theorem 3's upper bound of min_k L(w^k) - L(w*) over the steps
+    made, evaluated in float64; it rests on the L given and on ranks as proved or numerical as the
+    premises say. None where a premise is missing.
+    """
+
+    premises: list[tuple[str, str, str]]
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str | None = None
+    bound: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """The audit for a person."""
+        lines = ["Theorem 3 (lazy second phase):"]
+        lines += [f"  {name}: {status}; {evidence}" for name, status, evidence in self.premises]
+        known = [check for check in self.checks if check["lemma7"]]
+        if known:
+            last = known[-1]["lemma7"]
+            lines.append(
+                f"  Lemma 7 after {known[-1]['steps']} steps, v = {last['comparator']}: "
+                f"L(w) = {last['loss']:.4e} <= L_w(v) + |v - w| |grad L| = "
+                f"{last['comparator_loss']:.4e} + {last['distance']:.4e} * "
+                f"{last['gradient_norm']:.4e} = {last['bound']:.4e} (float64)"
+            )
+        if self.bound is not None:
+            statuses = [status for _, status, _ in self.premises]
+            label = "numerical" if "numerical" in statuses else "proved"
+            lines.append(
+                f"  min_k L(w^k) - L(w*) <= {self.bound:.4e} for the L given, ranks {label}"
+            )
+        else:
+            lines.append("  no rate is claimed")
+        if self.stopped:
+            lines.append(f"  stopped: {self.stopped}")
+        return "\n".join(lines)
+
+
+class LazyRun(Run):
+    """A run whose second phase is Theorem 3's; see `Run`."""
+
+    moving = "all layers are"
+
+    def __init__(self, *arguments: Any) -> None:
+        """As of Run. ValueError for training data that change from visit to visit."""
+        super().__init__(*arguments)
+        assert self.config.lazy is not None
+        self.settings = self.config.lazy
+        self.step: float | None = None  # set at tau, halved where the rank cannot be shown
+        self.stopped: str | None = None
+        if self.train.random:
+            raise ValueError(
+                "train: second_phase='lazy' needs the gradient of one fixed function, but the "
+                "inputs change from visit to visit"
+            )
+        rates = sorted({float(group["lr"]) for group in self.optimizer.param_groups})
+        if self.settings.smoothness is None and len(rates) > 1:
+            raise ValueError(
+                "optimizer: second_phase='lazy' takes one step size for all parameters, got "
+                f"learning rates {rates[:3]}; give lazy={{'smoothness': L}}"
+            )
+
+    def execute(self) -> str:
+        """As of Run; "stopped" where the rank could not be shown (state before that step)."""
+        try:
+            return super().execute()
+        except RankNotShown as reason:
+            self.stopped = str(reason)
+            self.progress.say(f"epoch {self.epoch}: stopped, {self.stopped}")
+            self._save()
+            return "stopped"
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """As of Run; the step goes on as it was."""
+        super().restore(state)
+        rows = self._rows()
+        if rows:
+            self.step = rows[-1]["learning_rate"]
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [row for row in self.history if row["phase"] == 2]
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """BatchNorm's statistics and whatever else is not trained."""
+        moving = self.network.parameters()
+        return {name: t for name, t in super()._frozen().items() if name not in moving}
+
+    def _weights_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.network.parameters().values())
+
+    def _learning_rate(self) -> float:
+        return super()._learning_rate() if self.step is None else self.step
+
+    def _verify(self, method: str | None = None) -> Verdict:
+        if self.config.verify == "auto":
+            method = method_at_w(self.train.n, self.network.width + 1)
+        return super()._verify(method)
+
+    # --- one step ----------------------------------------------------------------------------
+
+    def _train_epoch(self, interrupt: Interrupt) -> bool:
+        """One full gradient step; False where it was interrupted (state before the step)."""
+        if self.phase == 1:
+            return super()._train_epoch(interrupt)
+        assert self.verdict is not None  # lazy is refused with verify=False
+        steps = self.epoch - self.config.tau_epoch
+        self.notes = {"gradient_norm": None, "rank": None, "sigma_min": None, "checks": []}
+        if steps == 0:
+            self._note(self.verdict, 0)
+        if not rank_shown(self.verdict):
+            raise RankNotShown(f"rank n not shown at w^tau: {_why(self.verdict)}")
+        if self.step is None:
+            smoothness = self.settings.smoothness
+            rate = super()._learning_rate()
+            self.step = rate if smoothness is None else 2 * self.settings.eta_bar / smoothness
+        if not self._gradient(interrupt):
+            return False
+        last = self.epoch + 1 == self.config.epochs
+        self._descend(steps + 1, last or (steps + 1) % self.settings.verify_every == 0)
+        return True
+
+    def _gradient(self, interrupt: Interrupt) -> bool:
+        """grad L(w) over all samples into the parameters' .grad; False where interrupted."""
+        n, size, done = self.train.n, self.config.batch_size, 0
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        stage = f"epoch {self.epoch}"
+        self.progress.begin(stage, math.ceil(n / size))
+        with self._own_rng():
+            for x, y in self.train.in_order(size):
+                if interrupt.requested:
+                    break
+                outputs = self.network.model(x)
+                loss = self.loss(outputs, y)
+                (loss * (len(y) / n)).backward()
+                sums[0] += loss.detach().double() * len(y)
+                correct = self._correct(outputs.detach(), y)
+                if correct is not None:
+                    sums[1] += correct
+                done += len(y)
+                self.progress.advance(stage)
+        self.progress.end(stage)
+        if done < n:
+            self.optimizer.zero_grad(set_to_none=True)
+            return False
+        self.sums = sums.cpu()
+        return True
+
+    @torch.no_grad()
+    def _descend(self, steps: int, check: bool) -> None:
+        """The step; where it is checked, halved until the rank is shown behind it."""
+        assert self.step is not None
+        moved = [(p, p.grad) for p in self.network.parameters().values() if p.grad is not None]
+        self.optimizer.zero_grad(set_to_none=True)
+        self.notes["gradient_norm"] = math.sqrt(
+            sum(float(grad.double().square().sum()) for _, grad in moved)
+        )
+        origin = [p.clone() for p, _ in moved] if check else []
+        for attempt in range(HALVINGS + 1):
+            if attempt:
+                self.step /= 2
+                self.progress.say(
+                    f"epoch {self.epoch}: rank n not shown behind the step, halved to "
+                    f"{self.step:.3g}"
+                )
+            for p, grad in moved:
+                p.sub_(grad, alpha=self.step)
+            if not check:
+                return
+            verdict = self._verify()
+            if rank_shown(verdict):
+                self._note(verdict, steps)
+                return
+            for (p, _), value in zip(moved, origin, strict=True):
+                p.copy_(value)
+        self._note(verdict, steps)
+        raise RankNotShown(
+            f"rank n not shown after step {steps}, nor after {HALVINGS} halvings: {_why(verdict)}"
+        )
+
+    def _note(self, verdict: Verdict, steps: int) -> None:
+        """A verification's outcome into this epoch's row, with Lemma 7 where the rank was shown."""
+        bound, shown = None, rank_shown(verdict)
+        if shown and method_at_w(self.train.n, self.network.width + 1) == "svd":  # M fits, too
+            with self._timed("lemma 7"), self._own_rng():
+                batches = list(self.train.in_order(BATCH))
+                bound = lemma7(self.network, batches, self.loss)
+        names = ("status", "method", "rank", "sigma_min", "sigma_min_lower", "reason")
+        found = {name: getattr(verdict, name) for name in names}
+        if shown:
+            found["rank"] = self.train.n  # a certificate counts none
+        self.notes["checks"].append({"steps": steps, **found, "lemma7": bound})
+        if steps:
+            sigma = found["sigma_min"]
+            sigma = found["sigma_min_lower"] if sigma is None else sigma
+            self.notes |= {"rank": found["rank"], "sigma_min": sigma}
+
+    # --- what is known -----------------------------------------------------------------------
+
+    def guarantee(self) -> LazyGuarantee | None:
+        """The audit of Theorem 3's premises; None before tau."""
+        if self.verdict is None:
+            return None
+        rows = self._rows()
+        checks = [check for row in rows for check in row["checks"]]
+        checks += self.notes["checks"] if self.stopped else []
+        at_tau = _rank_status([self.verdict.status])
+        shown = _rank_status([check["status"] for check in checks])
+        every = self.settings.verify_every
+        cadence = "every step" if every == 1 else f"every {every} steps"
+        ranks = f"{len(rows)} steps made, verified at w^tau and after {cadence}"
+        if shown != "failed" and every > 1 and len(rows) > 1:
+            shown, ranks = "not checked", f"{ranks}, not between them"
+        smoothness = self._smoothness_audit(rows, checks)
+        if self.settings.smoothness is None:
+            step = ("0 < eta_bar < 1", "not checked", "the step is the learning rate")
+        else:
+            step = ("0 < eta_bar < 1", "held", f"eta_bar = {self.settings.eta_bar:g}")
+        result = LazyGuarantee(
+            [
+                ("Assumption 1, at w^tau", at_tau, _why(self.verdict)),
+                ("Assumption 2", "held", f"{self.loss.name}, L_ell = {self.loss.smoothness:g}"),
+                ("L-smooth objective", *smoothness),
+                step,
+                ("rank preserved", shown, ranks),
+            ],
+            checks,
+            self.stopped,
+        )
+        whole = shown in ("proved", "numerical") and len(checks) == len(rows) + 1
+        if whole and smoothness[0] != "failed" and self.settings.smoothness is not None:
+            result.bound = self._rate(rows, checks, self.settings.smoothness)
+        return result
+
+    def _smoothness_audit(
+        self, rows: list[dict[str, Any]], checks: list[dict[str, Any]]
+    ) -> tuple[str, str]:
+        """L is the user's word; the descent that it implies (Lemma 8) can contradict it."""
+        smoothness = self.settings.smoothness
+        if smoothness is None:
+            return "not checked", "no L was given"
+        eps = torch.finfo(self.config.dtype).eps
+        ends = [c["lemma7"]["loss"] for c in checks if c["lemma7"] and c["steps"] == len(rows) > 0]
+        losses = [row["train_loss"] for row in rows] + ends[-1:]
+        for now, (loss, after) in zip(rows, pairwise(losses), strict=False):
+            step = now["learning_rate"]
+            decrease = step * (1 - step * smoothness / 2) * now["gradient_norm"] ** 2
+            # a thousandth and 1000 eps: far above the rounding of losses and gradients
+            if not after <= loss - 0.999 * decrease + 1e3 * eps * loss:
+                return "failed", (
+                    f"L = {smoothness:g} is too small: the loss fell by "
+                    f"{loss - after:.3g} in epoch {now['epoch']}, L promises "
+                    f"{decrease:.3g}"
+                )
+        return "not checked", f"L = {smoothness:g} as given; no step contradicted it"
+
+    def _rate(
+        self, rows: list[dict[str, Any]], checks: list[dict[str, Any]], smoothness: float
+    ) -> float | None:
+        """Theorem 3's bound, for squared error: its Q_k holds the interpolator, and L(w*) = 0.
+
+        With steps that shrank: the least eta_bar (1 - eta_bar). R_bar from last-layer
+        displacements, which are at least the theorem's (a minimum over more directions).
+        """
+        if self.loss is not SQUARED_ERROR or not rows or any(c["lemma7"] is None for c in checks):
+            return None
+        radius = max(check["lemma7"]["distance"] for check in checks)
+        used = [row["learning_rate"] * smoothness / 2 for row in rows]
+        least = min(eta * (1 - eta) for eta in used)
+        first = checks[0]["lemma7"]["loss"]
+        return radius * math.sqrt(smoothness * first / (2 * least * (len(rows) + 1)))
+
+
+def lemma7(
+    network: Network, batches: Iterable[tuple[Tensor, Tensor]], loss: ConvexLoss
+) -> dict[str, Any] | None:
+    """Lemma 7 at the network's weights w: L(w) <= L_w(v) + ||nu * w - v|| ||grad L(w)||.
+
+    v moves the last layer alone (nu is 1 there), so that L_w(v) is the loss of the outputs M V.
+    Any v gives a valid bound. Squared error: the interpolator nearest to w. Cross-entropy: the
+    interpolator of the logits s (one-hot - 1/m_y), s minimising the right side. None for another
+    loss. batches: all (x, y) in index order. M [n, m_H + 1] is held in float64 in RAM, and all is
+    evaluated in float64 on a copy, without bounds on its rounding. Returns loss, comparator (which
+    v), comparator_loss, distance, gradient_norm and bound.
+    """
+    if loss not in (SQUARED_ERROR, CROSS_ENTROPY):
+        return None
+    batches = list(batches)
+    n = sum(len(y) for _, y in batches)
+    model, last = float64_copy(network, batches[0][0][:2])
+    hidden: list[Tensor] = []
+
+    def keep(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        hidden.append((args[0] if args else kwargs["input"]).detach())
+
+    last.register_forward_pre_hook(keep, with_kwargs=True)
+    values, outputs, targets = [], [], []
+    with torch.enable_grad():
+        for x, y in batches:
+            out = model(x.double() if x.is_floating_point() else x)
+            target = y.double() if y.is_floating_point() else y
+            value = loss(out, target) * (len(y) / n)
+            value.backward()
+            values.append(float(value.detach()))
+            outputs.append(out.detach())
+            targets.append(target)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = math.sqrt(sum(float(grad.square().sum()) for grad in gradients))
+    matrix, now, y = torch.cat(hidden), torch.cat(outputs), torch.cat(targets)
+    if last.bias is not None and last.bias.requires_grad:
+        matrix = torch.cat([matrix, matrix.new_ones(n, 1)], 1)
+    q, r = torch.linalg.qr(matrix.T)
+
+    def nearest(change: Tensor) -> Tensor:
+        """The least displacement of the last layer that changes the outputs by `change`."""
+        return q @ torch.linalg.solve_triangular(r.T, change, upper=False)
+
+    if loss is SQUARED_ERROR:
+        name = "the nearest interpolator"
+        move = nearest(y - now)
+    else:
+        classes = now.shape[1]
+        up = nearest(F.one_hot(y, classes).double() - 1 / classes)
+        down = nearest(now - now.mean(1, keepdim=True))
+        # |s up - down|^2 as a quadratic in s; at s the loss is log(1 + (m_y - 1) exp(-s))
+        scales = torch.logspace(-2, 2, 200, dtype=torch.float64, device=now.device)
+        squares = scales**2 * up.square().sum() - 2 * scales * (up * down).sum()
+        squares += down.square().sum()
+        right = torch.log1p((classes - 1) * torch.exp(-scales)) + norm * squares.clamp(0).sqrt()
+        scale = scales[right.argmin()]
+        name = f"the interpolator of logits {float(scale):.3g} (one-hot - 1/m_y)"
+        move = scale * up - down
+    reached, distance = float(loss(now + matrix @ move, y)), float(move.norm())
+    return {
+        "loss": math.fsum(values),
+        "comparator": name,
+        "comparator_loss": reached,
+        "distance": distance,
+        "gradient_norm": norm,
+        "bound": reached + distance * norm,
+    }
+
+
+def _why(verdict: Verdict) -> str:
+    shown = "" if verdict.sigma_min is None else f", sigma_min {verdict.sigma_min:.2e}"
+    return verdict.reason or f"{verdict.status} at these weights by {verdict.method}{shown}"
+
+
+def _rank_status(statuses: list[str]) -> str:
+    """The weakest of verdicts: "failed" here means that the rank was not shown."""
+    if not statuses or not set(statuses) <= {"proved", "full rank"}:
+        return "failed"
+    return "proved" if set(statuses) == {"proved"} else "numerical"
