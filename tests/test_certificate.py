@@ -212,3 +212,40 @@ def counting(function, seen: list[int]):
         return function(*args, n=n, **kwargs)
 
     return counted
+
+
+def hooked(model):
+    model[3].register_forward_hook(lambda *_: torch.zeros(1) + _[2] * 0)
+
+
+def shared(model):
+    model[2] = nn.Linear(16, 16)
+    model[0] = nn.Linear(5, 16)
+    model.insert(2, nn.Linear(16, 16))
+    model.insert(3, tp.nn.Softplus())
+    model[4] = nn.Linear(16, 16)
+    model[4].weight = model[2].weight
+    model[6] = nn.Linear(16, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: setattr(m[2], "bias", None), "no bias"),
+        (lambda m: m[2].requires_grad_(False), "frozen"),
+        (lambda m: nn.utils.parametrizations.spectral_norm(m[2]), "parametrized"),
+        (lambda m: nn.utils.parametrizations.weight_norm(m[2]), "parametrized"),
+        (lambda m: m[2].register_forward_pre_hook(lambda _, a: (a[0] * 0,)), "hooks"),
+        (hooked, "hooks"),
+        (shared, "shares its weights"),
+    ],
+)
+@pytest.mark.parametrize("method", ["separation", "certificate", "auto"])
+def test_existence_is_not_claimed_of_weights_that_are_not_free(change, reason, method):
+    x, _ = toy_data(12)
+    model = toy_mlp()
+    change(model)
+    verdict = tp.verify_expressivity(model, x, w="witness", method=method)
+    assert verdict.status == "undecided" and reason in verdict.reason, verdict
+    now = tp.verify_expressivity(model, x, method="certificate")
+    assert now.status != "proved" or reason in ("no bias", "frozen", "shares its weights")

@@ -1,6 +1,7 @@
 """Data and model as the command line's options name them."""
 
 import importlib
+import math
 import sys
 from pathlib import Path
 from typing import Literal
@@ -24,12 +25,17 @@ def build_model(
     Your callable is called without arguments and returns an nn.Module; the wide softplus layer is
     then added by tp.nn.widen where wide > 0. The initialisation comes from the seed's own stream.
     """
-    channels, height, breadth = images.shape[1:]
     with torch.random.fork_rng():
         torch.manual_seed(tp.stream_seed(seed, "init"))
         if name == "mlp":
-            hidden = models.MLP([channels * height * breadth, width, wide or width, classes])
+            size = math.prod(images.shape[1:])
+            hidden = models.MLP([size, width, wide or width, classes])
             return nn.Sequential(nn.Flatten(), hidden)
+        if name in ("small", "preactresnet18") and images.dim() != 4:
+            raise ValueError(
+                f"model: {name} expects images [n, c, h, w], got inputs {tuple(images.shape)}"
+            )
+        channels = images.shape[1]
         if name == "small":
             return models.SmallConvNet(channels, classes, width=width, wide=wide or None)
         if name == "preactresnet18":

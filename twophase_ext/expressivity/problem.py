@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..files import write_atomically
 from ..linalg.progress import Stage
+from ..names import canonical_name
 from ..network import Network
 from ..probing import input_of, record, unwrap
 from .forward_error import BoundedFeatures, Unbounded, bounded_features, damped
@@ -69,6 +71,41 @@ class Problem:
         """Of the wide layer's softplus."""
         assert self.network.wide is not None
         return self.network.wide.beta
+
+    def constraint(self) -> str:
+        """Why the wide layer's weights cannot be chosen at will, "" where they can.
+
+        A witness chooses them, and separation says that a choice exists: neither would be true of
+        weights that are normalised, shared, frozen, without bias, or changed on the way by a hook.
+        """
+        if self.wide is None or self.network.wide is None:
+            return (
+                "there is no wide layer (affine + exact softplus); tp.nn.widen(model, n) adds one"
+            )
+        wide = self.network.wide.linear
+        if wide.bias is None:
+            return "the wide layer has no bias"
+        if altered := self.altered():
+            return altered
+        own = [wide.weight, wide.bias]
+        others = [p for m in self._names if m is not wide for p in m._parameters.values()]
+        if any(p is q for p in own for q in others):
+            return "the wide layer shares its weights with another layer"
+        if not all(p.requires_grad for p in own):
+            return "the wide layer is frozen (requires_grad=False)"
+        return ""
+
+    def altered(self) -> str:
+        """Why M may not be what the weights of the last layers say, "" where it is."""
+        last: list[nn.Module] = [self.network.last.module]
+        if self.network.wide is not None:
+            activation = self.network.wide.activation_name
+            last += [m for m, name in self._names.items() if canonical_name(name) == activation]
+            last.append(self.network.wide.linear)
+        hooks = ("_forward_hooks", "_forward_pre_hooks")
+        if any(is_parametrized(m) or any(getattr(m, h) for h in hooks) for m in last):
+            return "the wide or the last layer is parametrized or has hooks"
+        return ""
 
     def load(self, changes: dict[str, Tensor]) -> None:
         """Change weights of the copy; names as in the model's own state dict."""

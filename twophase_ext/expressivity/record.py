@@ -70,6 +70,8 @@ def _numbers(value: Any) -> Any:
 
 def environment() -> dict[str, Any]:
     """What computed: versions, processor, threads."""
+    from ..training.runfolder import processor_name  # training imports this package
+
     info = build_info()
     return {
         "twophase_ext": info["version"],
@@ -78,6 +80,7 @@ def environment() -> dict[str, Any]:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
     }
 

@@ -208,11 +208,9 @@ class _Attempt:
         """Distinct backbone features: some weights of the wide layer have rank n."""
         problem = self.problem
         fields: dict[str, Any] = {"method": "separation", "claim": "exists", "status": "undecided"}
-        if problem.wide is None:
-            return fields | {
-                "reason": "separation needs a last hidden layer that is affine + exact softplus; "
-                "tp.nn.widen(model, n) adds one"
-            }
+        if constraint := problem.constraint():
+            return fields | {"reason": f"separation needs free weights: {constraint}"}
+        assert problem.wide is not None
         try:
             with self.stages.stage("choice of a backbone", 0, "samples") as stage:
                 chosen = problem.choose_backbone(stage)
@@ -253,8 +251,8 @@ class _Attempt:
         fields: dict[str, Any] = {"method": "certificate"}
         try:
             if self.w == "witness":
-                if self.problem.wide is None:
-                    reason = "a witness needs a wide layer, affine + exact softplus; tp.nn.widen"
+                if constraint := self.problem.constraint():
+                    reason = f"a witness needs free weights: {constraint}"
                     return fields | {"status": "undecided", "claim": "exists", "reason": reason}
                 return fields | certify_witness(self.problem, seed=self.seed, **arguments)
             found = certify_given(self.problem, **arguments)
