@@ -51,8 +51,9 @@ def growth(result: dict[str, Any]) -> Iterable[str]:
     yield "### Growth"
     yield ""
     yield (
-        "Best of up to five runs; the exponent by least squares on logarithms. Memory: the peak "
-        "beyond what lay in memory before, and what the plan's inequality says (Gram)."
+        "Best of up to five runs, the stages' seconds of the last of them; the exponent by least "
+        "squares on logarithms. Memory: the peak beyond what lay in memory before, and what the "
+        "plan's inequality says (Gram)."
     )
     for kind, part in result.items():
         gram = kind == "gram"

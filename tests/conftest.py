@@ -22,3 +22,12 @@ def data_dir() -> Path:
     if not root:
         pytest.skip("TWOPHASE_DATA is not set: real image data are not available")
     return Path(root)
+
+
+@pytest.fixture
+def one_thread():
+    """Many small matrices: threads that wait for each other would cost ten times more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -45,13 +45,7 @@ LAYERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small matrices: on a busy machine threads mostly wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 EXACT = {"relu", "flatten", "dropout", "identity"}

@@ -20,13 +20,7 @@ from twophase_ext.training.losses import CROSS_ENTROPY, SQUARED_ERROR
 N = 24
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Toy sizes: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def lazily(model, folder=False, **settings) -> tp.Trainer:

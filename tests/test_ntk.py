@@ -11,14 +11,7 @@ from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 from twophase_ext import ntk, verify_expressivity
 from twophase_ext.ntk import ntk_rank
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Toy sizes: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def finite_differences(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

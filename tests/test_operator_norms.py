@@ -10,14 +10,7 @@ from hypothesis import strategies as st
 
 from twophase_ext.expressivity.operator_norms import conv_norms, convolve, linear_norms, pool_norm
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small matrices: on a busy machine threads mostly wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @settings(max_examples=20, deadline=None)

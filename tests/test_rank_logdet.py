@@ -14,14 +14,7 @@ from twophase_ext.linalg.preconditioned import preconditioned_sigma_min
 from twophase_ext.linalg.rank_logdet import rank_logdet
 from twophase_ext.ops import gram_logdet
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Hundreds of small matrices: threads that wait for each other would cost ten times more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def true_sigma_min(matrix, digits=60):

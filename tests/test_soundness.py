@@ -87,13 +87,7 @@ def misses(prover: Prover, cases: Iterable[Case]) -> list[str]:
     return found
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Hundreds of small matrices: threads that wait for each other would cost ten times more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", PROVERS)

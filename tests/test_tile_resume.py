@@ -19,13 +19,7 @@ from twophase_ext.linalg.tiles import Grid, TileFile
 N, P, TILE = 90, 130, 16  # 6 tile columns, 21 tiles
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small problems: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def matrix():

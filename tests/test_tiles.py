@@ -21,13 +21,7 @@ from twophase_ext.linalg.tiles import DenseTiles, Grid, MemoryTiles
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small problems: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(n, p, seed=0, low_rank=None):
