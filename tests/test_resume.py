@@ -152,7 +152,15 @@ def test_checkpoint_holds_no_code(tmp_path):
         assert not any("_orig_mod" in key or "module." in key for key in state["model"])
 
 
-def test_the_second_ctrl_c_is_not_swallowed(tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler: a shell's background jobs start with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_ctrl_c_is_not_swallowed(tmp_path, ctrl_c):
     class Twice(StopAfter):
         def on_epoch_end(self, run, record) -> None:
             super().on_epoch_end(run, record)
