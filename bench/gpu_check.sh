@@ -5,7 +5,7 @@
 #   bench/gpu_check.sh --without-gpu OUTDIR   the same steps where there is no GPU: everything skips
 #
 # Needs torch >= 2.11 with CUDA, nvcc, cmake, ninja, pybind11, pytest, pytest-benchmark, hypothesis,
-# mpmath, scipy; no network, no data. Under 9 minutes: each stage has a time limit. Exit code 1 where
+# mpmath, scipy; no network, no data. Under 10 minutes: each stage has a time limit. Exit code 1 where
 # a stage failed.
 set -uo pipefail
 
@@ -64,4 +64,6 @@ mapfile -t tests < <(grep -lE '^def test_[^(]*\(.*\bdevice\b|mark\.cuda' tests/t
 stage tests 150 "$python" -P -m pytest -q -m cuda -p no:cacheprovider --benchmark-disable "${tests[@]}"
 stage bench 110 "$python" -P -m pytest -q -m cuda -p no:cacheprovider bench/bench_cuda.py \
   --benchmark-json "$out/bench_cuda.json"
+stage certificate 100 "$python" -P -m pytest -q -m cuda -p no:cacheprovider \
+  bench/bench_cuda_certificate.py --benchmark-json "$out/bench_cuda_certificate.json"
 finish

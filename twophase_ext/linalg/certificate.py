@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .bounds import UNDERFLOW, above, below, power_of_two
-from .cholesky_tiles import Factorization, expected_e_C, factor
+from .cholesky_tiles import expected_e_C, factor
 from .gram_tiles import PANEL, PanelSource, accumulate, e_G, row_exponents
 from .journal import Journal, RecordedTiles
 from .logdet import log_det_lower, log_det_shift
@@ -133,6 +133,8 @@ def certify_gram(
     shift: s, tried alone; by default from subsamples, lowered after a failure (shift.py).
     scale_rows: rows by powers of two; None looks at their sizes in one more pass over the columns,
     False leaves that away. memory, tile, panel: `plan`; passes: `gram_tiles.accumulate`.
+    On CUDA without folder, tile and passes the matrix is factored in place where CuPy is installed
+    and it fits (in_place.py).
     progress: a bar on a terminal. say: gets lines of text. stages: a caller's own instead of both.
     Raises ValueError for a wrong argument, MemoryError where the tiles fit nowhere, RuntimeError
     where another process uses the folder. Whatever the matrix, its failure is a result.
@@ -144,6 +146,18 @@ def certify_gram(
     if passes is not None and passes < 1:
         raise ValueError(f"passes: expected 1 or more, got {passes}")
     folder = None if folder is None else Path(folder)
+    if source.device.type == "cuda" and folder is None and tile is None and passes is None:
+        from . import in_place  # built on this module
+
+        if in_place.usable(source, panel, memory):
+            return in_place.certify_in_place(
+                source,
+                shift=shift,
+                scale_rows=scale_rows,
+                panel=panel,
+                memory=memory,
+                stages=Stages(progress, say) if stages is None else stages,
+            )
     sizes = plan(
         source.n,
         source.columns,
@@ -269,7 +283,7 @@ class _Run:
             self.journal.add("exponents", exponents.tolist())
         return exponents
 
-    def _gram(self, exponents: Tensor, passes: int | None) -> RecordedTiles:
+    def _gram(self, exponents: Tensor, passes: int | None) -> Tiles:
         gram = self._tiles("G", self.sizes.gram, 0)
         n = float(self.source.n)
         with self.stages.stage("Gram", n * (n + self.grid.tile) * self.source.columns) as stage:
@@ -318,7 +332,7 @@ class _Run:
             with self.stages.stage(f"Cholesky, s = {s:.3g}", n**3 / 3 + n**2 * self.grid.tile) as t:
                 done = factor(gram, lower, s, lower.restore(), t)
             if done.failed_pivot is None:
-                self._settle(done, lower, s, exponents)
+                self._settle(done.e_C(self.grid), lower, s, exponents)
                 return True
             result.failed_pivot = done.failed_pivot
             if journal is not None:
@@ -327,10 +341,9 @@ class _Run:
         self.stages.say(result.reason)
         return False
 
-    def _settle(self, done: Factorization, lower: Tiles, s: float, exponents: Tensor) -> None:
+    def _settle(self, e_C: float, lower: Tiles, s: float, exponents: Tensor) -> None:
         result = self.result
-        result.failed_pivot = None
-        result.e_C = done.e_C(self.grid)
+        result.failed_pivot, result.e_C = None, e_C
         result.ell = below(below(s - above(result.e_G + result.e_C)) - UNDERFLOW)
         if not result.ell > 0:
             result.reason = f"the shift {s:.3g} does not exceed the rounding errors"
