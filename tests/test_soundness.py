@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from soundness_cases import CASES, Case, combination, exact_rank, integer_rows, modular_rank
-from twophase_ext.linalg import certificate, preconditioned
+from twophase_ext.linalg import certificate, cholesky_tiles, preconditioned
 from twophase_ext.linalg import gram as large
+from twophase_ext.linalg.certificate import certify_gram
+from twophase_ext.linalg.gram_tiles import MatrixSource, e_G
 from twophase_ext.linalg.rank_logdet import rank_logdet
 from twophase_ext.ops import gram_logdet
 
@@ -250,7 +252,7 @@ def test_a_false_library_makes_no_prover_lie(false_library, name):
     ("name", "module", "bound"),
     [
         ("gram_logdet_large", large, "residual_bound"),
-        ("certify_gram", certificate.Factorization, "e_C"),
+        ("certify_gram", cholesky_tiles.Factorization, "e_C"),
     ],
 )
 def test_a_false_library_is_found_by_the_residual_alone(
@@ -258,3 +260,30 @@ def test_a_false_library_is_found_by_the_residual_alone(
 ):
     monkeypatch.setattr(module, bound, nothing)
     assert lies(PROVERS[name], SINGULAR)
+
+
+def in_order(rows, others, diagonal, out):
+    """What a BLAS may do: products added one after the other, each sum rounded."""
+    out.zero_()
+    for k in range(rows.shape[1]):
+        out += rows[:, k : k + 1] * others[:, k]
+    return 0.0
+
+
+@pytest.mark.parametrize("part", [1.0, 0.5])
+@pytest.mark.parametrize(("panel", "panels"), [(400, 1), (400, 3), (1, 600)])
+def test_half_of_the_gram_bound_would_lie(panel, panels, part, monkeypatch):
+    """Every rounding goes up by almost u: the bound's constant is what it has to be."""
+    monkeypatch.setattr("twophase_ext.linalg.gram_tiles.lower_product", in_order)
+    monkeypatch.setattr("twophase_ext.linalg.certificate.e_G", lambda *x: part * e_G(*x))
+    small = 2.0**-26.5 * (1 + 2.0**-20)  # its square is a little more than u
+    row = torch.full((panel * panels,), small, dtype=torch.float64)
+    row[:: panel if panel > 1 else panels] = 1.0
+    truth = sum(Fraction(x) ** 2 for x in row.tolist())
+    computed = float(Fraction(truth) * (1 + Fraction(panel + panels, 2**53)))
+    for shift in torch.linspace(float(truth), computed, 40, dtype=torch.float64).tolist():
+        proof = certify_gram(MatrixSource(row[None]), panel=panel, shift=shift, scale_rows=False)
+        if proof.proved and Fraction(proof.ell) > truth:
+            assert part < 1
+            return
+    assert part == 1
