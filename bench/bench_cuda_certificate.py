@@ -1,6 +1,6 @@
 """lambda_min(M M^T) certified end to end on one GPU, against torch's and CuPy's Cholesky alone.
 
-n = 60,000 where the device holds it, else the largest multiple of 1,000 that it does; 1.1 n columns.
+n = 60,000 where the device holds it, else the largest multiple of 1,000 that it does; p = 1.1 n.
 A certificate that is not proved fails. extra_info["stages"]: seconds of Gram, Cholesky, residual.
 """
 
@@ -21,7 +21,7 @@ SHARE = 0.6  # of the free memory for the n x n matrix; panels and workspaces ne
 
 
 class Normal:
-    """[n, columns] of normal numbers, made panel by panel: what a wide layer costs less its GEMM."""
+    """[n, columns] of normal numbers, made panel by panel."""
 
     def __init__(self, n: int, columns: int) -> None:
         self.n, self.columns, self.device = n, columns, torch.device("cuda")

@@ -12,11 +12,11 @@ from torch import nn
 
 import twophase_ext as tp
 from twophase import data, models
+from twophase_ext.losses import CROSS_ENTROPY
 from twophase_ext.network import Network
 from twophase_ext.training.data import Samples
 from twophase_ext.training.features import Features
 from twophase_ext.training.head import HeadStep
-from twophase_ext.training.losses import CROSS_ENTROPY
 
 GROUP = "phase-2 epoch PreActResNet18, 512 images"
 SETTINGS = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5}

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <optional>
+#include <tuple>
 #include <utility>
 
 #include "check.h"
@@ -30,9 +31,10 @@ struct LastLayerStep {
   void* loss_result;  // one element
 };
 
-// A parameter or buffer that the step overwrites: of h's dtype and device, packed.
+// A parameter or buffer that a step overwrites: of the dtype and device of `like`, packed.
 inline void require_updatable(const Tensor& t, const char* name,
-                              std::initializer_list<int64_t> shape, const Tensor& h) {
+                              std::initializer_list<int64_t> shape, const Tensor& like,
+                              const char* like_name) {
   bool same = t.dim() == static_cast<int64_t>(shape.size());
   std::ostringstream expected;
   int64_t i = 0;
@@ -41,11 +43,69 @@ inline void require_updatable(const Tensor& t, const char* name,
     expected << (i++ ? ", " : "") << size;
   }
   require(same, name, ": expected shape [", expected.str(), "], got ", shape_of(t));
-  require(t.scalar_type() == h.scalar_type(), name, ": expected the dtype of h, ",
-          torch::headeronly::toString(h.scalar_type()), ", got ",
+  require(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of ", like_name, ", ",
+          torch::headeronly::toString(like.scalar_type()), ", got ",
           torch::headeronly::toString(t.scalar_type()));
-  require(t.device() == h.device(), name, ": expected the device of h");
+  require(t.device() == like.device(), name, ": expected the device of ", like_name);
   require(t.is_contiguous(), name, ": expected a contiguous tensor, it is updated in place");
+}
+
+inline void require_rate(double lr) {
+  require(std::isfinite(lr) && lr >= 0, "lr: expected a finite number >= 0, got ", lr);
+}
+
+inline void require_rule(double momentum, double dampening, double weight_decay, bool nesterov) {
+  require(std::isfinite(momentum) && momentum >= 0, "momentum: expected a finite number >= 0, got ",
+          momentum);
+  require(std::isfinite(weight_decay) && weight_decay >= 0,
+          "weight_decay: expected a finite number >= 0, got ", weight_decay);
+  require(std::isfinite(dampening), "dampening: expected a finite number, got ", dampening);
+  require(!nesterov || (momentum > 0 && dampening == 0),
+          "nesterov: expected momentum > 0 and dampening 0, got ", momentum, " and ", dampening);
+}
+
+inline void require_buffers(const std::optional<Tensor>& weight_buffer,
+                            const std::optional<Tensor>& bias_buffer, bool has_bias, int64_t k,
+                            int64_t m, const Tensor& like, const char* like_name) {
+  require(weight_buffer.has_value(), "weight_buffer: expected a tensor where momentum is not 0");
+  require_updatable(*weight_buffer, "weight_buffer", {k, m}, like, like_name);
+  if (!has_bias) return;
+  require(bias_buffer.has_value(), "bias_buffer: expected a tensor where momentum is not 0");
+  require_updatable(*bias_buffer, "bias_buffer", {k}, like, like_name);
+}
+
+// The targets of b samples, packed: labels in range, or values of the dtype of `like`.
+template <class Backend>
+Tensor checked_target(const Tensor& target, int64_t loss, int64_t b, int64_t k, const Tensor& like,
+                      const char* like_name) {
+  require(loss == 0 || loss == 1, "loss: expected 0 (cross-entropy) or 1 (squared error), got ",
+          loss);
+  require(target.device() == like.device(), "target: expected the device of ", like_name);
+  if (static_cast<Loss>(loss) == Loss::kCrossEntropy) {
+    require(target.scalar_type() == ScalarType::Long, "target: expected int64 labels, got ",
+            torch::headeronly::toString(target.scalar_type()));
+    require(target.dim() == 1 && target.size(0) == b, "target: expected shape [", b, "], got ",
+            shape_of(target));
+  } else {
+    require(target.scalar_type() == like.scalar_type(), "target: expected the dtype of ", like_name,
+            ", ", torch::headeronly::toString(like.scalar_type()), ", got ",
+            torch::headeronly::toString(target.scalar_type()));
+    require(target.dim() == 2 && target.size(0) == b && target.size(1) == k,
+            "target: expected shape [", b, ", ", k, "], got ", shape_of(target));
+  }
+  const Tensor packed = torch::stable::contiguous(target);
+  if (static_cast<Loss>(loss) == Loss::kCrossEntropy) {
+    const std::pair<int64_t, int64_t> bad = Backend::bad_label(packed, b, k);
+    require(bad.first < 0, "target: expected labels from 0 to ", k - 1, ", got ", bad.second,
+            " in row ", bad.first);
+  }
+  return packed;
+}
+
+// Rows may lie anywhere, their elements side by side.
+inline Tensor with_packed_rows(const Tensor& h) {
+  const bool rows = (h.size(1) <= 1 || h.stride(1) == 1) && h.stride(0) >= 0;
+  return rows ? h : torch::stable::contiguous(h);
 }
 
 template <class Backend>
@@ -62,52 +122,15 @@ Tensor last_layer_step_op(Tensor weight, std::optional<Tensor> bias,
   s.b = h.size(0), s.m = h.size(1), s.k = weight.size(0);
   require(s.b > 0, "h: expected at least one sample, got ", shape_of(h));
   require(s.k > 0, "weight: expected at least one output, got ", shape_of(weight));
-  require_updatable(weight, "weight", {s.k, s.m}, h);
-  if (bias) require_updatable(*bias, "bias", {s.k}, h);
+  require_updatable(weight, "weight", {s.k, s.m}, h, "h");
+  if (bias) require_updatable(*bias, "bias", {s.k}, h, "h");
+  require_rate(lr);
+  require_rule(momentum, dampening, weight_decay, nesterov);
+  if (momentum != 0)
+    require_buffers(weight_buffer, bias_buffer, bias.has_value(), s.k, s.m, h, "h");
+  const Tensor packed_target = checked_target<Backend>(target, loss, s.b, s.k, h, "h");
 
-  require(std::isfinite(lr) && lr >= 0, "lr: expected a finite number >= 0, got ", lr);
-  require(std::isfinite(momentum) && momentum >= 0, "momentum: expected a finite number >= 0, got ",
-          momentum);
-  require(std::isfinite(weight_decay) && weight_decay >= 0,
-          "weight_decay: expected a finite number >= 0, got ", weight_decay);
-  require(std::isfinite(dampening), "dampening: expected a finite number, got ", dampening);
-  require(!nesterov || (momentum > 0 && dampening == 0),
-          "nesterov: expected momentum > 0 and dampening 0, got ", momentum, " and ", dampening);
-  if (momentum != 0) {
-    require(weight_buffer.has_value(), "weight_buffer: expected a tensor where momentum is not 0");
-    require_updatable(*weight_buffer, "weight_buffer", {s.k, s.m}, h);
-    if (bias) {
-      require(bias_buffer.has_value(), "bias_buffer: expected a tensor where momentum is not 0");
-      require_updatable(*bias_buffer, "bias_buffer", {s.k}, h);
-    }
-  }
-
-  require(loss == 0 || loss == 1, "loss: expected 0 (cross-entropy) or 1 (squared error), got ",
-          loss);
-  s.loss = static_cast<Loss>(loss);
-  require(target.device() == h.device(), "target: expected the device of h");
-  if (s.loss == Loss::kCrossEntropy) {
-    require(target.scalar_type() == ScalarType::Long, "target: expected int64 labels, got ",
-            torch::headeronly::toString(target.scalar_type()));
-    require(target.dim() == 1 && target.size(0) == s.b, "target: expected shape [", s.b, "], got ",
-            shape_of(target));
-  } else {
-    require(target.scalar_type() == h.scalar_type(), "target: expected the dtype of h, ",
-            torch::headeronly::toString(h.scalar_type()), ", got ",
-            torch::headeronly::toString(target.scalar_type()));
-    require(target.dim() == 2 && target.size(0) == s.b && target.size(1) == s.k,
-            "target: expected shape [", s.b, ", ", s.k, "], got ", shape_of(target));
-  }
-  const Tensor packed_target = torch::stable::contiguous(target);
-  if (s.loss == Loss::kCrossEntropy) {
-    const std::pair<int64_t, int64_t> bad = Backend::bad_label(packed_target, s.b, s.k);
-    require(bad.first < 0, "target: expected labels from 0 to ", s.k - 1, ", got ", bad.second,
-            " in row ", bad.first);
-  }
-
-  // Rows may lie anywhere, their elements side by side.
-  const bool rows = (s.m <= 1 || h.stride(1) == 1) && h.stride(0) >= 0;
-  const Tensor h_rows = rows ? h : torch::stable::contiguous(h);
+  const Tensor h_rows = with_packed_rows(h);
   Tensor result = torch::stable::new_empty(h, {});
   s.weight = weight.mutable_data_ptr();
   s.bias = bias ? bias->mutable_data_ptr() : nullptr;
@@ -115,6 +138,7 @@ Tensor last_layer_step_op(Tensor weight, std::optional<Tensor> bias,
   s.bias_buffer = momentum != 0 && bias ? bias_buffer->mutable_data_ptr() : nullptr;
   s.h = h_rows.const_data_ptr();
   s.h_stride = h_rows.stride(0);
+  s.loss = static_cast<Loss>(loss);
   s.target = packed_target.const_data_ptr();
   s.lr = lr, s.momentum = momentum, s.dampening = dampening, s.weight_decay = weight_decay;
   s.nesterov = nesterov, s.fresh = fresh;

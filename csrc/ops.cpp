@@ -22,6 +22,16 @@ STABLE_TORCH_LIBRARY(twophase, m) {
       "last_layer_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!)? weight_buffer,"
       " Tensor(d!)? bias_buffer, Tensor h, Tensor target, int loss, float lr, float momentum,"
       " float dampening, float weight_decay, bool nesterov, bool fresh) -> Tensor");
+  // Step s of many takes the rows order[bounds[s] : bounds[s + 1]] of h, with lr[s] or the one lr.
+  m.def(
+      "last_layer_epoch_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!)? weight_buffer,"
+      " Tensor(d!)? bias_buffer, Tensor h, Tensor target, Tensor order, int[] bounds, int loss,"
+      " float[] lr, float momentum, float dampening, float weight_decay, bool nesterov, bool fresh,"
+      " bool mapped) -> Tensor");
+  // Mean loss and its gradients by weight and bias over all rows of h.
+  m.def(
+      "last_layer_gradient(Tensor weight, Tensor? bias, Tensor h, Tensor target, int loss)"
+      " -> (Tensor, Tensor, Tensor)");
   // (certified rank [b], logabsdet [b], info [b]) of the Gram matrix of [features, 1], [b, n, m].
   m.def("gram_logdet(Tensor features, bool append_ones) -> (Tensor, Tensor, Tensor)");
 }

@@ -118,7 +118,7 @@ ARGUMENTS = {
     ),
     "second phase": ({"second_phase": "adam"}, ValueError, "second_phase: expected one of"),
     "batch norm": ({"batch_norm": "eval"}, ValueError, "batch_norm: expected one of"),
-    "cache": ({"feature_cache": "disk"}, ValueError, "feature_cache: expected one of"),
+    "cache": ({"feature_cache": "tape"}, ValueError, "feature_cache: expected one of"),
     "precision": ({"precision": "float16"}, ValueError, "precision: expected one of"),
     "verify": ({"verify": True}, ValueError, "verify: expected"),
     "checkpoints": ({"checkpoint_every": 0}, ValueError, "checkpoint_every: expected"),

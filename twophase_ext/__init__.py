@@ -4,24 +4,38 @@ from . import nn, ops, optim
 from ._load import build_info
 from .assumptions import Assumptions, check_assumptions
 from .expressivity import Verdict, verify_expressivity
+from .guarantee import Guarantee, guarantee
 from .linalg.rank_logdet import RankLogdet, rank_logdet
 from .ntk import NtkRank, ntk_rank
 from .ops import gram_logdet, perturb_, softplus, softplus_
-from .training import ConvexLoss, Lazy, LazyGuarantee, Result, Trainer, stream_seed
+from .training import (
+    ConvexLoss,
+    GradientDescent,
+    Lazy,
+    LazyGuarantee,
+    Result,
+    StochasticDescent,
+    Trainer,
+    stream_seed,
+)
 
 __all__ = [
     "Assumptions",
     "ConvexLoss",
+    "GradientDescent",
+    "Guarantee",
     "Lazy",
     "LazyGuarantee",
     "NtkRank",
     "RankLogdet",
     "Result",
+    "StochasticDescent",
     "Trainer",
     "Verdict",
     "build_info",
     "check_assumptions",
     "gram_logdet",
+    "guarantee",
     "nn",
     "ntk_rank",
     "ops",

@@ -7,30 +7,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from .expressivity import Verdict
 from .expressivity.inputs import as_example, checked_inputs, first_parameter, identical_rows
 from .expressivity.verify import verify_network
 from .network import Network
-from .nn import classify
-from .training.losses import CROSS_ENTROPY, SQUARED_ERROR, resolve_loss
+from .premises import (
+    FAILED,
+    HELD,
+    UNCHECKED,
+    Assumption,
+    analytic_premises,
+    depth_premise,
+    loss_premise,
+    width_premise,
+)
 
-HELD, FAILED, UNCHECKED = "held", "failed", "not checked"
 NOT_MET = "not met"  # a sufficient condition that may fail: nothing depends on it
 COLUMNS = 100  # of the printed table
 PRODUCTS = 3e11  # of entries, for Assumption 3: some ten seconds
 EXACT_PAIRS = 100  # compared in rational arithmetic, for Assumption 3
-
-
-@dataclass
-class Assumption:
-    """One premise: its name, held / failed / not checked / not met, the evidence, what to do."""
-
-    name: str
-    status: str
-    evidence: str
-    advice: str = ""
 
 
 @dataclass
@@ -86,7 +82,7 @@ def check_assumptions(
     """
     x = checked_inputs(x)
     table = Assumptions()
-    loss_row = _loss(loss)
+    loss_row = loss_premise(loss)
     parameter = first_parameter(model)
 
     def place(part: Tensor) -> Tensor:
@@ -101,8 +97,8 @@ def check_assumptions(
         return table
     last = f"{network.last.name}, {network.width} -> {network.outputs}"
     table.rows.append(Assumption("affine last layer", HELD, last))
-    table.rows += _analyticity(model)
-    table.rows += [loss_row, _depth(model, network), _width(network, len(x))]
+    table.rows += analytic_premises(model)
+    table.rows += [loss_row, depth_premise(model, network), width_premise(network, len(x))]
     table.rows.append(_distinct(x, parameter.dtype))
     table.rows.append(_assumption_3(x))
     table.verdict = verify_network(
@@ -110,46 +106,6 @@ def check_assumptions(
     )
     table.rows.append(_expressivity(table.verdict))
     return table
-
-
-def _loss(loss: Any) -> Assumption:
-    name = "convex, smooth loss"
-    try:
-        resolved = resolve_loss(loss)
-    except ValueError as error:
-        if isinstance(loss, str):
-            raise
-        return Assumption(
-            name,
-            FAILED,
-            str(error),
-            "use 'cross_entropy' or 'squared_error', or declare it by tp.ConvexLoss",
-        )
-    evidence = f"{resolved.name}, L_ell = {resolved.smoothness:g}"
-    if resolved in (CROSS_ENTROPY, SQUARED_ERROR):
-        return Assumption(name, HELD, evidence)
-    return Assumption(
-        name,
-        UNCHECKED,
-        f"{evidence}, as declared",
-        "Assumption 2: convex in the output, its gradient L_ell-Lipschitz; show it on paper",
-    )
-
-
-def _width(network: Network, n: int) -> Assumption:
-    bias = network.last.module.bias
-    ones = bias is not None and bias.requires_grad
-    evidence = f"m_H = {network.width}, n = {n}"
-    if not ones:
-        evidence += "; without a trainable bias in the last layer there is no column of ones"
-    elif network.width == n - 1:
-        evidence += "; enough with the column of ones, Theorem 2 itself asks for m_H >= n"
-    return Assumption(
-        "m_H >= n - 1" if ones else "m_H >= n",
-        HELD if network.width + ones >= n else FAILED,
-        evidence,
-        f"tp.nn.widen(model, {n}) adds a softplus layer of 1.1 n units before the last one",
-    )
 
 
 def _distinct(x: Tensor, dtype: torch.dtype) -> Assumption:
@@ -258,42 +214,4 @@ def _expressivity(verdict: Verdict) -> Assumption:
         f"undecided: {verdict.reason}",
         "tp.verify_expressivity(model, x, w='witness', method='certificate') looks for weights "
         "that can be certified",
-    )
-
-
-def _analyticity(model: nn.Module) -> list[Assumption]:
-    findings = classify(model)
-    bad = [finding for finding in findings if finding.status != "analytic"]
-    rows: dict[str, list[Assumption]] = {"analytic modules": [], "analytic calls": []}
-    for finding in bad:
-        name = "analytic calls" if finding.kind.startswith("function ") else "analytic modules"
-        status = FAILED if finding.status == "not analytic" else UNCHECKED
-        evidence = f"{finding.name or 'the model'} ({finding.kind}) is {finding.status}"
-        rows[name].append(Assumption(name, status, evidence, finding.reason))
-    if not rows["analytic modules"]:
-        evidence = f"all {len(findings) - len(bad)} modules"
-        dropout = [k for k, m in model.named_modules() if isinstance(m, _DropoutNd) and m.p > 0]
-        if dropout:
-            evidence += (
-                f" in eval mode, as in the second phase; {', '.join(dropout[:3])} (dropout) "
-                "random in train mode"
-            )
-        rows["analytic modules"].append(Assumption("analytic modules", HELD, evidence))
-    if not rows["analytic calls"]:
-        unseen = [f.name or "the model" for f in bad if f.status == "unknown"]
-        evidence = f"not seen in {', '.join(unseen)}" if unseen else "none found that is not"
-        status = UNCHECKED if unseen else HELD
-        rows["analytic calls"].append(Assumption("analytic calls", status, evidence))
-    return [*rows["analytic modules"], *rows["analytic calls"]]
-
-
-def _depth(model: nn.Module, network: Network) -> Assumption:
-    """H counts hidden layers: affine or convolutional modules before the last layer."""
-    layers = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
-    hidden = sum(isinstance(m, layers) for m in model.modules()) - 1
-    return Assumption(
-        "H >= 2",
-        HELD if hidden >= 2 else FAILED,
-        f"{hidden} hidden layers before {network.last.name}",
-        "tp.nn.widen(model, n) adds one hidden layer",
     )

@@ -13,6 +13,7 @@ from twophase_ext.files import write_atomically
 
 from . import data
 from .assembly import DataName, build_model, first, load_inputs
+from .figures import run_figure
 from .verification import draw_culprits, verify
 
 
@@ -71,6 +72,7 @@ def demo(
     result = trainer.fit((images, labels), test)
     if progress:
         print(f"\n{result}")
+        _draw(result)
         _explain(result)
     return _exit_code(result.status)
 
@@ -89,12 +91,19 @@ def train(
     tau: int | float = 0.6,
     noise_std: float = 1e-3,
     batch_size: int = 64,
-    second_phase: Literal["base", "lazy"] = "base",
+    second_phase: Literal["base", "gd", "sgd", "lazy", "none"] = "base",
+    l_h: Literal["tight", "paper"] = "tight",
+    l2: float = 0.0,
+    steps: int = 1,
+    c: float | None = None,
+    eps: float = 0.1,
     smoothness: float | None = None,
     eta_bar: float = 0.5,
     verify_every: int = 1,
     batch_norm: Literal["frozen", "batch"] = "frozen",
-    feature_cache: Literal["auto", "hidden", "backbone", "none"] = "auto",
+    feature_cache: Literal[
+        "auto", "hidden", "backbone", "disk", "hidden-bfloat16", "none"
+    ] = "auto",
     verify: Literal["auto", "separation", "certificate", "svd", "off"] = "auto",
     precision: Literal["float32", "float64"] = "float32",
     device: str = "auto",
@@ -120,7 +129,13 @@ def train(
         tau: the second phase begins at this fraction of the epochs, or epoch.
         noise_std: sigma of the noise on the hidden layers.
         batch_size: samples a step.
-        second_phase: base trains the last layer; lazy all layers, by full gradients (Theorem 3).
+        second_phase: base, gd (Theorem 1 i) and sgd (Theorem 1 ii) train the last layer; lazy all
+            layers, by full gradients (Theorem 3); none is the base algorithm to the end.
+        l_h: of gd, the form of L_H; the step is 1 / L_H.
+        l2: of gd, L2 regularisation of the last layer.
+        steps: of gd, gradient steps an epoch.
+        c: of sgd, eta_t = c / t^(1/2 + eps); 1 / L_H by default.
+        eps: of sgd.
         smoothness: L of the lazy phase's loss, if you know it; the step is 2 eta_bar / L.
         eta_bar: in (0, 1), of the lazy phase.
         verify_every: lazy steps between two checks of the rank.
@@ -148,9 +163,11 @@ def train(
         labels, test_labels = (
             nn.functional.one_hot(part, classes).float() for part in (labels, test_labels)
         )
-    lazy = None
-    if second_phase == "lazy":
-        lazy = tp.Lazy(smoothness=smoothness, eta_bar=eta_bar, verify_every=verify_every)
+    settings: dict[str, object] = {
+        "gd": {"smoothness": l_h, "l2": l2, "steps": steps},
+        "sgd": {"c": c, "eps": eps},
+        "lazy": {"smoothness": smoothness, "eta_bar": eta_bar, "verify_every": verify_every},
+    }
     trainer = tp.Trainer(
         network,
         loss=loss,
@@ -162,7 +179,7 @@ def train(
         noise_std=noise_std,
         batch_size=batch_size,
         second_phase=second_phase,
-        lazy=lazy,
+        **{name: value for name, value in settings.items() if name == second_phase},
         batch_norm=batch_norm,
         feature_cache=feature_cache,
         verify=False if verify == "off" else verify,
@@ -178,6 +195,7 @@ def train(
         draw_culprits(result.verdict, images, result.run_dir / "culprits.png")
     if progress:
         print(f"\n{result}")
+        _draw(result)
         _explain(result)
     return _exit_code(result.status)
 
@@ -212,6 +230,12 @@ def doctor(
     return 0 if assumptions.hold else 1
 
 
+def _draw(result: tp.Result) -> None:
+    """The loss curve into the run folder, and where it is."""
+    if result.run_dir is not None and result.history:
+        print(f"  picture: {run_figure(result.run_dir)[1]}")
+
+
 def _explain(result: tp.Result) -> None:
     if result.status != "completed" or result.verdict is None:
         return
@@ -219,13 +243,17 @@ def _explain(result: tp.Result) -> None:
         "proved": "is proved" + (" at these weights" if result.verdict.claim == "at w" else ""),
         "full rank": "holds at these weights, counted numerically in float64 and not proved",
     }
-    if result.verdict.status in known:
+    if result.verdict.status not in known:
+        return
+    print(
+        f"\nThe expressivity condition {known[result.verdict.status]}: where the features have "
+        "full rank, the training\nloss is convex in the last layer and its infimum is the "
+        "global one. The Gaussian noise reaches such weights\nwith probability 1."
+    )
+    if not getattr(result.guarantee, "curve", []):
         print(
-            f"\nThe expressivity condition {known[result.verdict.status]}: where the features have "
-            "full rank, the training\nloss is convex in the last layer and its infimum is the "
-            "global one. The Gaussian noise reaches such weights\nwith probability 1. With "
-            "momentum and a constant rate (second_phase='base', the paper's experiments)\nno rate "
-            "is claimed."
+            "With momentum and a constant rate (second_phase='base', the paper's experiments) no "
+            "rate is claimed:\nsecond_phase='gd' and 'sgd' draw Theorem 1's bound beside the loss."
         )
 
 

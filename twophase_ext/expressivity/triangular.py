@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
 from ..linalg.norms import frobenius_upper, norm_upper
-from ..ops import softplus
+from ..ops.softplus import softplus
 
 BLOCK = 512  # neurons at a time
 SHARPEST = 1e-18  # ||entries taken as zero||_F stays below it

@@ -31,6 +31,9 @@ SVD_FLOPS = 4.0
 # What "auto" may take: little where it comes along with training, an hour where it is asked for.
 AUTO_SECONDS = {"current": 60.0, "init": 3600.0, "witness": 3600.0}
 AUTO_SHARE = 0.6  # of the memory available
+# Within training a proof for some weights is enough: "auto" says more about these weights only
+# where the matrix is small, n^2 p entries of work at most.
+AUTO_TRAINING = 1e9
 
 
 def verify_expressivity(
@@ -113,10 +116,14 @@ def verify_network(
     seed: int = 0,
     folder: Path | None = None,
     batch_norm: str = "frozen",
+    training: bool = False,
     progress: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Verdict:
-    """`verify_expressivity` for a Network and samples: batches (x, anything) in index order."""
+    """`verify_expressivity` for a Network and samples: batches (x, anything) in index order.
+
+    training: "auto" stops at a proof for some weights, unless the matrix is small.
+    """
     for name, value, known in (
         ("w", w, WEIGHTS),
         ("method", method, METHODS),
@@ -183,7 +190,7 @@ def verify_network(
         )
     problem = Problem(network, inputs, n, ones)
     key = " ".join([*common["hashes"].values(), w, str(seed), str(ones)])
-    attempt = _Attempt(problem, w, seed, factorization, folder, stages, key)
+    attempt = _Attempt(problem, w, seed, factorization, folder, stages, key, training)
     return verdict(**getattr(attempt, method)())
 
 
@@ -198,6 +205,7 @@ class _Attempt:
     folder: Path | None
     stages: Stages
     key: str  # of the tile file: data, hidden layers, weights asked for
+    training: bool
 
     def __post_init__(self) -> None:
         """Put the weights asked for into the copy."""
@@ -310,6 +318,8 @@ class _Attempt:
         if self.w == "witness":
             return self._witness()
         found = self.separation()
+        if self.training and found["status"] == "proved" and n * n * columns > AUTO_TRAINING:
+            return found
         at_w: dict[str, Any] = {}
         allowed, plan = self._affordable("svd", SVD_FLOPS * n * n * columns, 3 * 8 * n * columns)
         if allowed:

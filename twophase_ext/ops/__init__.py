@@ -1,9 +1,21 @@
 """Typed wrappers of the compiled operators: autograd, fake kernels, argument checks."""
 
 from .gram_logdet import gram_logdet
+from .last_layer_epoch import last_layer_epoch_
+from .last_layer_gradient import last_layer_gradient, logit_error_constant
 from .last_layer_step import last_layer_step_
 from .perturb import perturb_
 from .sgd import sgd_
 from .softplus import softplus, softplus_
 
-__all__ = ["gram_logdet", "last_layer_step_", "perturb_", "sgd_", "softplus", "softplus_"]
+__all__ = [
+    "gram_logdet",
+    "last_layer_epoch_",
+    "last_layer_gradient",
+    "last_layer_step_",
+    "logit_error_constant",
+    "perturb_",
+    "sgd_",
+    "softplus",
+    "softplus_",
+]

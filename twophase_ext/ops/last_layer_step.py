@@ -10,6 +10,18 @@ _LOSSES = {"cross_entropy": 0, "squared_error": 1}  # enum Loss of csrc/math/los
 _DTYPES = (torch.float32, torch.float64)
 
 
+def checked_loss(loss: str, like: Tensor, name: str, target: Tensor) -> int:
+    """The loss as the kernels know it; ValueError for an unknown one, TypeError for the dtypes."""
+    if loss not in _LOSSES:
+        raise ValueError(f"loss: expected one of {', '.join(_LOSSES)}, got {loss!r}")
+    if like.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float32 or float64, got {like.dtype}")
+    expected = torch.int64 if loss == "cross_entropy" else like.dtype
+    if target.dtype != expected:
+        raise TypeError(f"target: expected {expected}, got {target.dtype}")
+    return _LOSSES[loss]
+
+
 @torch.no_grad()
 def last_layer_step_(
     weight: Tensor,
@@ -44,13 +56,7 @@ def last_layer_step_(
     Raises TypeError for a wrong dtype and ValueError for a wrong shape, value or label, both before
     anything has changed.
     """
-    if loss not in _LOSSES:
-        raise ValueError(f"loss: expected one of {', '.join(_LOSSES)}, got {loss!r}")
-    if h.dtype not in _DTYPES:
-        raise TypeError(f"h: expected float32 or float64, got {h.dtype}")
-    target_dtype = torch.int64 if loss == "cross_entropy" else h.dtype
-    if target.dtype != target_dtype:
-        raise TypeError(f"target: expected {target_dtype}, got {target.dtype}")
+    code = checked_loss(loss, h, "h", target)
     updated = {
         "weight": weight,
         "bias": bias,
@@ -67,7 +73,7 @@ def last_layer_step_(
         bias_buffer,
         h,
         target,
-        _LOSSES[loss],
+        code,
         lr,
         momentum,
         dampening,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FRESH = CURRENT + ".new"  # complete, and newer than CURRENT: a kill came before its rename
 

@@ -1,7 +1,6 @@
 """The Trainer's arguments, checked and resolved."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -10,54 +9,16 @@ import torch
 from ..expressivity.verify import METHODS
 from ..names import canonical_name
 from .features import MODES
+from .settings import GradientDescent, Lazy, Settings, StochasticDescent, integer
 
-SECOND_PHASES = ("base", "lazy")
+SETTINGS: dict[str, type[Settings]] = {
+    "gd": GradientDescent,
+    "sgd": StochasticDescent,
+    "lazy": Lazy,
+}
+SECOND_PHASES = ("base", "none", *SETTINGS)
 _SIGMAS = torch.finfo(torch.float32)
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
-
-
-@dataclass(frozen=True)
-class Lazy:
-    """Settings of second_phase="lazy" (Theorem 3): full gradient steps on all parameters.
-
-    smoothness: L with ||grad L(w) - grad L(w')|| <= L ||w - w'||; the step is 2 * eta_bar / L.
-    None: the step is the optimizer's learning rate at tau and the premise stays unchecked.
-    eta_bar: in (0, 1), used with smoothness. verify_every: the rank is verified again after every
-    so many steps (one step an epoch), and after the last.
-    """
-
-    smoothness: float | None = None
-    eta_bar: float = 0.5
-    verify_every: int = 1
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        for name, value, limit in (
-            ("smoothness", self.smoothness, "inf"),
-            ("eta_bar", self.eta_bar, "1"),
-        ):
-            if name == "smoothness" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"lazy: expected a number for {name}, got {value!r}")
-            if not 0 < value < float(limit):
-                raise ValueError(f"lazy: expected {name} in (0, {limit}), got {value}")
-        object.__setattr__(
-            self, "verify_every", integer("lazy: verify_every", self.verify_every, 1)
-        )
-
-    @staticmethod
-    def of(settings: Any) -> "Lazy":
-        """The settings given as an object, as a dict or as None (defaults)."""
-        if settings is None or isinstance(settings, Lazy):
-            return settings or Lazy()
-        if not isinstance(settings, Mapping):
-            raise TypeError(f"lazy: expected a dict of settings, got {type(settings).__name__}")
-        known = [field.name for field in fields(Lazy)]
-        unknown = [name for name in settings if name not in known]
-        if unknown:
-            raise ValueError(f"lazy: expected settings among {known}, got {unknown[0]!r}")
-        return Lazy(**settings)
 
 
 @dataclass(frozen=True)
@@ -75,7 +36,12 @@ class Config:
     seed: int
     precision: str
     verify: str | bool
-    lazy: Lazy | None = None  # settings of that second phase, None in the others
+    noise_seed: int | None = None  # None: the noise comes from `seed`
+    augment_copies: int | None = None
+    # settings of these second phases, None in the others
+    gd: GradientDescent | None = None
+    sgd: StochasticDescent | None = None
+    lazy: Lazy | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,15 +51,6 @@ class Config:
     def as_dict(self) -> dict[str, Any]:
         """For config.json and for the comparison with a checkpoint's."""
         return asdict(self)
-
-
-def integer(name: str, value: Any, least: int) -> int:
-    """`value` as an int of at least `least`; TypeError or ValueError name the argument."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return int(value)
 
 
 def _choice(name: str, value: Any, choices: Any) -> str:
@@ -148,6 +105,10 @@ def resolve(
     seed: Any,
     precision: Any,
     verify: Any,
+    noise_seed: Any = None,
+    augment_copies: Any = None,
+    gd: Any = None,
+    sgd: Any = None,
     lazy: Any = None,
 ) -> Config:
     """Check every argument; TypeError or ValueError names the first one that is wrong."""
@@ -155,7 +116,7 @@ def resolve(
     second_phase = _choice("second_phase", second_phase, SECOND_PHASES)
     if verify is not False and verify not in METHODS:
         raise ValueError(f"verify: expected False or one of {METHODS}, got {verify!r}")
-    return Config(
+    config = Config(
         loss=loss,
         epochs=epochs,
         tau_epoch=resolve_tau(tau, epochs),
@@ -167,24 +128,47 @@ def resolve(
         seed=integer("seed", seed, -(2**63)),
         precision=_choice("precision", precision, PRECISIONS),
         verify=verify,
-        lazy=_resolve_lazy(lazy, second_phase, verify, batch_norm, feature_cache),
+        noise_seed=None if noise_seed is None else integer("noise_seed", noise_seed, -(2**63)),
+        augment_copies=(
+            None if augment_copies is None else integer("augment_copies", augment_copies, 1)
+        ),
+        **_settings(second_phase, {"gd": gd, "sgd": sgd, "lazy": lazy}),
     )
+    _check_combination(config)
+    return config
 
 
-def _resolve_lazy(
-    lazy: Any, second_phase: str, verify: Any, batch_norm: Any, feature_cache: Any
-) -> Lazy | None:
-    if second_phase != "lazy":
-        if lazy is not None:
-            raise ValueError(f"lazy: expected None with second_phase={second_phase!r}, got {lazy}")
-        return None
-    if verify is False:
-        raise ValueError("verify: second_phase='lazy' needs the rank verified, got False")
-    if batch_norm == "batch":
-        raise ValueError("batch_norm: second_phase='lazy' needs 'frozen' statistics, got 'batch'")
-    if feature_cache in ("hidden", "backbone"):
+def _settings(second_phase: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of this second phase; ValueError for those of another."""
+    for name, settings in given.items():
+        if name != second_phase and settings is not None:
+            raise ValueError(
+                f"{name}: expected None with second_phase={second_phase!r}, got {settings}"
+            )
+    if second_phase not in SETTINGS:
+        return {}
+    return {second_phase: SETTINGS[second_phase].of(second_phase, given[second_phase])}
+
+
+def _check_combination(config: Config) -> None:
+    """ValueError for arguments that contradict each other."""
+    mode = config.second_phase
+    if mode in SETTINGS and config.batch_norm == "batch":
         raise ValueError(
-            f"feature_cache: {feature_cache!r} needs fixed features, but second_phase='lazy' "
-            "trains all layers; leave 'auto'"
+            f"batch_norm: second_phase={mode!r} needs 'frozen' statistics, got 'batch'"
         )
-    return Lazy.of(lazy)
+    if mode == "lazy":
+        if config.verify is False:
+            raise ValueError("verify: second_phase='lazy' needs the rank verified, got False")
+        if config.feature_cache not in ("auto", "none"):
+            raise ValueError(
+                f"feature_cache: {config.feature_cache!r} needs fixed features, but "
+                "second_phase='lazy' trains all layers; leave 'auto'"
+            )
+    if config.augment_copies is not None and (
+        mode in ("lazy", "none") or config.feature_cache == "none" or config.batch_norm == "batch"
+    ):
+        raise ValueError(
+            f"augment_copies: {config.augment_copies} copies of the features are cached, which "
+            "second_phase='lazy' or 'none', feature_cache='none' and batch_norm='batch' exclude"
+        )

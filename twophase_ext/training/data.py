@@ -16,7 +16,7 @@ from torch.utils.data import (
 )
 
 from ..arrays import as_tensor, require_finite
-from .losses import ConvexLoss, prepare_targets
+from ..losses import ConvexLoss, prepare_targets
 from .streams import host_stream, stream_seed
 
 _CHECKED = 256  # samples of a Dataset looked at together before training

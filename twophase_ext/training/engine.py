@@ -12,20 +12,19 @@ from torch import Tensor
 
 from .. import ops
 from ..expressivity import Verdict, verify_network
+from ..guarantee import Guarantee
+from ..losses import CROSS_ENTROPY, ConvexLoss
 from ..network import Network
-from . import batchnorm, checkpoint, runfolder
+from . import batchnorm, checkpoint, runfolder, saved
+from .audit import premises
 from .config import Config
 from .data import Samples
 from .features import BATCH, Features
 from .freeze import tensors_hash
-from .head import HeadStep
 from .interrupt import Interrupt
-from .losses import CROSS_ENTROPY, ConvexLoss
+from .measure import measure
 from .progress import Progress
 from .streams import epoch_order, stream_seed
-
-# Attributes of a Run that a checkpoint holds as they are.
-SAVED = ("cache_mode", "epoch", "batch", "sums", "rng", "hidden_hash", "history", "timings")
 
 
 class Run:
@@ -60,7 +59,11 @@ class Run:
         self.epoch, self.batch = 0, 0  # the next batch to train on
         self.sums = torch.zeros(2, dtype=torch.float64)  # loss * samples, correct: of this epoch
         self.rng: dict[str, Tensor] | None = None  # of a run interrupted within an epoch
+        self.unchanged: bool | None = None  # the hidden layers, from tau to the end
         self.notes: dict[str, Any] = {}  # what the second phase adds to this epoch's row
+        self.descent: dict[str, Any] = {}  # what the second phase remembers from step to step
+        # What branches with the same hidden layers share: features and verdicts.
+        self.shared: dict[tuple[str | None, str], Any] | None = None
         self.train_features: Features | None = None
         self.val_features: Features | None = None
         single = train.n % config.batch_size == 1 and train.n > 1
@@ -69,14 +72,14 @@ class Run:
 
     # --- the algorithm -----------------------------------------------------------------------
 
-    def execute(self) -> str:
-        """Train to the end; the status: completed, interrupted or diverged."""
-        config = self.config
+    def execute(self, epochs: int | None = None) -> str:
+        """Train to the end, or so far; the status: completed, interrupted or diverged."""
+        epochs = self.config.epochs if epochs is None else epochs
         with self.progress, Interrupt() as interrupt:
             self._call("on_fit_start")
-            self.progress.begin("training", config.epochs, self.epoch)
-            while self.epoch < config.epochs:
-                if self.epoch >= config.tau_epoch:
+            self.progress.begin("training", epochs, self.epoch)
+            while self.epoch < epochs:
+                if self.phase == 2:
                     if self.hidden_hash is None:
                         self._perturb()
                     if self.train_features is None:
@@ -87,7 +90,7 @@ class Run:
                     return "interrupted"
                 if not self._finish_epoch(time.perf_counter() - started):
                     return "diverged"
-                if interrupt.requested and self.epoch < config.epochs:
+                if interrupt.requested and self.epoch < epochs:
                     self._save()
                     return "interrupted"
             self._prove_frozen()
@@ -95,8 +98,9 @@ class Run:
 
     @property
     def phase(self) -> int:
-        """1 before the perturbation, 2 after."""
-        return 1 if self.epoch < self.config.tau_epoch else 2
+        """1 before the perturbation, 2 after; 1 to the end without a second phase."""
+        second = self.epoch >= self.config.tau_epoch and self.config.second_phase != "none"
+        return 2 if second else 1
 
     def _perturb(self) -> None:
         """At tau: noise on the hidden parameters, BatchNorm statistics fixed, condition checked."""
@@ -104,7 +108,8 @@ class Run:
         hidden = network.hidden_parameters()
         with self._timed("perturbation"):
             if hidden:
-                seed = stream_seed(config.seed, "noise")
+                own = config.noise_seed
+                seed = stream_seed(config.seed if own is None else own, "noise")
                 ops.perturb_(hidden, config.noise_std, seed=seed)
         if config.batch_norm == "frozen":
             with self._timed("batch_norm"):
@@ -119,7 +124,11 @@ class Run:
         )
         self._call("on_perturb")
         if config.verify:
-            self.verdict = self._verify()
+            key = (self.hidden_hash, f"verdict {config.verify} {config.batch_norm}")
+            known = {} if self.shared is None else self.shared
+            if key not in known:
+                known[key] = self._verify()
+            self.verdict = known[key]
             self.progress.say(str(self.verdict).splitlines()[0])  # whole in the result's summary
             if self.folder is not None:
                 self.verdict.save(self.folder / "verdict.json")
@@ -133,48 +142,65 @@ class Run:
                 n=self.train.n,
                 method=method or str(self.config.verify),
                 batch_norm=self.config.batch_norm,
+                training=True,
                 say=self.progress.say,
             )
 
     def _cache_features(self) -> None:
-        """Fill the caches of the frozen network's features."""
-        self.network.model.train(self.config.batch_norm == "batch")
+        """Fill the caches of the frozen network's features, or take a branch's with the same."""
+        network, config, mode = self.network, self.config, self.cache_mode
+        network.model.train(config.batch_norm == "batch")
+        shared = {} if self.shared is None else self.shared
         with self._timed("features"):
-            total = self.train.n + (self.val.n if self.val is not None else 0)
-            self.progress.begin("features", total)
+            held_out = self.val if config.batch_norm == "frozen" else None
+            total = self.train.n * (config.augment_copies or 1)
+            self.progress.begin("features", total + (held_out.n if held_out is not None else 0))
             advance = lambda rows: self.progress.advance("features", rows)  # noqa: E731
-            mode = self.cache_mode
-            self.train_features = Features(self.train, self.network, mode, advance)
-            if self.val is not None and self.config.batch_norm == "frozen":
-                self.val_features = Features(self.val, self.network, mode, advance)
+            for samples, name in ((self.train, "train_features"), (held_out, "val_features")):
+                key = (self.hidden_hash, f"{name} {mode}")
+                if samples is None:
+                    continue
+                if key not in shared or mode == "none":
+                    copies = config.augment_copies if samples is self.train else None
+                    # what is measured on held-out samples is the network, not its rounded features
+                    exact = "hidden" if mode == "hidden-bfloat16" else mode
+                    kept = mode if samples is self.train else exact
+                    self.train.epoch = config.tau_epoch
+                    shared[key] = Features(samples, network, kept, advance, copies)
+                setattr(self, name, shared[key])
             self.progress.end("features")
 
     def _train_epoch(self, interrupt: Interrupt) -> bool:
         """The rest of this epoch; False where it was interrupted (state at the next batch)."""
-        order = epoch_order(self.config.seed, self.epoch, self.train.n)
         self.train.epoch = self.epoch
-        bounds = list(self._bounds())
-        step = self._first_step if self.phase == 1 else self._second_step()
-        if self.phase == 1:
-            self.network.model.train()
-        sums = self.sums.to(self.device)
-        self.progress.begin(f"epoch {self.epoch}", len(bounds), self.batch)
+        self.progress.begin(f"epoch {self.epoch}", self._steps(), self.batch)
         with self._own_rng():
-            for begin, end in bounds[self.batch :]:
-                index = order[begin:end]
-                loss, correct = step(index)
-                sums[0] += loss.double() * len(index)
-                if correct is not None:
-                    sums[1] += correct
-                self.batch += 1
-                self.progress.advance(f"epoch {self.epoch}")
-                if interrupt.requested and self.batch < len(bounds):
-                    self.sums, self.rng = sums.cpu(), self._rng_state()
-                    self.progress.end(f"epoch {self.epoch}")
-                    return False
+            done = (self._first if self.phase == 1 else self._second)(interrupt)
+            if not done:
+                self.rng = self._rng_state()
         self.progress.end(f"epoch {self.epoch}")
+        return done
+
+    def _steps(self) -> int:
+        """Steps in an epoch of this phase."""
+        return len(self._bounds()) - 1
+
+    def _first(self, interrupt: Interrupt) -> bool:
+        """The base algorithm on all parameters."""
+        order = epoch_order(self.config.seed, self.epoch, self.train.n)
+        bounds = self._bounds()
+        self.network.model.train()
+        sums = self.sums.to(self.device)
+        while self.batch < len(bounds) - 1 and not (interrupt.requested and self.batch):
+            index = order[bounds[self.batch] : bounds[self.batch + 1]]
+            loss, correct = self._first_step(index)
+            sums[0] += loss.double() * len(index)
+            if correct is not None:
+                sums[1] += correct
+            self.batch += 1
+            self.progress.advance(f"epoch {self.epoch}")
         self.sums = sums.cpu()
-        return True
+        return self.batch == len(bounds) - 1
 
     def _first_step(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """The base algorithm on all parameters."""
@@ -186,21 +212,9 @@ class Run:
         self.optimizer.step()
         return loss.detach(), self._correct(outputs.detach(), y)
 
-    def _second_step(self) -> Any:
-        """The base algorithm with eta_t = eta * nu: the last layer only, over fixed features."""
-        head = HeadStep(self.network.last.module, self.loss, self.optimizer)
-        features = self.train_features
-        assert features is not None
-
-        def step(index: Tensor) -> tuple[Tensor, Tensor | None]:
-            h, y = features.batch(index)
-            correct = None
-            if features.mode == "none" and self.loss is CROSS_ENTROPY:
-                with torch.no_grad():
-                    correct = self._correct(self.network.logits(h), y)
-            return head(h, y), correct
-
-        return step
+    def _second(self, interrupt: Interrupt) -> bool:
+        """The rest of an epoch of the second phase."""
+        raise NotImplementedError
 
     def _finish_epoch(self, seconds: float) -> bool:
         """Metrics, checkpoint, callbacks; False where the loss is no longer finite."""
@@ -210,8 +224,7 @@ class Run:
         if self.loss is CROSS_ENTROPY:
             accuracy = float(self.sums[1]) / n
             if phase == 2 and self.cache_mode != "none":
-                with self._timed("evaluation"):
-                    accuracy = self._measure(self.train_features, self.train)[1]
+                accuracy = self._measure(self.train_features, self.train)[1]
         record: dict[str, Any] = {
             "epoch": self.epoch,
             "phase": phase,
@@ -224,8 +237,7 @@ class Run:
         }
         self._add_time("first_phase" if phase == 1 else "second_phase", seconds)
         if self.val is not None:
-            with self._timed("evaluation"):
-                measured = self._measure(self.val_features, self.val)
+            measured = self._measure(self.val_features, self.val)
             record["val_loss"], record["val_accuracy"] = measured
         record |= self.notes
         self.history.append(record)
@@ -268,21 +280,10 @@ class Run:
     def _correct(self, outputs: Tensor, y: Tensor) -> Tensor | None:
         return (outputs.argmax(1) == y).sum() if self.loss is CROSS_ENTROPY else None
 
-    @torch.no_grad()
     def _measure(self, features: Features | None, samples: Samples) -> tuple[float, float | None]:
         """Mean loss and accuracy over all samples, in evaluation mode."""
-        model = self.network.model
-        mode = model.training
-        total, correct = 0.0, 0
-        model.eval()
-        source = samples.in_order(BATCH) if features is None else features.in_order(BATCH)
-        for inputs, y in source:
-            outputs = model(inputs) if features is None else self.network.logits(inputs)
-            total += float(self.loss(outputs, y)) * len(y)
-            if self.loss is CROSS_ENTROPY:
-                correct += int((outputs.argmax(1) == y).sum())
-        model.train(mode)
-        return total / samples.n, correct / samples.n if self.loss is CROSS_ENTROPY else None
+        with self._timed("evaluation"):
+            return measure(self.network, self.loss, samples if features is None else features)
 
     def measure_all(self) -> dict[str, float | None]:
         """Losses and accuracies of the network as it stands, over the whole sets."""
@@ -293,20 +294,20 @@ class Run:
         ):
             if samples is not None:
                 usable = features if self.config.batch_norm == "frozen" else None
-                with self._timed("evaluation"):
-                    measured = self._measure(usable, samples)
+                measured = self._measure(usable, samples)
                 final[f"{name}_loss"], final[f"{name}_accuracy"] = measured
         return final
 
-    def _frozen(self) -> dict[str, Tensor]:
+    def frozen(self) -> dict[str, Tensor]:
         """What stays as it is at tau."""
         return self.network.hidden_state(buffers=self.config.batch_norm == "frozen")
 
     def _hash(self) -> str:
-        return tensors_hash(self._frozen())
+        return tensors_hash(self.frozen())
 
     def _prove_frozen(self) -> None:
-        if self.hidden_hash is not None and self._hash() != self.hidden_hash:
+        self.unchanged = self.hidden_hash is None or self._hash() == self.hidden_hash
+        if not self.unchanged:
             raise RuntimeError(
                 "the hidden layers changed during the second phase: a callback or another owner "
                 "of the model wrote to them. The run's claim is void"
@@ -314,12 +315,13 @@ class Run:
 
     # --- plumbing ----------------------------------------------------------------------------
 
-    def _bounds(self) -> Iterator[tuple[int, int]]:
+    def _bounds(self) -> list[int]:
+        """Step s takes samples bounds[s] to bounds[s + 1] - 1 of the epoch's order."""
         size, n = self.config.batch_size, self.train.n
         starts = list(range(0, n, size))
         if self.joined and len(starts) > 1:
             starts.pop()
-        yield from zip(starts, [*starts[1:], n], strict=True)
+        return [*starts, n]
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -354,6 +356,10 @@ class Run:
             state["cuda"] = torch.cuda.get_rng_state(self.device)
         return state
 
+    def guarantee(self, status: str) -> Any:
+        """The premise audit, and the bound where one is claimed; status: the run's."""
+        return Guarantee(mode=self.config.second_phase, premises=premises(self))
+
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in with the run that continues it."""
         return {
@@ -366,35 +372,8 @@ class Run:
         if self.folder is None:
             return
         with self._timed("checkpoint"):
-            checkpoint.save(
-                self.folder,
-                {
-                    "model": self.network.state(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "config": self.identity(),
-                    **{name: getattr(self, name) for name in SAVED},
-                    "verdict": None if self.verdict is None else self.verdict.as_dict(),
-                },
-            )
+            checkpoint.save(self.folder, saved.state(self))
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint.
-
-        Raises ValueError, before the model has changed, where it is of another model, configuration
-        or number of samples, or where its hidden layers are not those that were frozen.
-        """
-        model = self.network
-        checkpoint.check_matches(state, checkpoint.describe(model.state()), self.identity())
-        if state["hidden_hash"] is not None:
-            own = self._frozen()
-            theirs = {name: state["model"].get(name, tensor) for name, tensor in own.items()}
-            if tensors_hash(theirs) != state["hidden_hash"]:
-                raise ValueError("resume: the checkpoint's hidden layers do not match their hash")
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise ValueError(f"resume: the checkpoint's optimizer does not fit: {error}") from error
-        model.load_state(state["model"])
-        for name in SAVED:
-            setattr(self, name, state[name])
-        self.verdict = Verdict(**state["verdict"]) if state["verdict"] else None
+        """Continue from a checkpoint; see `saved.restore`."""
+        saved.restore(self, state)

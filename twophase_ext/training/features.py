@@ -1,5 +1,8 @@
 """What the second phase keeps of the frozen network: h, the wide layer's input, or nothing."""
 
+import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +12,10 @@ from torch import Tensor
 from ..network import Network
 from .data import Samples
 
-MODES = ("auto", "hidden", "backbone", "none")
+MODES = ("auto", "hidden", "backbone", "disk", "hidden-bfloat16", "none")
 # Samples a forward pass outside training; fixed, so that a resumed run has the same bits.
 BATCH = 256
-SHARE = 0.6  # of the memory available when the cache is planned
+SHARE = 0.6  # of the memory, or of the free disk, when the cache is planned
 
 
 @dataclass(frozen=True)
@@ -31,22 +34,34 @@ def plan_cache(
     backbone_width: int | None,
     itemsize: int,
     available: int,
+    disk: int,
     random: bool,
     fixed_features: bool,
+    copies: int | None = None,
 ) -> CachePlan:
-    """Choose what to cache for n samples (training and validation together).
+    """Choose what to cache for n rows (training, times its augmented copies, and validation).
 
-    "hidden" keeps n * width numbers, "backbone" n * backbone_width (the wide layer is then
-    recomputed a batch at a time), "none" nothing. "auto" takes the first for which
-    n * columns * itemsize <= SHARE * available bytes. Features that change from visit to visit
-    (random transforms, BatchNorm on batch statistics) cannot be cached: asking for it is a
-    ValueError. "backbone" without a wide softplus layer is a ValueError as well.
+    "hidden" keeps n * width numbers in memory, "backbone" n * backbone_width (the wide layer is
+    then recomputed a batch at a time), "disk" n * width in a memory-mapped file, "none" nothing.
+    "auto" takes the first for which n * columns * itemsize <= SHARE * available bytes (disk: of
+    the `disk` bytes that are free, 0 on an accelerator). "hidden-bfloat16" keeps h rounded to
+    bfloat16, which is another h: only where it is asked for.
+
+    Features that change from visit to visit (random transforms without `copies`, BatchNorm on batch
+    statistics) cannot be cached: asking for it is a ValueError. So are "backbone" without a wide
+    softplus layer, "hidden-bfloat16" for other than float32, "disk" on an accelerator, and copies
+    of data that do not change.
     """
     if requested not in MODES:
         raise ValueError(f"feature_cache: expected one of {MODES}, got {requested!r}")
-    if not fixed_features or random:
+    if copies is not None and not random:
+        raise ValueError(
+            f"augment_copies: expected None, got {copies}: the training data do not change from "
+            "visit to visit"
+        )
+    if not fixed_features or (random and copies is None):
         cause = "the training data change from visit to visit" if random else "batch_norm='batch'"
-        if requested in ("hidden", "backbone"):
+        if requested not in ("auto", "none"):
             raise ValueError(f"feature_cache: {requested!r} needs fixed features, but {cause}")
         return CachePlan("none", f"{cause}: features are recomputed every step")
     if requested == "backbone" and backbone_width is None:
@@ -54,40 +69,65 @@ def plan_cache(
             "feature_cache: 'backbone' needs a last hidden layer that is affine + "
             "twophase_ext.nn.Softplus (tp.nn.widen adds one); use 'hidden' or 'none'"
         )
+    if requested == "hidden-bfloat16" and itemsize != 4:
+        raise ValueError("feature_cache: 'hidden-bfloat16' needs precision='float32'")
+    if requested == "disk" and not disk:
+        raise ValueError("feature_cache: 'disk' needs a model on the CPU and free disk space")
     if requested != "auto":
         return CachePlan(requested, "as asked")
-    budget = int(SHARE * available)
     tried: list[str] = []
-    for mode, columns in (("hidden", width), ("backbone", backbone_width)):
+    for mode, columns, bytes_there in (
+        ("hidden", width, available),
+        ("backbone", backbone_width, available),
+        ("disk", width, disk),
+    ):
         if columns is None:
             continue
-        needed = n * columns * itemsize
+        needed, budget = n * columns * itemsize, int(SHARE * bytes_there)
         sizes = f"{n} x {columns} x {itemsize} B = {needed / 2**30:.2f} GiB"
         if needed <= budget:
             return CachePlan(mode, "; ".join([*tried, f"{sizes} <= {budget / 2**30:.2f} GiB"]))
         tried.append(f"{mode}: {sizes} > {budget / 2**30:.2f} GiB")
+    if copies is not None:
+        raise ValueError(f"augment_copies: {copies} copies fit nowhere: {'; '.join(tried)}")
     return CachePlan("none", "; ".join(tried))
+
+
+def free_disk(device: torch.device) -> int:
+    """Bytes free where a mapped cache is kept (tempfile.gettempdir()); 0 on an accelerator."""
+    return shutil.disk_usage(tempfile.gettempdir()).free if device.type == "cpu" else 0
 
 
 class Features:
     """h(x_i) and y_i of samples under a frozen network, from the cache or recomputed.
 
     Filled in index order in batches of BATCH samples; the same network gives the same bits again.
+    With copies, the samples are visited so many times, each with its own random transforms, and
+    `copy` says which visit `batch` and `rows` mean; `in_order` and `n` are of all.
     """
 
-    def __init__(self, samples: Samples, network: Network, mode: str, on_batch: Any = None) -> None:
-        """mode: "hidden", "backbone" or "none"; on_batch(count) is called as samples are done."""
+    def __init__(
+        self,
+        samples: Samples,
+        network: Network,
+        mode: str,
+        on_batch: Any = None,
+        copies: int | None = None,
+    ) -> None:
+        """mode: one of MODES but "auto"; on_batch(count) is called as samples are done."""
         self.samples, self.network, self.mode = samples, network, mode
+        self.copies, self.copy = copies or 1, 0
+        self.n = samples.n * self.copies
         self.cache: Tensor | None = None
         self.targets: Tensor | None = None
         if mode == "none":
             return
-        function = network.hidden if mode == "hidden" else network.backbone
+        function = network.backbone if mode == "backbone" else network.hidden
         done, targets = 0, []
-        for x, y in samples.in_order(BATCH):
+        for x, y in self._visits(copies):
             rows = function(x)
             if self.cache is None:
-                self.cache = rows.new_empty(samples.n, *rows.shape[1:])
+                self.cache = self._empty(rows)
             self.cache[done : done + len(rows)] = rows
             targets.append(y)
             done += len(rows)
@@ -95,30 +135,58 @@ class Features:
                 on_batch(len(rows))
         self.targets = torch.cat(targets)
 
+    def _visits(self, copies: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch = self.samples.epoch
+        for copy in range(self.copies):
+            if copies is not None:
+                self.samples.epoch = epoch + copy
+            yield from self.samples.in_order(BATCH)
+        self.samples.epoch = epoch
+
+    def _empty(self, rows: Tensor) -> Tensor:
+        shape = (self.n, *rows.shape[1:])
+        if self.mode == "hidden-bfloat16":
+            return rows.new_empty(shape, dtype=torch.bfloat16)
+        if self.mode != "disk":
+            return rows.new_empty(shape)
+        size = self.n * rows[0].numel()
+        # The file lives as long as its mapping: its name is gone at once, whatever happens.
+        with tempfile.NamedTemporaryFile(prefix="twophase-features-") as file:
+            flat = torch.from_file(file.name, shared=True, size=size, dtype=rows.dtype)
+        return flat.view(shape)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the cache holds h itself, in whatever precision."""
+        return self.cache is not None and self.mode != "backbone"
+
     @property
     def bytes(self) -> int:
-        """Memory held by the cache."""
+        """Memory, or disk, held by the cache."""
         return 0 if self.cache is None else self.cache.numel() * self.cache.element_size()
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The cache's rows of the samples `index` in this copy."""
+        return index + self.copy * self.samples.n
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """(h [b, m_H], y) of the samples `index` (int64 on the CPU)."""
         if self.cache is None or self.targets is None:
             x, y = self.samples.fetch(index)
             return self.network.hidden(x), y
-        index = index.to(self.cache.device)
-        rows = self.cache.index_select(0, index)
-        return (
-            rows if self.mode == "hidden" else self.network.widen(rows),
-            self.targets.index_select(0, index),
-        )
+        index = self.rows(index).to(self.cache.device)
+        return self._h(self.cache.index_select(0, index)), self.targets.index_select(0, index)
 
-    def in_order(self, size: int) -> Any:
-        """Batches (h, y) of `size` in index order."""
-        for start in range(0, self.samples.n, size):
-            end = min(start + size, self.samples.n)
+    def in_order(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches (h, y) of `size` in index order, of all copies."""
+        for start in range(0, self.n, size):
+            end = min(start + size, self.n)
             if self.cache is None or self.targets is None:
                 yield self.batch(torch.arange(start, end))
             else:
-                rows = self.cache[start:end]
-                h = rows if self.mode == "hidden" else self.network.widen(rows)
-                yield h, self.targets[start:end]
+                yield self._h(self.cache[start:end]), self.targets[start:end]
+
+    def _h(self, rows: Tensor) -> Tensor:
+        if self.mode == "backbone":
+            return self.network.widen(rows)
+        return rows.float() if rows.dtype == torch.bfloat16 else rows

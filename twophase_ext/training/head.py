@@ -1,5 +1,7 @@
-"""One mini-batch step of the last layer over fixed features."""
+"""Mini-batch steps of the last layer over fixed features."""
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -7,17 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops, optim
-from .losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
+from ..losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
+from .features import Features
 
 _HYPERPARAMETERS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
 
 class HeadStep:
-    """step(h, y) -> loss before the update, under the base algorithm's optimizer and its state.
+    """Steps under the base algorithm's optimizer and its state; losses are of before each update.
 
     SGD (torch's or ours) with a built-in loss runs as one fused kernel over the optimizer's own
-    momentum buffers; anything else, hooks on gradients or steps included, as forward, backward and
-    optimizer.step().
+    momentum buffers, over stored features many steps a call; anything else, hooks on gradients or
+    steps included, as forward, backward and optimizer.step().
     """
 
     def __init__(
@@ -26,6 +29,7 @@ class HeadStep:
         """layer: the last layer; optimizer: holds its parameters, state carried over at tau."""
         self.layer, self.loss, self.optimizer = layer, loss, optimizer
         self.group = self._fused_group()
+        self._fresh = False
 
     @property
     def fused(self) -> bool:
@@ -63,39 +67,72 @@ class HeadStep:
             return None
         return None if any(group.get("nu", 1) != 1 for group in groups) else groups[0]
 
+    def run(
+        self,
+        features: Features,
+        order: Tensor,
+        bounds: Sequence[int],
+        rates: Sequence[float] | None = None,
+        on_batch: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> list[float]:
+        """Steps over the samples order[bounds[s] : bounds[s + 1]]; the loss of each.
+
+        order: int64 on the CPU. rates: a learning rate a step; None is the optimizer's own.
+        on_batch(h, y) is called before a step, where features are not stored.
+        """
+        order = order[bounds[0] : bounds[-1]]
+        bounds = [bound - bounds[0] for bound in bounds]
+        if self.group is not None and features.hidden:
+            assert features.cache is not None and features.targets is not None
+            lr = self.group["lr"] if rates is None else list(rates)
+            return ops.last_layer_epoch_(
+                *self._state(),
+                features.cache,
+                features.targets,
+                features.rows(order),
+                bounds=bounds,
+                mapped=features.mode == "disk",
+                **self._rule(lr),
+            ).tolist()
+        losses = []
+        for s, (begin, end) in enumerate(pairwise(bounds)):
+            if rates is not None:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rates[s]
+            h, y = features.batch(order[begin:end])
+            if on_batch is not None and features.cache is None:
+                on_batch(h, y)
+            losses.append(self(h, y))
+        return torch.stack(losses).double().tolist()
+
     def __call__(self, h: Tensor, y: Tensor) -> Tensor:
         """One step on features h [b, m_H] and targets y; a 0-d loss."""
         if self.group is None:
             return self._plain(h, y)
-        group, layer = self.group, self.layer
-        weight_buffer, bias_buffer, fresh = None, None, False
-        if group["momentum"] != 0:
-            weight_buffer, fresh = self._buffer(layer.weight)
-            if layer.bias is not None:
-                bias_buffer, _ = self._buffer(layer.bias)
-        return ops.last_layer_step_(
-            layer.weight.detach(),
-            None if layer.bias is None else layer.bias.detach(),
-            weight_buffer,
-            bias_buffer,
-            h,
-            y,
-            loss=self.loss.name,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            fresh=fresh,
-        )
+        return ops.last_layer_step_(*self._state(), h, y, **self._rule(self.group["lr"]))
 
-    def _buffer(self, parameter: Tensor) -> tuple[Tensor, bool]:
+    def _state(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Weight, bias and their momentum buffers; `fresh` says that these hold nothing yet."""
+        layer, self._fresh = self.layer, False
+        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        assert self.group is not None
+        if self.group["momentum"] == 0:
+            return weight, bias, None, None
+        buffer = self._buffer(layer.weight)
+        return weight, bias, buffer, None if layer.bias is None else self._buffer(layer.bias)
+
+    def _rule(self, lr: Any) -> dict[str, Any]:
+        assert self.group is not None
+        names = ("momentum", "dampening", "weight_decay", "nesterov")
+        rule = {name: self.group[name] for name in names}
+        return {"loss": self.loss.name, "lr": lr, "fresh": self._fresh, **rule}
+
+    def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.optimizer.state[parameter]
-        buffer = state.get("momentum_buffer")
-        if buffer is not None:
-            return buffer, False
-        state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return state["momentum_buffer"], True
+        if state.get("momentum_buffer") is None:
+            self._fresh = True
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
 
     def _plain(self, h: Tensor, y: Tensor) -> Tensor:
         with torch.enable_grad():

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..expressivity import Verdict
+from ..losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
 from ..network import Network
 from ..ntk import float64_copy, method_at_w, rank_shown
 from .engine import Run
 from .features import BATCH
 from .interrupt import Interrupt
-from .losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
 
 HALVINGS = 8  # of the step at one check, before the run stops
 
@@ -102,10 +102,10 @@ class LazyRun(Run):
                 f"learning rates {rates[:3]}; give lazy={{'smoothness': L}}"
             )
 
-    def execute(self) -> str:
+    def execute(self, epochs: int | None = None) -> str:
         """As of Run; "stopped" where the rank could not be shown (state before that step)."""
         try:
-            return super().execute()
+            return super().execute(epochs)
         except RankNotShown as reason:
             self.stopped = str(reason)
             self.progress.say(f"epoch {self.epoch}: stopped, {self.stopped}")
@@ -122,10 +122,10 @@ class LazyRun(Run):
     def _rows(self) -> list[dict[str, Any]]:
         return [row for row in self.history if row["phase"] == 2]
 
-    def _frozen(self) -> dict[str, Tensor]:
+    def frozen(self) -> dict[str, Tensor]:
         """BatchNorm's statistics and whatever else is not trained."""
         moving = self.network.parameters()
-        return {name: t for name, t in super()._frozen().items() if name not in moving}
+        return {name: t for name, t in super().frozen().items() if name not in moving}
 
     def _weights_finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.network.parameters().values())
@@ -239,7 +239,7 @@ class LazyRun(Run):
 
     # --- what is known -----------------------------------------------------------------------
 
-    def guarantee(self) -> LazyGuarantee | None:
+    def guarantee(self, status: str) -> LazyGuarantee | None:
         """The audit of Theorem 3's premises; None before tau."""
         if self.verdict is None:
             return None

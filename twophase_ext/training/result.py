@@ -17,8 +17,9 @@ class Result:
     each update; train_accuracy is measured during the epoch in the first phase and at its end in
     the second; accuracies are None for losses other than cross-entropy, val_* without validation
     data. status: "completed", "interrupted", "diverged" or "stopped" (lazy: the rank could not be
-    shown any more). verdict: the expressivity Verdict at w^tau, or None. guarantee: the premise
-    audit of the lazy second phase (`LazyGuarantee`), or None. final: losses
+    shown any more). verdict: the expressivity Verdict at w^tau, or None. guarantee: a `Guarantee`,
+    the premise audit and, for "gd" and "sgd", the bound of Theorem 1 beside the measured loss
+    (`LazyGuarantee` for "lazy", None before its tau). final: losses
     and accuracies of the trained network over the whole sets; empty unless completed. timings:
     seconds by stage. hidden_hash: SHA-256 of the frozen hidden layers, the same before and after
     the second phase.

@@ -109,8 +109,18 @@ def create(run_dir: str | Path | None, *, resuming: bool) -> Path:
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     """metrics.csv: one row an epoch, rewritten whole and atomically (empty cell: not measured)."""
+    _write_csv(folder / "metrics.csv", COLUMNS, history)
+
+
+def write_curve(folder: Path, curve: list[dict[str, Any]]) -> None:
+    """guarantee.csv: steps since tau, measured loss and guaranteed loss; nothing where no bound."""
+    if curve:
+        _write_csv(folder / "guarantee.csv", ("steps", "loss", "bound", "comparator"), curve)
+
+
+def _write_csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
     out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(history)
-    write_atomically(folder / "metrics.csv", lambda file: file.write(out.getvalue().encode()))
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(out.getvalue().encode()))

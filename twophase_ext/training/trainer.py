@@ -1,30 +1,39 @@
 """tp.Trainer: Algorithm 1 of the paper around any torch model and first-order optimizer."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import optim
 from ..files import write_json
+from ..losses import ConvexLoss, resolve_loss
 from ..memory import available_memory
 from ..network import Network
 from ..ops.perturb import checked_tensors
-from ..probing import record
 from . import batchnorm, checkpoint, runfolder
-from .config import Config, Lazy, integer, resolve
+from .branches import branch
+from .checks import check_runs, model_device, unchanged_on_error
+from .config import Config, resolve
 from .data import Samples
 from .engine import Run
-from .features import BATCH, plan_cache
+from .features import BATCH, free_disk, plan_cache
 from .lazy import LazyRun
-from .losses import ConvexLoss, resolve_loss
 from .progress import Progress
 from .result import Result
+from .second_phase import GradientDescentRun, HeadRun, StochasticRun
+from .settings import GradientDescent, Lazy, StochasticDescent, integer
 
+RUNS: dict[str, type[Run]] = {
+    "none": Run,
+    "base": HeadRun,
+    "gd": GradientDescentRun,
+    "sgd": StochasticRun,
+    "lazy": LazyRun,
+}
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -42,16 +51,22 @@ class Trainer:
     optimizer: callable list of parameters -> torch.optim.Optimizer; default the paper's SGD.
     last_layer: module or its name; by default the last affine layer on the path to the output.
     epochs, tau: the second phase begins at epoch round(tau * epochs), or at epoch tau if an int.
-    noise_std: sigma of the Gaussian noise, one number or {parameter name: sigma}, all > 0.
-    second_phase: "base", the base algorithm's own hyper-parameters on the last layer only; "lazy",
-        full gradient steps on all layers under Theorem 3, one an epoch, without momentum or weight
-        decay, the rank verified again as it goes: the step is halved, and in the end the run
-        stopped (status "stopped"), where the rank cannot be shown. result.guarantee tells.
-    lazy: its settings, a `Lazy` or a dict of {"smoothness", "eta_bar", "verify_every"}.
+    noise_std: sigma of the Gaussian noise, one number or {parameter name: sigma}, all > 0;
+        noise_seed: of the noise alone, default `seed`.
+    second_phase: "base", the base algorithm's own hyper-parameters on the last layer only; "gd",
+        full gradient steps of 1 / L_H, and "sgd", eta_t = c / t^(1/2 + eps), on the last layer
+        (Theorem 1, with its bound); "lazy", full gradient steps on all layers under Theorem 3, one
+        an epoch, without momentum or weight decay, the rank verified again as it goes: the step is
+        halved, and in the end the run stopped (status "stopped"), where the rank cannot be shown;
+        "none", the base algorithm to the end, to compare with. result.guarantee tells what held.
+    gd, sgd, lazy: their settings, a `GradientDescent`, `StochasticDescent`, `Lazy`, or a dict.
     batch_norm: "frozen" (statistics recomputed once after the perturbation over the training set in
         index order, 256 samples at a time, then fixed) or "batch"
         (batch statistics go on moving: nothing is cached and Theorem 1's premise fails).
-    feature_cache: "auto", "hidden", "backbone" or "none"; auto chooses by memory and says what.
+    feature_cache: "auto", "hidden", "backbone", "disk" or "none"; auto chooses by memory and says
+        what. "hidden-bfloat16": h rounded, half the memory, another function.
+    augment_copies: data transformed at random are visited so many times at tau and these copies
+        cached, an approximation of new transforms in every epoch.
     batch_size, seed; device: "auto" (where the model is) or that same device; precision: "float32"
         or "float64", to which model and data are converted.
     verify: method of `verify_expressivity` at w^tau ("auto", "separation", ...), or False.
@@ -73,10 +88,14 @@ class Trainer:
         epochs: int = 100,
         tau: float | int = 0.6,
         noise_std: float | dict[str, float] = 1e-3,
+        noise_seed: int | None = None,
         second_phase: str = "base",
+        gd: GradientDescent | dict[str, Any] | None = None,
+        sgd: StochasticDescent | dict[str, Any] | None = None,
         lazy: Lazy | dict[str, Any] | None = None,
         batch_norm: str = "frozen",
         feature_cache: str = "auto",
+        augment_copies: int | None = None,
         batch_size: int = 64,
         seed: int = 1,
         device: str | torch.device = "auto",
@@ -93,27 +112,46 @@ class Trainer:
         if optimizer is not None and not callable(optimizer):
             raise TypeError("optimizer: expected a callable parameters -> Optimizer")
         self.loss = resolve_loss(loss)
-        self.config = resolve(
-            loss=self.loss.name,
-            epochs=epochs,
-            tau=tau,
-            noise_std=noise_std,
-            second_phase=second_phase,
-            lazy=lazy,
-            batch_norm=batch_norm,
-            feature_cache=feature_cache,
-            batch_size=batch_size,
-            seed=seed,
-            precision=precision,
-            verify=verify,
-        )
+        settings: dict[str, Any] = {
+            "epochs": epochs,
+            "tau": tau,
+            "noise_std": noise_std,
+            "noise_seed": noise_seed,
+            "second_phase": second_phase,
+            "gd": gd,
+            "sgd": sgd,
+            "lazy": lazy,
+            "batch_norm": batch_norm,
+            "feature_cache": feature_cache,
+            "augment_copies": augment_copies,
+            "batch_size": batch_size,
+            "seed": seed,
+            "precision": precision,
+            "verify": verify,
+        }
+        self.config = resolve(loss=self.loss.name, **settings)
         self.model, self.last_layer = model, last_layer
         self.optimizer = optimizer or paper_optimizer
-        self.device = _model_device(model, device)
+        self.device = model_device(model, device)
         self.run_dir = run_dir
         every = 1 if checkpoint_every is None else checkpoint_every
         self.checkpoint_every = integer("checkpoint_every", every, 1)
         self.callbacks, self.progress = tuple(callbacks), progress
+        self._arguments = {
+            **settings,
+            "loss": loss,
+            "optimizer": optimizer,
+            "last_layer": last_layer,
+            "device": device,
+            "run_dir": run_dir,
+            "checkpoint_every": checkpoint_every,
+            "callbacks": self.callbacks,
+            "progress": progress,
+        }
+
+    def clone(self, model: nn.Module, **changes: Any) -> "Trainer":
+        """A Trainer of `model` with the same arguments but for `changes`."""
+        return Trainer(model, **{**self._arguments, **changes})
 
     def fit(
         self, train: Any, val: Any = None, *, resume: bool | str | Path | None = None
@@ -132,12 +170,38 @@ class Trainer:
         TypeError for unusable data, FileNotFoundError or ValueError for an unusable checkpoint,
         before the model has changed.
         """
-        with _unchanged_on_error(self.model):
-            run = self._prepare(train, val, resume)
+        return self.execute(self.prepare(train, val, resume))
+
+    def branch(
+        self,
+        branches: Mapping[str, Mapping[str, Any]],
+        train: Any,
+        val: Any = None,
+        *,
+        resume: bool = False,
+    ) -> dict[str, Result]:
+        """Several second phases from one first phase: {name: Result}, in the order given.
+
+        branches: {name: the Trainer's arguments to change}, of second_phase and its settings,
+        noise_std, noise_seed, optimizer (its own rates, the trunk's state), epochs, verify,
+        batch_norm, feature_cache and augment_copies. second_phase="none" is the base algorithm
+        continued, so that base and two-phase share a trunk. Branches with the same noise share one
+        cache of features. self.model ends as it is at tau, each result.model is a copy.
+
+        run_dir gets a folder for the trunk and one for each branch. resume=True continues
+        what is there and recomputes nothing that is finished. Ctrl-C saves and returns the branches
+        so far, the last one "interrupted", or {"trunk": Result} within the first phase. Raises as
+        `fit`; ValueError for a change that the first phase depends on.
+        """
+        return branch(self, branches, train, val, resume)
+
+    def execute(self, run: Run, epochs: int | None = None) -> Result:
+        """Train a prepared run to its end, or to an epoch; see `fit`."""
         modes = {module: module.training for module in self.model.modules()}
         try:
-            status = run.execute()
+            status = run.execute(epochs)
             final = run.measure_all() if status == "completed" else {}
+            found = run.guarantee(status)
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -149,12 +213,13 @@ class Trainer:
             verdict=run.verdict,
             final=final,
             timings=run.timings,
-            guarantee=run.guarantee() if isinstance(run, LazyRun) else None,
+            guarantee=found,
             # in the lazy phase the hidden layers move: no claim that they did not
             hidden_hash=None if isinstance(run, LazyRun) else run.hidden_hash,
             feature_cache=run.cache_mode if run.hidden_hash else None,
         )
         if run.folder is not None:
+            runfolder.write_curve(run.folder, getattr(found, "curve", []))
             write_json(
                 run.folder / "result.json",
                 {
@@ -171,8 +236,12 @@ class Trainer:
 
     # --- parts of fit ------------------------------------------------------------------------
 
+    def prepare(self, train: Any, val: Any, resume: bool | str | Path | None) -> Run:
+        """The run of `fit` before its first step: everything that can be refused is refused."""
+        with unchanged_on_error(self.model):
+            return self._prepare(train, val, resume)
+
     def _prepare(self, train: Any, val: Any, resume: bool | str | Path | None) -> Run:
-        """Everything that can be refused is refused here."""
         config = self.config
         progress = Progress(self.progress)
         self.model.to(config.dtype)
@@ -196,7 +265,7 @@ class Trainer:
         for part in (samples, held_out):
             if part is not None:
                 part.seed = config.seed
-                _check_runs(self.model, part)
+                check_runs(self.model, part)
         network = Network(self.model, next(samples.in_order(2))[0][:2], self.last_layer)
         for part in (samples, held_out):
             if part is not None:
@@ -204,7 +273,7 @@ class Trainer:
         self._describe(network, samples, progress)
         mode = self._plan(network, samples, held_out, config, progress)
         optimizer = self._make_optimizer(network)
-        run = (LazyRun if config.lazy else Run)(
+        run = RUNS[config.second_phase](
             network,
             self.loss,
             optimizer,
@@ -238,7 +307,7 @@ class Trainer:
                 f"the last hidden layer has {network.width} units for n = {samples.n} samples: "
                 "Theorem 1's premise m_H >= n fails and no guarantee is claimed. "
                 "tp.nn.widen(model, n) adds such a layer",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _plan(
@@ -250,15 +319,18 @@ class Trainer:
         progress: Progress,
     ) -> str:
         wide = network.wide
-        if config.lazy:
+        if config.second_phase in ("lazy", "none"):
             return "none"
+        copies = config.augment_copies
         plan = plan_cache(
             config.feature_cache,
-            n=samples.n + (held_out.n if held_out is not None else 0),
+            n=samples.n * (copies or 1) + (held_out.n if held_out is not None else 0),
             width=network.width,
             backbone_width=None if wide is None else wide.linear.in_features,
             itemsize=config.dtype.itemsize,
             available=available_memory(self.device),
+            disk=free_disk(self.device),
+            copies=copies,
             random=samples.random or bool(held_out is not None and held_out.random),
             fixed_features=config.batch_norm == "frozen",
         )
@@ -329,56 +401,3 @@ class Trainer:
         if run.verdict is not None:
             run.verdict.save(folder / "verdict.json")
         run.progress.say(f"run folder: {folder}")
-
-
-@contextmanager
-def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """The conversion to the training precision is undone where the arguments are refused."""
-    parameters = [
-        (p, p.data, p.grad, None if p.grad is None else p.grad.data) for p in model.parameters()
-    ]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for parameter, data, grad, grad_data in parameters:
-            parameter.grad = None
-            parameter.data = data
-            if grad is not None and grad_data is not None:
-                grad.data = grad_data
-                parameter.grad = grad
-        for module, own in buffers:
-            module._buffers.update(own)
-        raise
-
-
-def _check_runs(model: nn.Module, samples: Samples) -> None:
-    """Run the model on two samples; ValueError where it does not take such inputs."""
-    x: Tensor = next(samples.in_order(2))[0][:2]
-    try:
-        record(model, x, ())
-    except Exception as error:  # whatever the user's own forward pass raises
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{samples.name}: the model does not run on inputs of shape "
-            f"[n, {', '.join(map(str, x.shape[1:]))}] and {x.dtype}: {first_line}"
-        ) from error
-
-
-def _model_device(model: nn.Module, device: str | torch.device) -> torch.device:
-    """The one device of the model's parameters; ValueError where it is not the one asked for."""
-    devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
-    if len(devices) > 1:
-        found = ", ".join(sorted(str(d) for d in devices))
-        raise ValueError(f"model: expected all parameters on one device, got {found}")
-    if not devices:
-        raise ValueError("model: has no parameters")
-    own = devices.pop()
-    if device != "auto":
-        asked = torch.device(device)
-        if asked.type != own.type or (asked.index is not None and asked.index != own.index):
-            raise ValueError(
-                f"device: asked for {asked}, but the model is on {own}; move it first "
-                f"(model.to({str(asked)!r})) or leave device='auto'"
-            )
-    return own

@@ -1,0 +1,133 @@
+// A mini-batch step of the last layer in three passes, for callers that share them among threads:
+//   logits   of slices of features, into partial sums
+//   losses   of rows: slices added in order, loss and its derivative by the logits
+//   update   of slices of features, from the rows and the derivatives
+// The features are cut into slices by m alone and their partial logits are added in order, so that
+// the result has the same bits for any number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+#include "../math/loss.h"
+#include "kernels/last_layer_step.h"
+#include "kernels/sgd.h"
+
+namespace twophase {
+
+struct Slices {
+  static constexpr int64_t kMost = 32, kShortest = 256, kMultiple = 16;
+  int64_t m, length, count;
+
+  explicit Slices(int64_t m_) : m(m_) {
+    const int64_t even = (m + kMost - 1) / kMost;
+    length = std::max(kShortest, (even + kMultiple - 1) / kMultiple * kMultiple);
+    count = (m + length - 1) / length;
+  }
+  int64_t begin(int64_t slice) const { return slice * length; }
+  int64_t end(int64_t slice) const { return std::min((slice + 1) * length, m); }
+};
+
+// A sum in order would be less accurate than torch's in float64.
+inline double pairwise_sum(const double* x, int64_t n) {
+  if (n <= 1) return n == 0 ? 0.0 : x[0];
+  return pairwise_sum(x, n / 2) + pairwise_sum(x + n / 2, n - n / 2);
+}
+
+inline std::pair<int64_t, int64_t> first_bad_label(const int64_t* label, int64_t b, int64_t k) {
+  for (int64_t r = 0; r < b; ++r)
+    if (label[r] < 0 || label[r] >= k) return {r, label[r]};
+  return {-1, 0};
+}
+
+struct Rule {
+  bool fresh;
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov;
+};
+
+template <class T>
+class Passes {
+ public:
+  Slices slices;
+
+  // For steps of at most b rows. h_dtype: of the rows; that of T or bfloat16.
+  Passes(int64_t b, int64_t k, int64_t m, Dtype h_dtype)
+      : slices(m),
+        k_(k),
+        m_(m),
+        h_dtype_(h_dtype),
+        partial_(new T[slices.count * b * k]),
+        delta_(new T[b * k]),
+        loss_(new double[b]) {}
+
+  void logits(const void* const* rows, int64_t b, const void* weight, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) TP_DISPATCH(last_layer_logits)
+    (kDtype, h_dtype_, rows, weight, b, k_, m_, slices.begin(i), slices.end(i),
+     partial_.get() + i * b * k_);
+  }
+
+  // Row r of the b has the target of sample r, or of sample index[r]. scale: of the mean. z: k
+  // numbers of scratch.
+  void losses(int64_t begin, int64_t end, int64_t b, const void* bias, Loss loss,
+              const void* target, const int64_t* index, double scale, double* z) {
+    for (int64_t r = begin; r < end; ++r) {
+      for (int64_t j = 0; j < k_; ++j)
+        z[j] = bias ? static_cast<double>(static_cast<const T*>(bias)[j]) : 0.0;
+      for (int64_t i = 0; i < slices.count; ++i) {
+        const T* partial = partial_.get() + (i * b + r) * k_;
+        for (int64_t j = 0; j < k_; ++j) z[j] += static_cast<double>(partial[j]);
+      }
+      const int64_t sample = index ? index[r] : r;
+      loss_[r] = loss == Loss::kCrossEntropy
+                     ? cross_entropy_row(z, k_, static_cast<const int64_t*>(target)[sample], scale)
+                     : squared_error_row(z, k_, static_cast<const T*>(target) + sample * k_, scale);
+      for (int64_t j = 0; j < k_; ++j) delta_[r * k_ + j] = static_cast<T>(z[j]);
+    }
+  }
+
+  double loss_sum(int64_t b) const { return pairwise_sum(loss_.get(), b); }
+
+  // Backwards: the first pass has left the end of a slice in the cache.
+  void update(const void* const* rows, int64_t b, void* weight, void* buffer, const Rule& rule,
+              int64_t begin, int64_t end) {
+    for (int64_t i = end - 1; i >= begin; --i) TP_DISPATCH(last_layer_update)
+    (kDtype, h_dtype_, rows, delta_.get(), b, k_, m_, slices.begin(i), slices.end(i), weight,
+     buffer, rule.fresh, rule.lr, rule.momentum, rule.dampening, rule.weight_decay, rule.nesterov);
+  }
+
+  void update_bias(int64_t b, void* bias, void* buffer, const Rule& rule, T* gradient) {
+    bias_gradient(b, gradient);
+    TP_DISPATCH(sgd)
+    (kDtype, bias, gradient, buffer, k_, rule.fresh, rule.lr, rule.momentum, rule.dampening,
+     rule.weight_decay, rule.nesterov, false);
+  }
+
+  // gradient [k, m] += of these rows, on the slices.
+  void add_gradient(const void* const* rows, int64_t b, void* gradient, int64_t begin,
+                    int64_t end) {
+    for (int64_t i = end - 1; i >= begin; --i) TP_DISPATCH(last_layer_add_gradient)
+    (kDtype, h_dtype_, rows, delta_.get(), b, k_, m_, slices.begin(i), slices.end(i), gradient);
+  }
+
+  void bias_gradient(int64_t b, T* gradient) const {
+    for (int64_t j = 0; j < k_; ++j) gradient[j] = static_cast<T>(bias_sum(b, j));
+  }
+  double bias_sum(int64_t b, int64_t j) const {
+    double sum = 0;
+    for (int64_t r = 0; r < b; ++r) sum += static_cast<double>(delta_[r * k_ + j]);
+    return sum;
+  }
+
+ private:
+  static constexpr Dtype kDtype = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+  int64_t k_, m_;
+  Dtype h_dtype_;
+  std::unique_ptr<T[]> partial_;  // [slices, b, k]
+  std::unique_ptr<T[]> delta_;    // [b, k]
+  std::unique_ptr<double[]> loss_;
+};
+
+}  // namespace twophase

@@ -1,0 +1,242 @@
+"""The bound of Theorem 1 as a curve over the steps of the second phase.
+
+The last layer's objective L is convex and L_H-smooth over fixed features, so that for *every*
+comparator v, with R_v = ||v - w^tau||_F:
+
+(i)  w <- w - grad L(w) / L_H:    L(w^t) <= L(v) + L_H R_v^2 / (2 (t - tau));
+(ii) w <- w - eta_k g_k, E[g_k | w^k] = grad L(w^k), E ||g_k||^2 <= G^2:
+     E[min_k L(w^k)] <= L(v) + (R_v^2 + G^2 sum_k eta_k^2) / (2 sum_k eta_k), k = tau .. t - 1.
+
+The paper takes v among the minimisers. For cross-entropy over features of full rank the infimum 0
+is not attained and there is none: its proof holds for every v, and the least right side is taken
+over a family (comparators.py).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .comparators import Blocks, Comparator, comparators, last_layer_objective
+from .losses import CROSS_ENTROPY, resolve_loss
+
+__all__ = ["Blocks", "Comparator", "Guarantee", "comparators", "guarantee", "smoothness"]
+
+ENOUGH, ITERATIONS = 1.01, 30  # of the power iteration: upper / lower bound, passes at most
+UNIT = 2.0**-53
+
+
+@dataclass
+class Guarantee:
+    """What Theorem 1 says of a run: the premise audit and, where it applies, the bound.
+
+    mode: the second phase. premises: (name, "held" | "failed" | "not checked", evidence). curve:
+    one dict a point: steps (t - tau), bound, comparator, and loss, the measured objective, where it
+    is known; empty where no bound is claimed. in_expectation: the bound is one of the mean over the
+    draws of mini-batches, and of the least loss so far. rigorous: False where a constant of it was
+    measured. constants: L_H, or G^2 and c.
+    """
+
+    mode: str
+    premises: list[tuple[str, str, str]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    constants: dict[str, float] = field(default_factory=dict)
+    in_expectation: bool = False
+    rigorous: bool = True
+
+    @property
+    def closest(self) -> dict[str, Any] | None:
+        """The point where the bound is closest above the measured loss, as a ratio."""
+        known = [p for p in self.curve if p["steps"] and p.get("loss", 0) > 0]
+        return min(known, key=lambda p: p["bound"] / p["loss"], default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """The audit and the bound for a person."""
+        lines = [f"Theorem 1, premises (second_phase={self.mode!r}):"]
+        width = max((len(name) for name, _, _ in self.premises), default=0)
+        lines += [f"  {n:<{width}}  {status:<11}  {why}" for n, status, why in self.premises]
+        if not self.curve:
+            return "\n".join([*lines, "  no bound is claimed"])
+        last = self.curve[-1]
+        kind = "on average over the draws" if self.in_expectation else "at every step"
+        measured = f", measured {last['loss']:.4e}" if "loss" in last else ""
+        bound = f"loss <= {last['bound']:.4e} after {last['steps']} steps"
+        lines.append(f"  guaranteed {kind}: {bound}{measured}")
+        closest = self.closest
+        if closest:
+            ratio = closest["bound"] / closest["loss"]
+            lines.append(f"  closest: {ratio:.3g} times the loss after {closest['steps']} steps")
+        if not self.rigorous:
+            lines.append("  with a measured bound of the gradients: no proof")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def smoothness(
+    blocks: Blocks, *, loss: Any, form: str = "tight", ones: bool = True, l2: float = 0.0
+) -> float:
+    """L_H of the last layer's objective over fixed features, rounded up.
+
+    blocks: a function that starts a pass over (h [b, m], targets), any floating dtype. form:
+    "paper", (L_ell / n) sum_i ||[h_i, 1]||^2 as in Theorem 1, or "tight", an upper bound of
+    (L_ell / n) lambda_max(M^T M), M = [h, 1]: Collatz's max_i (A x)_i / x_i for A = |M|^T |M| and
+    x > 0 from a power iteration, at most the paper's form. l2 is added. ValueError: unknown form.
+    """
+    if form not in ("tight", "paper"):
+        raise ValueError(f"form: expected 'tight' or 'paper', got {form!r}")
+    constant = resolve_loss(loss).smoothness
+    x, trace, n = None, 0.0, 0
+    upper = math.inf
+    for _ in range(ITERATIONS if form == "tight" else 1):
+        product, trace, n = None, 0.0, 0
+        for h, _targets in blocks():
+            m = _with_ones(h, ones).abs_()
+            if x is None:
+                x = m.new_ones(m.shape[1])
+            trace, n = trace + float(m.square().sum()), n + len(m)
+            part = m.T @ (m @ x)
+            product = part if product is None else product.add_(part)
+        if product is None or x is None:
+            raise ValueError("blocks: expected at least one sample, got none")
+        rounding = 1 + 4 * (n + len(x) + 4) * UNIT  # sums of numbers >= 0, two in a row
+        trace *= rounding
+        upper = min(upper, float((product / x).max()) * rounding, trace)
+        lower = float(x @ product) / float(x @ x)
+        if upper <= ENOUGH * lower:
+            break
+        x = (product / product.max()).clamp_min(1e-9)
+    largest = trace if form == "paper" else upper
+    return float((constant / n * largest + l2) * (1 + 4 * UNIT))
+
+
+@torch.no_grad()
+def guarantee(
+    features: Blocks | tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    loss: Any = "cross_entropy",
+    mode: str = "gd",
+    steps: Sequence[int],
+    losses: Sequence[float] | None = None,
+    smoothness: str | float = "tight",
+    l2: float = 0.0,
+    rates: Sequence[float] | None = None,
+    gradient_bound: float | None = None,
+    candidates: Sequence[tuple[Any, ...]] = (),
+    ones: bool | None = None,
+) -> Guarantee:
+    """Theorem 1's bound at the given numbers of steps since tau, minimised over comparators.
+
+    features: (h [n, m], targets) or a function that starts a pass over such blocks. weight [k, m],
+    bias [k] or None: the last layer at tau; ones: whether the bias is trained (default: where there
+    is one). loss, l2: the objective, mean loss + (l2 / 2) ||w||^2.
+    steps: t - tau, >= 0; at 0 the bound is L(w^tau) itself. losses: measured objectives there.
+    mode "gd", part (i): smoothness is L_H, or the form in which it is computed. mode "sgd", part
+    (ii): rates are eta of every step, as many as the largest of steps; G^2 = 2 max ||[h_i, 1]||^2
+    for cross-entropy, because ||softmax - one-hot||_2^2 <= 2, and gradient_bound for another loss,
+    measured. candidates: (name, weight, bias) of other comparators, such as the last weights.
+
+    Raises ValueError for an unknown mode and for missing or unfitting rates, losses or
+    gradient_bound.
+    """
+    resolved, known = resolve_loss(loss), list(steps)
+    ones = bias is not None if ones is None else ones
+    blocks = _blocks(features)
+    if mode not in ("gd", "sgd"):
+        raise ValueError(f"mode: expected 'gd' or 'sgd', got {mode!r}")
+    if not known or min(known) < 0:
+        raise ValueError(f"steps: expected numbers >= 0, at least one, got {known[:5]}")
+    if losses is not None and len(losses) != len(known):
+        raise ValueError(f"losses: expected {len(known)}, as many as steps, got {len(losses)}")
+    result = Guarantee(mode=mode, in_expectation=mode == "sgd")
+    if mode == "gd":
+        largest = _smoothness(blocks, resolved, smoothness, ones, l2)
+        result.constants = {"L_H": largest, "l2": l2}
+        weights = {t: (largest / (2 * t), 0.0) for t in known if t}
+    else:
+        weights = _sgd_weights(result, blocks, resolved, known, rates, gradient_bound, ones)
+    family = comparators(
+        blocks,
+        weight,
+        bias,
+        loss=resolved,
+        l2=l2,
+        candidates=candidates,
+        ones=ones,
+        distances=[factor for factor, _ in weights.values()],
+    )
+    start = last_layer_objective(blocks, weight, bias, resolved, l2, ones)
+    measured = [None] * len(known) if losses is None else list(losses)
+    for t, loss_there in zip(known, measured, strict=True):
+        point: dict[str, Any] = {"steps": t, "bound": start, "comparator": "w^tau"}
+        if t:
+            factor, rest = weights[t]
+            value, best = min((v.loss + factor * v.distance2, i) for i, v in enumerate(family))
+            point["bound"] = (value + rest) * (1 + 16 * UNIT)
+            point["comparator"] = family[best].name
+        if loss_there is not None:
+            point["loss"] = float(loss_there)
+        result.curve.append(point)
+    return result
+
+
+def _blocks(features: Blocks | tuple[Tensor, Tensor]) -> Blocks:
+    if not isinstance(features, tuple):
+        return features
+    pair = features
+    return lambda: [pair]
+
+
+def _smoothness(features: Blocks, loss: Any, given: str | float, ones: bool, l2: float) -> float:
+    """L_H as given, or in the form asked for."""
+    if isinstance(given, str):
+        return smoothness(features, loss=loss, form=given, ones=ones, l2=l2)
+    if not 0 < given < math.inf:
+        raise ValueError(f"smoothness: expected a form or a number > 0, got {given}")
+    return float(given)
+
+
+def _sgd_weights(
+    result: Guarantee,
+    features: Blocks,
+    loss: Any,
+    steps: list[int],
+    rates: Sequence[float] | None,
+    gradient_bound: float | None,
+    ones: bool,
+) -> dict[int, tuple[float, float]]:
+    """Step -> (factor of R_v^2, the rest of the right side)."""
+    if rates is None or len(rates) < max(steps):
+        got = "none" if rates is None else len(rates)
+        raise ValueError(f"rates: expected one for each of {max(steps)} steps, got {got}")
+    if loss is CROSS_ENTROPY:
+        squares = [float(_with_ones(h, ones).square().sum(1).max()) for h, _ in features()]
+        square = 2 * max(squares) * (1 + 2**-20)
+    elif gradient_bound is None:
+        raise ValueError(f"gradient_bound: expected E ||g||^2 <= G^2 for {loss.name}, got None")
+    else:
+        square, result.rigorous = float(gradient_bound), False
+    result.constants = {"G^2": square, "eta_1": float(rates[0])}
+    sums = torch.tensor(list(rates), dtype=torch.float64).cumsum(0)
+    squares_of = torch.tensor(list(rates), dtype=torch.float64).square().cumsum(0)
+    up = 1 + 2 * len(rates) * UNIT
+    weights = {}
+    for t in steps:
+        if t:
+            total = 2 * float(sums[t - 1]) / up
+            weights[t] = (1 / total, square * float(squares_of[t - 1]) * up / total)
+    return weights
+
+
+def _with_ones(h: Tensor, ones: bool) -> Tensor:
+    """M's rows in float64, a fresh tensor."""
+    h = h.to(torch.float64, copy=True)
+    return torch.cat([h, h.new_ones(len(h), 1)], 1) if ones else h

@@ -1,0 +1,104 @@
+"""Many SGD steps of the last layer over cached features, in one call."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _load  # noqa: F401  registers torch.ops.twophase
+from .last_layer_step import checked_loss
+
+_ops = torch.ops.twophase
+
+
+@torch.no_grad()
+def last_layer_epoch_(
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_buffer: Tensor | None,
+    bias_buffer: Tensor | None,
+    h: Tensor,
+    target: Tensor,
+    order: Tensor,
+    *,
+    batch_size: int | None = None,
+    bounds: Sequence[int] | None = None,
+    loss: str = "cross_entropy",
+    lr: float | Sequence[float],
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    fresh: bool = False,
+    mapped: bool = False,
+) -> Tensor:
+    """Step s is `last_layer_step_` on the rows order[bounds[s] : bounds[s + 1]] of h and target.
+
+    Mini-batch SGD itself: an epoch by its permutation, several epochs, or draws with replacement.
+    order: int64 indices on the CPU. bounds: ascending from 0 to len(order); or batch_size: batches
+    of so many, the last one of what is left. lr: one for all steps or one a step.
+
+    weight [k, m], bias [k] or None and, where momentum is not 0, their momentum buffers are updated
+    in place: float32 or float64, contiguous. h: [n, m] of weight's dtype, of any row stride, or
+    bfloat16 beside a float32 weight, widened as it is read. target: int64 [n] or weight's dtype
+    [n, k]. The other arguments are those of last_layer_step_; fresh: the buffers hold nothing
+    before the first step. mapped: h lies in a file; the rows of the next step are asked for ahead.
+
+    Returns the loss of each step before its update, float64 [steps]. No Python and no allocation
+    per step. The same bits for any number of threads, and where a call is split in two.
+
+    Raises TypeError for a wrong dtype and ValueError for a wrong shape, value, index or label,
+    before anything has changed.
+    """
+    if (batch_size is None) == (bounds is None):
+        raise ValueError("batch_size: expected either batch_size or bounds")
+    if bounds is None:
+        assert batch_size is not None
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
+        bounds = [*range(0, len(order), batch_size), len(order)] if len(order) else [0]
+    code = checked_loss(loss, weight, "weight", target)
+    if order.dtype != torch.int64:
+        raise TypeError(f"order: expected int64, got {order.dtype}")
+    if h.dtype != weight.dtype and (h.dtype, weight.dtype) != (torch.bfloat16, torch.float32):
+        raise TypeError(f"h: expected {weight.dtype} or bfloat16 beside float32, got {h.dtype}")
+    return _ops.last_layer_epoch_(
+        weight,
+        bias,
+        weight_buffer,
+        bias_buffer,
+        h,
+        target,
+        order,
+        list(bounds),
+        code,
+        [lr] if isinstance(lr, int | float) else list(lr),
+        momentum,
+        dampening,
+        weight_decay,
+        nesterov,
+        fresh,
+        mapped,
+    )
+
+
+@torch.library.register_fake("twophase::last_layer_epoch_")
+def _(
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_buffer: Tensor | None,
+    bias_buffer: Tensor | None,
+    h: Tensor,
+    target: Tensor,
+    order: Tensor,
+    bounds: list[int],
+    loss: int,
+    lr: list[float],
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    fresh: bool,
+    mapped: bool,
+) -> Tensor:
+    return h.new_empty(len(bounds) - 1, dtype=torch.float64)

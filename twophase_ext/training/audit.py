@@ -1,0 +1,161 @@
+"""The premise audit: what Theorem 1 asks of a run, whether it held, and the evidence."""
+
+from typing import TYPE_CHECKING
+
+from ..premises import (
+    FAILED,
+    HELD,
+    UNCHECKED,
+    Assumption,
+    analytic_premises,
+    depth_premise,
+    loss_premise,
+    width_premise,
+)
+from .batchnorm import batch_norms
+
+if TYPE_CHECKING:
+    from .engine import Run
+
+Premise = tuple[str, str, str]
+
+
+def premises(run: "Run") -> list[Premise]:
+    """(name, "held" | "failed" | "not checked", evidence) of each premise of Theorem 1.
+
+    Part (i) for second_phase="gd", part (ii) for "sgd"; "base" and "none" are held against part
+    (ii), the one for mini-batches. Before tau the premises of the second phase are not checked.
+    """
+    network = run.network
+    rows = [_plain(row) for row in analytic_premises(network.model)]
+    rows += [_plain(loss_premise(run.loss)), _plain(depth_premise(network.model, network))]
+    rows += [_plain(width_premise(network, run.train.n)), _expressivity(run)]
+    if run.config.second_phase == "none":
+        return [*rows, ("perturbation, frozen layers", FAILED, "there was no second phase")]
+    if run.hidden_hash is None:
+        return [*rows, ("second phase", UNCHECKED, "the run ended before tau")]
+    return [*rows, _noise(run), _frozen(run), _features(run), _gradient(run), *_steps(run)]
+
+
+def _plain(row: Assumption) -> Premise:
+    return row.name, row.status, row.evidence
+
+
+def _expressivity(run: "Run") -> Premise:
+    """Assumption 1: rank n for some weights; at w^tau it is then full with probability one."""
+    verdict, name = run.verdict, "expressivity (Assumption 1)"
+    if verdict is None:
+        return name, UNCHECKED, "verify=False, or the run ended before tau"
+    where = "at w^tau" if verdict.claim == "at w" else "for some weights"
+    bound = verdict.sigma_min_lower
+    shown = f", sigma_min >= {bound:.2e}" if bound else ""
+    if verdict.status == "proved":
+        return name, HELD, f"proved {where} by {verdict.method}{shown}"
+    if verdict.status == "full rank":
+        return name, HELD, f"counted in float64 {where} by {verdict.method}, not proved"
+    if verdict.status == "deficient":
+        return name, FAILED, f"deficient: {verdict.reason}"
+    return name, UNCHECKED, f"undecided: {verdict.reason}"
+
+
+def _noise(run: "Run") -> Premise:
+    sigma = run.config.noise_std
+    shown = f"{sigma:g}" if isinstance(sigma, float) else f"{min(sigma.values()):g} or more"
+    count = len(run.network.hidden_parameters())
+    return "Gaussian noise at tau", HELD, f"sigma = {shown} on {count} hidden tensors"
+
+
+def _frozen(run: "Run") -> Premise:
+    name = "hidden layers frozen"
+    if run.config.batch_norm == "batch" and batch_norms(run.network.model):
+        return name, FAILED, "parameters are, but BatchNorm statistics follow the batches"
+    assert run.hidden_hash is not None
+    if run.unchanged is None:
+        return name, UNCHECKED, "the run did not come to its end"
+    return name, HELD, f"SHA-256 {run.hidden_hash[:12]} at tau and at the end"
+
+
+def _features(run: "Run") -> Premise:
+    """One fixed h_X, that of the network."""
+    name, copies = "fixed features", run.config.augment_copies
+    if run.config.batch_norm == "batch":
+        return name, FAILED, "batch_norm='batch': h depends on the batch"
+    if run.cache_mode == "hidden-bfloat16":
+        return name, FAILED, "h was rounded to bfloat16: what holds, holds for the rounded h"
+    if copies is not None:
+        return (
+            name,
+            FAILED,
+            (
+                f"{copies} augmented copies in the place of random transforms: what holds, holds "
+                f"for these {copies * run.train.n} samples"
+            ),
+        )
+    if run.train.random:
+        return name, FAILED, "the inputs are transformed at random at every visit"
+    return name, HELD, f"cached: {run.cache_mode}"
+
+
+def _gradient(run: "Run") -> Premise:
+    mode = run.config.second_phase
+    if mode == "gd":
+        return "gradient", HELD, "full, over all samples"
+    name = "unbiased gradient, E[g | w] = grad L(w)"
+    if mode == "sgd":
+        return name, HELD, "every mini-batch drawn independently and uniformly"
+    return name, FAILED, "mini-batches follow a permutation of each epoch: not independent"
+
+
+def _steps(run: "Run") -> list[Premise]:
+    config, known = run.config, run.descent
+    if config.gd is not None:
+        largest = known.get("smoothness")
+        rate = "not computed" if largest is None else f"L_H = {largest:.6g}"
+        found = [
+            (
+                "eta = 1 / L_H",
+                UNCHECKED if largest is None else HELD,
+                f"{rate}, {_form(config.gd)}",
+            ),
+            ("no momentum, no weight decay", HELD, "plain steps"),
+        ]
+        steps = (run.epoch - config.tau_epoch) * config.gd.steps
+        if "rise" in known:
+            evidence = f"the objective did not rise in {steps} steps beyond rounding"
+            found.append(("monotone descent", HELD, evidence))
+        else:
+            found.append(("monotone descent", UNCHECKED, "no bound of rounding for this loss"))
+        return found
+    if config.sgd is not None:
+        c = config.sgd.c if config.sgd.c is not None else 1 / known.get("smoothness", float("nan"))
+        eta = f"eta_t = {c:.4g} / t^{0.5 + config.sgd.eps:g}"
+        return [
+            ("sum eta_t^2 finite, sum eta_t infinite", HELD, eta),
+            ("no momentum, no weight decay", HELD, "plain steps"),
+        ]
+    weight = run.network.last.module.weight
+    group = next(g for g in run.optimizer.param_groups if any(p is weight for p in g["params"]))
+    momentum, decay = group.get("momentum", 0), group.get("weight_decay", 0)
+    rates = sorted({row["learning_rate"] for row in run.history if row["phase"] == 2})
+    shown = ", ".join(f"{rate:g}" for rate in rates[:3])
+    kind = type(run.optimizer).__name__
+    constant = f"eta = {shown}, as the base algorithm has it: sum eta_t^2 does not converge"
+    plain = kind == "SGD" and not momentum and not decay
+    return [
+        (
+            "sum eta_t^2 finite, sum eta_t infinite",
+            FAILED if len(rates) == 1 else UNCHECKED,
+            constant if len(rates) == 1 else f"a schedule: eta = {shown}, ...",
+        ),
+        (
+            "no momentum, no weight decay",
+            HELD if plain else FAILED,
+            f"{kind}, momentum {momentum}, weight decay {decay}",
+        ),
+    ]
+
+
+def _form(settings: object) -> str:
+    form, l2 = settings.smoothness, settings.l2  # type: ignore[attr-defined]
+    name = "the trace form" if form == "paper" else "a bound of (L_ell / n) lambda_max"
+    return name if l2 == 0 else f"{name}, l2 = {l2:g} included"

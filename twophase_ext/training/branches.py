@@ -1,0 +1,93 @@
+"""Several second phases from one first phase."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .result import Result
+from .runfolder import create
+from .saved import adopt
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+TRUNK = "trunk"
+FEATURES = ("noise_std", "noise_seed", "batch_norm", "feature_cache", "augment_copies")
+ALLOWED = (*FEATURES, "second_phase", "gd", "sgd", "lazy", "optimizer", "epochs", "verify")
+
+
+def branch(
+    trainer: "Trainer",
+    branches: Mapping[str, Mapping[str, Any]],
+    train: Any,
+    val: Any,
+    resume: bool,
+) -> dict[str, Result]:
+    """See `Trainer.branch`."""
+    _check(trainer, branches)
+    root = trainer.run_dir
+    if root is not False:
+        root = create(None if root in (None, True) else Path(str(root)), resuming=resume)
+    tau, plain = trainer.config.tau_epoch, dict.fromkeys(("gd", "sgd", "lazy", "augment_copies"))
+    first = trainer.clone(
+        trainer.model, second_phase="none", run_dir=_under(root, TRUNK), verify=False, **plain
+    )
+    run = first.prepare(train, val, _checkpoint(first, resume))
+    ended = first.execute(run, epochs=tau)
+    if ended.status != "completed":
+        return {TRUNK: ended}
+    results: dict[str, Result] = {}
+    shared: dict[tuple[str | None, str], Any] = {}
+    kept: Any = None
+    for name, changes in sorted(branches.items(), key=lambda item: _features(trainer, item[1])):
+        if kept != _features(trainer, changes):  # caches of other features are of no more use
+            shared.clear()
+            kept = _features(trainer, changes)
+        model = copy.deepcopy(trainer.model)
+        arguments = {"last_layer": run.network.last.name, "tau": tau, **changes}
+        second = trainer.clone(model, run_dir=_under(root, name), **arguments)
+        checkpoint = _checkpoint(second, resume)
+        continued = second.prepare(train, val, checkpoint)
+        if checkpoint is None:
+            adopt(continued, run)
+        continued.shared = shared
+        results[name] = second.execute(continued)
+        if results[name].status == "interrupted":
+            break
+    return {name: results[name] for name in branches if name in results}
+
+
+def _check(trainer: "Trainer", branches: Mapping[str, Mapping[str, Any]]) -> None:
+    if not isinstance(branches, Mapping) or not branches:
+        raise TypeError("branches: expected a dict {name: arguments to change}, at least one")
+    for name, changes in branches.items():
+        if not name or name != Path(str(name)).name or name in (TRUNK, ".", ".."):
+            raise ValueError(
+                f"branches: expected the name of a folder other than 'trunk', got {name!r}"
+            )
+        wrong = [key for key in changes if key not in ALLOWED]
+        if wrong:
+            raise ValueError(
+                f"branches: {name} changes {wrong[0]!r}, which the first phase depends on or which "
+                f"is no argument; expected some of {sorted(ALLOWED)}"
+            )
+        trainer.clone(trainer.model, tau=trainer.config.tau_epoch, **changes)  # or ValueError now
+
+
+def _features(trainer: "Trainer", changes: Mapping[str, Any]) -> str:
+    """What the features after tau depend on, the same text for the same features."""
+    own = {name: getattr(trainer.config, name) for name in FEATURES}
+    return repr({name: changes.get(name, own[name]) for name in FEATURES})
+
+
+def _checkpoint(trainer: "Trainer", resume: bool) -> Path | None:
+    """The checkpoint to continue from, where there is one."""
+    if not resume or trainer.run_dir is False:
+        return None
+    folder = Path(str(trainer.run_dir))
+    return folder if any(folder.glob("checkpoint*.pt*")) else None
+
+
+def _under(root: Any, name: str) -> Any:
+    return False if root is False else root / name

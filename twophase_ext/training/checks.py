@@ -1,0 +1,63 @@
+"""What is looked at before a run: that the model takes the samples, and where it lives."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..probing import record
+from .data import Samples
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """The conversion to the training precision is undone where the arguments are refused."""
+    parameters = [
+        (p, p.data, p.grad, None if p.grad is None else p.grad.data) for p in model.parameters()
+    ]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for parameter, data, grad, grad_data in parameters:
+            parameter.grad = None
+            parameter.data = data
+            if grad is not None and grad_data is not None:
+                grad.data = grad_data
+                parameter.grad = grad
+        for module, own in buffers:
+            module._buffers.update(own)
+        raise
+
+
+def check_runs(model: nn.Module, samples: Samples) -> None:
+    """Run the model on two samples; ValueError where it does not take such inputs."""
+    x: Tensor = next(samples.in_order(2))[0][:2]
+    try:
+        record(model, x, ())
+    except Exception as error:  # whatever the user's own forward pass raises
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{samples.name}: the model does not run on inputs of shape "
+            f"[n, {', '.join(map(str, x.shape[1:]))}] and {x.dtype}: {first_line}"
+        ) from error
+
+
+def model_device(model: nn.Module, device: str | torch.device) -> torch.device:
+    """The one device of the model's parameters; ValueError where it is not the one asked for."""
+    devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
+    if len(devices) > 1:
+        found = ", ".join(sorted(str(d) for d in devices))
+        raise ValueError(f"model: expected all parameters on one device, got {found}")
+    if not devices:
+        raise ValueError("model: has no parameters")
+    own = devices.pop()
+    if device != "auto":
+        asked = torch.device(device)
+        if asked.type != own.type or (asked.index is not None and asked.index != own.index):
+            raise ValueError(
+                f"device: asked for {asked}, but the model is on {own}; move it first "
+                f"(model.to({str(asked)!r})) or leave device='auto'"
+            )
+    return own

@@ -1,0 +1,118 @@
+"""Settings of the second phases, checked."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, Self
+
+FORMS = ("tight", "paper")  # of L_H
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """`value` as an int of at least `least`; TypeError or ValueError name the argument."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return int(value)
+
+
+def _number(argument: str, name: str, value: Any, below: float) -> float:
+    """`value` in (0, below); TypeError or ValueError name it."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{argument}: expected a number for {name}, got {value!r}")
+    if not 0 < float(value) < below:
+        raise ValueError(f"{argument}: expected {name} in (0, {below:g}), got {value}")
+    return float(value)
+
+
+class Settings:
+    """What the settings of the second phases share."""
+
+    @classmethod
+    def of(cls, argument: str, settings: Any) -> Self:
+        """The settings given as an object, as a dict or as None (defaults)."""
+        if settings is None or isinstance(settings, cls):
+            return settings or cls()
+        if not isinstance(settings, Mapping):
+            raise TypeError(
+                f"{argument}: expected a dict of settings, got {type(settings).__name__}"
+            )
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise ValueError(f"{argument}: expected settings among {known}, got {unknown[0]!r}")
+        return cls(**settings)
+
+
+@dataclass(frozen=True)
+class GradientDescent(Settings):
+    """Settings of second_phase="gd" (Theorem 1 i): full gradient steps of size 1 / L_H.
+
+    smoothness: the form of L_H, "paper" (L_ell / n) sum ||[h_i, 1]||^2, or "tight", an upper bound
+    of (L_ell / n) lambda_max(M^T M), M = [h_X, 1]: the theorem's proof needs no more, and the steps
+    are longer. l2: adds (l2 / 2) ||w||^2 of the last layer to the objective, and l2 to L_H.
+    steps: gradient steps an epoch, each a pass over the features.
+    """
+
+    smoothness: str = "tight"
+    l2: float = 0.0
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.smoothness not in FORMS:
+            raise ValueError(
+                f"gd: expected smoothness among {list(FORMS)}, got {self.smoothness!r}"
+            )
+        if self.l2 != 0:
+            object.__setattr__(self, "l2", _number("gd", "l2", self.l2, math.inf))
+        object.__setattr__(self, "steps", integer("gd: steps", self.steps, 1))
+
+
+@dataclass(frozen=True)
+class StochasticDescent(Settings):
+    """Settings of second_phase="sgd" (Theorem 1 ii): eta_t = c / t^(1/2 + eps), t = 1, 2, ...
+
+    Every mini-batch is drawn independently and uniformly with replacement; no momentum, no weight
+    decay. c: > 0, None is 1 / L_H with the tight L_H. eps: in (0, 1/2], so that the sum of eta_t^2
+    is finite and the sum of eta_t is not.
+    """
+
+    c: float | None = None
+    eps: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.c is not None:
+            object.__setattr__(self, "c", _number("sgd", "c", self.c, math.inf))
+        if self.eps != 0.5:
+            object.__setattr__(self, "eps", _number("sgd", "eps", self.eps, 0.5))
+
+    def rate(self, c: float, t: int) -> float:
+        """eta_t."""
+        return float(c * t ** -(0.5 + self.eps))
+
+
+@dataclass(frozen=True)
+class Lazy(Settings):
+    """Settings of second_phase="lazy" (Theorem 3): full gradient steps on all parameters.
+
+    smoothness: L with ||grad L(w) - grad L(w')|| <= L ||w - w'||; the step is 2 * eta_bar / L.
+    None: the step is the optimizer's learning rate at tau and the premise stays unchecked.
+    eta_bar: in (0, 1), used with smoothness. verify_every: the rank is verified again after every
+    so many steps (one step an epoch), and after the last.
+    """
+
+    smoothness: float | None = None
+    eta_bar: float = 0.5
+    verify_every: int = 1
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.smoothness is not None:
+            _number("lazy", "smoothness", self.smoothness, math.inf)
+        _number("lazy", "eta_bar", self.eta_bar, 1)
+        every = integer("lazy: verify_every", self.verify_every, 1)
+        object.__setattr__(self, "verify_every", every)
