@@ -13,15 +13,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "shim"
 BODIES = ROOT / "csrc" / "cuda" / "bodies"
-CHECKS = {"softplus": 192, "perturb_": 20, "sgd_": 120, "last_layer_step_": 38, "gram_logdet": 61}
+CHECKS = {
+    "softplus": 192,
+    "perturb_": 20,
+    "sgd_": 120,
+    "last_layer_step_": 38,
+    "last_layer_epoch_": 13,
+    "gram_logdet": 61,
+}
 # A file whose barriers another operator's body calls too is shown by one of them.
 SHOWN_BY = {"gram_logdet": "gram_logdet", "last_layer_step": "last_layer_step_"}
-SHOWN_BY["reduce"] = "last_layer_step_"
+SHOWN_BY |= {"reduce": "last_layer_step_", "last_layer_epoch": "last_layer_epoch_"}
 BARRIERS = [
     f"{body.name}:{number}"
     for body in sorted(BODIES.glob("*.h"))
     for number, line in enumerate(body.read_text().splitlines(), 1)
-    if re.match(r"\s*ctx\.sync\(\);", line)
+    if re.match(r"\s*ctx\.(grid_)?sync\(\);", line)
 ]
 VARIANTS = {
     # TP_BREAK_SYNC does nothing until TP_SKIP_SYNC names a barrier.

@@ -1,34 +1,11 @@
 #include <torch/csrc/stable/library.h>
 
-#include <vector>
-
 #include "../last_layer_step.h"
-#include "bodies/last_layer_step.h"
-#include "launch.h"
+#include "bad_label.h"
+#include "last_layer_kernels.h"
 
 namespace twophase {
 namespace {
-
-template <class T>
-__global__ void __launch_bounds__(kBlock)
-    partial_logits(const T* h, const T* weight, T* partial, StepShape shape) {
-  __shared__ PartialShared<T> shared;
-  partial_logits_body(DeviceContext{}, shared, h, weight, partial, shape);
-}
-template <class T>
-__global__ void __launch_bounds__(kBlock)
-    loss(const T* partial, const T* bias, StepTarget<T> target, double* logits, T* delta,
-         double* row_loss, StepShape shape) {
-  __shared__ LossShared shared;
-  loss_body(DeviceContext{}, shared, partial, bias, target, logits, delta, row_loss, shape);
-}
-template <class T>
-__global__ void __launch_bounds__(kBlock)
-    update(const T* h, const T* delta, const double* row_loss, T* mean_loss, StepState<T> state,
-           StepShape shape) {
-  __shared__ UpdateShared<T> shared;
-  update_body(DeviceContext{}, shared, h, delta, row_loss, mean_loss, state, shape);
-}
 
 template <class T>
 void step(const OnDeviceOf& device, const Tensor& like, const LastLayerStep& s) {
@@ -48,7 +25,7 @@ void step(const OnDeviceOf& device, const Tensor& like, const LastLayerStep& s) 
   const T* h = static_cast<const T*>(s.h);
   const bool labels = s.loss == Loss::kCrossEntropy;
   const StepTarget<T> target{labels ? static_cast<const int64_t*>(s.target) : nullptr,
-                             labels ? nullptr : static_cast<const T*>(s.target)};
+                             labels ? nullptr : static_cast<const T*>(s.target), nullptr};
   const StepState<T> state{
       static_cast<T*>(s.weight),
       static_cast<T*>(s.bias),
@@ -64,26 +41,13 @@ void step(const OnDeviceOf& device, const Tensor& like, const LastLayerStep& s) 
            shape);
   launch("last_layer_step_: loss", loss<T>, device.grid(s.b, kBlock), kBlock, 0, stream, partial,
          state.bias, target, logits, delta, row_loss, shape);
-  launch("last_layer_step_: update", update<T>, device.grid(shape.update_blocks(), kBlock), kBlock,
-         0, stream, h, delta, row_loss, static_cast<T*>(s.loss_result), state, shape);
+  launch("last_layer_step_: update", update<T, T>, device.grid(shape.update_blocks(), kBlock),
+         kBlock, 0, stream, h, delta, row_loss, static_cast<T*>(s.loss_result), state, shape);
 }
 
 struct Cuda {
-  // Waits for the labels. While a CUDA graph is captured nothing can be read: there a label out of
-  // range makes the loss and the weights NaN.
   static std::pair<int64_t, int64_t> bad_label(const Tensor& labels, int64_t b, int64_t k) {
-    const OnDeviceOf device(labels);
-    const cudaStream_t stream = device.stream();
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    TP_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
-    if (capture != cudaStreamCaptureStatusNone) return {-1, 0};
-    std::vector<int64_t> host(static_cast<size_t>(b));
-    TP_CUDA_CHECK(cudaMemcpyAsync(host.data(), labels.const_data_ptr(), host.size() * 8,
-                                  cudaMemcpyDeviceToHost, stream));
-    TP_CUDA_CHECK(cudaStreamSynchronize(stream));
-    for (int64_t row = 0; row < b; ++row)
-      if (host[row] < 0 || host[row] >= k) return {row, host[row]};
-    return {-1, 0};
+    return first_bad_label(labels, b, k);
   }
   static void step(const Tensor& like, const LastLayerStep& s) {
     const OnDeviceOf device(like);

@@ -34,9 +34,9 @@ void run_step(StepData<T>& d, const StepTarget<T>& target, double lr, double mom
                                partial_logits_body(ctx, shared, d.h.data(), d.weight.data(),
                                                    partial.data(), s);
                              });
-  run_grid<LossShared>(2, kBlock, [&](const HostContext& ctx, LossShared& shared) {
+  run_grid<LossShared<kBlock>>(2, kBlock, [&](const HostContext& ctx, LossShared<kBlock>& shared) {
     loss_body(ctx, shared, partial.data(), state.bias, target, logits.data(), delta.data(),
-              row_loss.data(), s);
+              row_loss.data(), s, s.slices());
   });
   run_grid<UpdateShared<T>>(
       smaller(3, s.update_blocks()), kBlock, [&](const HostContext& ctx, UpdateShared<T>& shared) {
@@ -149,7 +149,7 @@ template <class T>
 void check_squared_error(Checks& checks, int64_t b, int64_t k, int64_t m, int64_t padding,
                          bool bias, double momentum, bool nesterov, bool fresh) {
   StepData<T> d = step_data<T>(b, k, m, padding, bias);
-  const StepTarget<T> target{nullptr, d.values.data()};
+  const StepTarget<T> target{nullptr, d.values.data(), nullptr};
   const StepTruth truth = step_truth(d, target, 0.5, momentum, 0.25, nesterov, fresh);
   run_step(d, target, 0.5, momentum, 0.25, nesterov, fresh);
   const auto exactly = [&](const std::vector<T>& got, const std::vector<double>& expected,
@@ -168,7 +168,7 @@ void check_cross_entropy(Checks& checks, int64_t b, int64_t k, int64_t m, int64_
                          bool bias, double momentum, bool nesterov, bool fresh) {
   StepData<T> d = step_data<T>(b, k, m, padding, bias);
   for (T& w : d.weight) w = static_cast<T>(uniform(-0.1, 0.1));
-  const StepTarget<T> target{d.labels.data(), nullptr};
+  const StepTarget<T> target{d.labels.data(), nullptr, nullptr};
   const StepTruth truth = step_truth(d, target, 0.5, momentum, 0, nesterov, fresh);
   run_step(d, target, 0.5, momentum, 0, nesterov, fresh);
   checks.close(d.weight, truth.weight, truth.weight_bound, "cross-entropy: weight");
@@ -190,7 +190,7 @@ inline void check_last_layer_step(Checks& checks) {
 
   StepData<float> d = step_data<float>(2, 3, 4, 0, true);
   d.labels[1] = 3;
-  run_step(d, {d.labels.data(), nullptr}, 0.5, 0, 0, false, false);
+  run_step(d, {d.labels.data(), nullptr, nullptr}, 0.5, 0, 0, false, false);
   checks.that(std::isnan(d.loss) && std::isnan(d.bias[0]), "cross-entropy: a label out of range");
 }
 

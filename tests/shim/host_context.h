@@ -8,6 +8,7 @@
 #pragma once
 
 #include <barrier>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -52,14 +53,32 @@ struct Team {
 
 class HostContext {
  public:
-  HostContext(int thread, int threads, int64_t block, int64_t blocks, Team* team)
-      : thread_(thread), threads_(threads), block_(block), blocks_(blocks), team_(team) {}
+  HostContext(int thread, int threads, int64_t block, int64_t blocks, Team* team,
+              std::barrier<>* grid = nullptr)
+      : thread_(thread),
+        threads_(threads),
+        block_(block),
+        blocks_(blocks),
+        team_(team),
+        grid_(grid) {}
   int thread() const { return thread_; }
   int threads() const { return threads_; }
   int64_t block() const { return block_; }
   int64_t blocks() const { return blocks_; }
   void sync(const std::source_location& where = std::source_location::current()) const {
     if (!skipped(where)) team_->block.arrive_and_wait();
+  }
+  void grid_sync(const std::source_location& where = std::source_location::current()) const {
+    if (!skipped(where)) grid_->arrive_and_wait();
+  }
+  template <class T>
+  void copy_async(T* to, const T* from) const {
+    *to = *from;
+  }
+  void copy_wait() const {}
+  template <class T>
+  void prefetch(const T* p) const {
+    static_cast<void>(p);
   }
   template <class T>
   T shuffle_xor(T x, int mask) const {
@@ -78,6 +97,7 @@ class HostContext {
   int thread_, threads_;
   int64_t block_, blocks_;
   Team* team_;
+  std::barrier<>* grid_;
   mutable int turn_ = 0;
 };
 
@@ -101,6 +121,29 @@ void run_grid(int64_t blocks, int threads, const Body& body) {
         }
       });
   }
+  for (std::thread& one : running) one.join();
+}
+
+// body(ctx, memory) for every thread of every block, all at the same time; memory: `bytes` of
+// shared memory for each block.
+template <class Body>
+void run_cooperative(int64_t blocks, int threads, int64_t bytes, const Body& body) {
+  std::vector<std::thread> running;
+  std::vector<std::unique_ptr<Team>> team;
+  std::vector<std::vector<double>> memory;  // aligned to 8 bytes at least
+  std::barrier<> grid(static_cast<int>(blocks) * threads);
+  for (int64_t block = 0; block < blocks; ++block) {
+    team.push_back(std::make_unique<Team>(threads));
+    memory.emplace_back(static_cast<size_t>(bytes / 8 + 8), std::nan(""));
+  }
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int thread = 0; thread < threads; ++thread)
+      running.emplace_back([&, block, thread] {
+        void* start = memory[block].data();
+        size_t room = memory[block].size() * 8;
+        std::align(32, static_cast<size_t>(bytes), start, room);
+        body(HostContext(thread, threads, block, blocks, team[block].get(), &grid), start);
+      });
   for (std::thread& one : running) one.join();
 }
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "check_gram_logdet.h"
+#include "check_last_layer_epoch.h"
 #include "check_last_layer_step.h"
 #include "check_multi.h"
 #include "check_softplus.h"
@@ -16,6 +17,7 @@ int main(int count, char** names) {
              {"perturb_", check_perturb},
              {"sgd_", check_sgd},
              {"last_layer_step_", check_last_layer_step},
+             {"last_layer_epoch_", check_last_layer_epoch},
              {"gram_logdet", check_gram_logdet}};
   bool failed = false;
   for (const auto& op : ops) {

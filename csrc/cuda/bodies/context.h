@@ -3,6 +3,10 @@
 //   ctx.block(), ctx.blocks()     position in the grid, blocks per grid
 //   ctx.sync()                    barrier of the block
 //   ctx.shuffle_xor(x, mask)      x of lane (lane ^ mask) of the same warp, every lane taking part
+// and, of a context for persistent kernels, whose blocks all run at once:
+//   ctx.grid_sync()               barrier of the grid; writes before it are seen after it
+//   ctx.copy_async(to, from)      one element into shared memory, there after ctx.copy_wait()
+//   ctx.prefetch(p)               a hint that the cache line at p is read soon
 // Bodies take (ctx, shared, raw pointers): csrc/cuda/<op>.cu hands them the GPU's context
 // (csrc/cuda/device_context.h), tests/shim/host_context.h one made of threads and barriers. A
 // __shared__ variable inside a body would be global on the host, so shared memory is a struct that

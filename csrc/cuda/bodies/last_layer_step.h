@@ -99,30 +99,34 @@ TP_BODY void partial_logits_body(const Ctx& ctx, PartialShared<T>& shared, const
   }
 }
 
+template <int kThreads>
 struct LossShared {
-  double parts[kBlock];
-  double sums[kWarps];
+  double parts[kThreads];
+  double sums[kThreads / kWarp];
 };
 
-// What the loss compares the logits with: labels [b] for cross-entropy, values [b, k] otherwise.
+// What the loss compares the logits with: labels for cross-entropy, values [., k] otherwise. Row r
+// has those of sample r, or of sample index[r].
 template <class T>
 struct StepTarget {
   const int64_t* labels;
   const T* values;
+  const int64_t* index;
 };
 
 // One block per row: logits [b, k] (scratch), delta [b, k] = d mean loss / d logits, row_loss [b].
 // A label out of range makes its row's loss and delta NaN.
-template <class T, class Ctx>
-TP_BODY void loss_body(const Ctx& ctx, LossShared& shared, const T* partial, const T* bias,
-                       const StepTarget<T>& target, double* logits, T* delta, double* row_loss,
-                       const StepShape& shape) {
-  const int64_t k = shape.k, slices = shape.slices();
+template <int kThreads, class T, class Ctx>
+TP_BODY void loss_body(const Ctx& ctx, LossShared<kThreads>& shared, const T* partial,
+                       const T* bias, const StepTarget<T>& target, double* logits, T* delta,
+                       double* row_loss, const StepShape& shape, int64_t slices) {
+  const int64_t k = shape.k;
   // Few outputs: several threads share one, each with every groups-th slice.
-  const int lanes = static_cast<int>(smaller(k, kBlock)), groups = kBlock / lanes;
+  const int lanes = static_cast<int>(smaller(k, kThreads)), groups = kThreads / lanes;
   const int group = ctx.thread() / lanes;
   const double scale = 1.0 / static_cast<double>(shape.b);
   for (int64_t row = ctx.block(); row < shape.b; row += ctx.blocks()) {
+    const int64_t sample = target.index ? target.index[row] : row;
     double* z = logits + row * k;
     T* d = delta + row * k;
     for (int64_t first = 0; first < k; first += lanes) {
@@ -141,24 +145,24 @@ TP_BODY void loss_body(const Ctx& ctx, LossShared& shared, const T* partial, con
     }
     double max = z[0], sum = 0;
     if (target.labels) {
-      for (int64_t o = ctx.thread(); o < k; o += kBlock) max = z[o] > max ? z[o] : max;
+      for (int64_t o = ctx.thread(); o < k; o += kThreads) max = z[o] > max ? z[o] : max;
       // A NaN may be passed over: it comes back in the sum.
       max = block_reduce(ctx, shared.sums, max, [](double a, double b) { return a > b ? a : b; });
     }
-    for (int64_t o = ctx.thread(); o < k; o += kBlock) {
+    for (int64_t o = ctx.thread(); o < k; o += kThreads) {
       const double error =
-          target.labels ? 0.0 : z[o] - static_cast<double>(target.values[row * k + o]);
+          target.labels ? 0.0 : z[o] - static_cast<double>(target.values[sample * k + o]);
       sum += target.labels ? exp(z[o] - max) : error * error;
     }
     sum = block_sum(ctx, shared.sums, sum);
-    const int64_t label = target.labels ? target.labels[row] : 0;
+    const int64_t label = target.labels ? target.labels[sample] : 0;
     const double valid = label >= 0 && label < k ? 1.0 : __builtin_nan("");
-    for (int64_t o = ctx.thread(); o < k; o += kBlock)
+    for (int64_t o = ctx.thread(); o < k; o += kThreads)
       d[o] = static_cast<T>(
           valid * (target.labels
                        ? cross_entropy_delta(exp(z[o] - max), sum, o == label, scale)
-                       : squared_error_delta(z[o], static_cast<double>(target.values[row * k + o]),
-                                             scale)));
+                       : squared_error_delta(
+                             z[o], static_cast<double>(target.values[sample * k + o]), scale)));
     if (ctx.thread() == 0)
       row_loss[row] = target.labels
                           ? valid * cross_entropy(z[label >= 0 && label < k ? label : 0], max, sum)
@@ -184,16 +188,16 @@ struct StepState {
 };
 
 // Gradient, SGD, and (first block) the loss; delta: [b, k]
-template <class T, class Ctx>
+template <class T, class Loss, class Ctx>
 TP_BODY void update_body(const Ctx& ctx, UpdateShared<T>& shared, const T* h, const T* delta,
-                         const double* row_loss, T* loss, const StepState<T>& state,
+                         const double* row_loss, Loss* loss, const StepState<T>& state,
                          const StepShape& shape) {
   constexpr int kRowsInFlight = 8;
   if (ctx.block() == 0) {
     double sum = 0;
     for (int64_t row = ctx.thread(); row < shape.b; row += kBlock) sum += row_loss[row];
     sum = block_sum(ctx, shared.sums, sum);
-    if (ctx.thread() == 0) *loss = static_cast<T>(sum / static_cast<double>(shape.b));
+    if (ctx.thread() == 0) *loss = static_cast<Loss>(sum / static_cast<double>(shape.b));
   }
   const int64_t feature_tiles = shape.feature_tiles();
   for (int64_t id = ctx.block(); id < shape.update_blocks(); id += ctx.blocks()) {

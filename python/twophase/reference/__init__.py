@@ -4,7 +4,7 @@ Nothing here imports twophase_ext.
 """
 
 from .gram import gram_logdet
-from .last_layer import last_layer_step_
+from .last_layer import last_layer_epoch_, last_layer_gradient, last_layer_step_
 from .perturb import normal, perturb_, philox4x32_10, stream_key
 from .sgd import sgd_
 from .softplus import softplus, softplus_backward, softplus_double_backward
@@ -12,6 +12,8 @@ from .two_phase import two_phase
 
 __all__ = [
     "gram_logdet",
+    "last_layer_epoch_",
+    "last_layer_gradient",
     "last_layer_step_",
     "normal",
     "perturb_",

@@ -1,4 +1,6 @@
-"""One mini-batch step of the last layer over given features."""
+"""Mini-batch steps and the full gradient of the last layer over given features."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,26 @@ def last_layer_step_(
     "squared_error" (target [b, m_y]), averaged over the b samples. buffers: [weight's, bias's].
     Raises ValueError for another loss.
     """
+    value, *grads = last_layer_gradient(weight, bias, h, target, loss=loss)
+    params = [weight] if bias is None else [weight, bias]
+    sgd_(
+        params,
+        grads[: len(params)],
+        buffers,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+    )
+    return value
+
+
+@torch.no_grad()
+def last_layer_gradient(
+    weight: Tensor, bias: Tensor | None, h: Tensor, target: Tensor, *, loss: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean loss, its gradient by the weight, by the bias) of q = h W^T + b; as last_layer_step_."""
     b = len(h)
     q = h @ weight.T if bias is None else h @ weight.T + bias
     if loss == "cross_entropy":
@@ -39,17 +61,23 @@ def last_layer_step_(
         delta = 2 * (q - target) / b
     else:
         raise ValueError(f"loss: expected 'cross_entropy' or 'squared_error', got {loss!r}")
-    params, grads = [weight], [delta.T @ h]
-    if bias is not None:
-        params, grads = [*params, bias], [*grads, delta.sum(0)]
-    sgd_(
-        params,
-        grads,
-        buffers,
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-    )
-    return value
+    return value, delta.T @ h, delta.sum(0)
+
+
+def last_layer_epoch_(
+    weight: Tensor,
+    bias: Tensor | None,
+    buffers: list[Tensor | None],
+    h: Tensor,
+    target: Tensor,
+    batches: list[Tensor],
+    *,
+    lr: list[float],
+    **rule: Any,
+) -> Tensor:
+    """last_layer_step_ on the samples of each of `batches` in turn, with its lr; the losses."""
+    losses = [
+        last_layer_step_(weight, bias, buffers, h[i], target[i], lr=rate, **rule)
+        for i, rate in zip(batches, lr, strict=True)
+    ]
+    return torch.stack(losses)
