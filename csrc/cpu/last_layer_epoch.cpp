@@ -40,13 +40,16 @@ struct Share {
       : begin(n * thread / threads), end(n * (thread + 1) / threads) {}
 };
 
+// Numbers of a thread's scratch of k: threads must not write to one cache line.
+int64_t apart(int64_t k) { return (k + 15) / 16 * 16 + 16; }
+
 template <class T>
 void epoch(const LastLayerEpoch& e) {
   Passes<T> passes(e.largest, e.k, e.m, e.h_dtype);
   const int64_t row_bytes = e.m * size_of(e.h_dtype), stride = e.h_stride * size_of(e.h_dtype);
   const int threads = team_size(passes.slices.count);
   std::vector<const void*> pointers(threads * e.largest);
-  std::vector<double> scratch(threads * e.k);
+  std::vector<double> scratch(threads * apart(e.k));
   std::vector<T> gradient(e.k);
   const auto row = [&](int64_t i) { return static_cast<const char*>(e.h) + e.order[i] * stride; };
   // Two barriers a step. Thread 0 alone updates the bias, before it joins the next step's first.
@@ -63,7 +66,7 @@ void epoch(const LastLayerEpoch& e) {
       const Share mine(b, thread, team.size());
       const double scale = 1.0 / static_cast<double>(b);
       passes.losses(mine.begin, mine.end, b, e.bias, e.loss, e.target, e.order + first, scale,
-                    scratch.data() + thread * e.k);
+                    scratch.data() + thread * apart(e.k));
       team.barrier();
       const Rule rule{e.fresh && s == 0, e.lr[s],        e.momentum,
                       e.dampening,       e.weight_decay, e.nesterov};
@@ -94,7 +97,7 @@ void gradient_of(const void* weight, const void* bias, const void* h, int64_t h_
   Passes<T> passes(std::min(n, kBlock), k, m, h_dtype);
   const int threads = team_size(passes.slices.count);
   std::vector<const void*> pointers(threads * kBlock);
-  std::vector<double> scratch(threads * k), losses(blocks), bias_sums(k);
+  std::vector<double> scratch(threads * apart(k)), losses(blocks), bias_sums(k);
   const double scale = 1.0 / static_cast<double>(n);
   Team::run(threads, [&](int thread, Team& team) {
     const Share slices(passes.slices.count, thread, team.size());
@@ -108,7 +111,7 @@ void gradient_of(const void* weight, const void* bias, const void* h, int64_t h_
       const char* own = static_cast<const char*>(target) +
                         first * (loss == Loss::kCrossEntropy ? 8 : k * sizeof(T));
       passes.losses(mine.begin, mine.end, b, bias, loss, own, nullptr, scale,
-                    scratch.data() + thread * k);
+                    scratch.data() + thread * apart(k));
       team.barrier();
       passes.add_gradient(rows, b, by_weight, slices.begin, slices.end);
       if (thread > 0) continue;

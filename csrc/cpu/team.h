@@ -1,11 +1,13 @@
-// Threads that stay together for many short rounds. torch's parallel_for opens and closes a region
-// for each round and promises no number of threads, so that a barrier within it could hang.
+// Threads that stay together for many short rounds, where opening and closing a parallel region for
+// each round would take as long as the round. They are torch's own: new ones may be put beside a
+// busy one for milliseconds before the system moves them.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <atomic>
-#include <system_error>
+#include <cstdint>
 #include <thread>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,23 +17,20 @@ namespace twophase {
 
 class Team {
  public:
-  // Calls f(thread, team) in `threads` threads, this one included, or in as many as the system
-  // gives; f must not throw. team.size() is their number, team.barrier() waits for all.
+  // Calls f(member, team) in `threads` threads at once, or in as many as torch gives, one within
+  // another parallel region; f must not throw. team.size() is their number, team.barrier() waits
+  // for all.
   template <class F>
   static void run(int threads, const F& f) {
     Team team;
-    std::vector<std::thread> others;
-    try {
-      for (int i = 1; i < threads; ++i)
-        others.emplace_back([&team, &f, i] {
-          while (team.size_.load(std::memory_order_acquire) == 0) pause();
-          f(i, team);
-        });
-    } catch (const std::system_error&) {  // no more threads: fewer do
-    }
-    team.size_.store(static_cast<int>(others.size()) + 1, std::memory_order_release);
-    f(0, team);
-    for (std::thread& other : others) other.join();
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      // Every thread has one part, and all parts but the last are as long as the first.
+      if (begin == 0) team.part_.store(end, std::memory_order_release);
+      while (team.part_.load(std::memory_order_acquire) == 0) pause();
+      const int64_t part = team.part_.load(std::memory_order_relaxed);
+      team.size_.store(static_cast<int>((threads + part - 1) / part), std::memory_order_relaxed);
+      f(static_cast<int>(begin / part), team);
+    });
   }
 
   int size() const { return size_.load(std::memory_order_relaxed); }
@@ -61,6 +60,7 @@ class Team {
 #endif
   }
 
+  std::atomic<int64_t> part_{0};
   std::atomic<int> size_{0}, waiting_{0};
   std::atomic<unsigned> round_{0};
 };

@@ -120,7 +120,7 @@ struct Logits {
   // partial[r, 0 .. kOutputs) for samples [0, rows_n), rows_n <= kRowGroup
   void run(const H* const* rows, int64_t rows_n, const T* w, int64_t k, int64_t m, int64_t begin,
            int64_t end, T* partial) {
-    __builtin_memset(sums, 0, sizeof(sums));
+    __builtin_memset(sums, 0, (rows_n + 1) / 2 * sizeof(sums[0]));
     for (int64_t c = begin; c < end; c += kChunk<T>) {
       const int64_t n = smaller(kChunk<T>, end - c);
       pack(w + c, m, n);
@@ -202,7 +202,7 @@ struct Gradient {
   // The tile of outputs [first, first + outputs) and features [c, c + n), over all samples
   void run(const H* const* rows, const T* delta, int64_t b, int64_t k, int64_t first,
            int64_t outputs, int64_t c, int64_t n) {
-    __builtin_memset(tile, 0, sizeof(tile));
+    for (int64_t j = 0; j < outputs; ++j) __builtin_memset(tile[j], 0, (n + N - 1) / N * sizeof(V));
     const int64_t block = even_block(outputs, kGradientOutputs);
     for (int64_t r = 0; r < b; r += kGradientRows) {
       const int64_t count = smaller(kGradientRows, b - r);

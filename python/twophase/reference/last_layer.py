@@ -48,7 +48,7 @@ def last_layer_step_(
 def last_layer_gradient(
     weight: Tensor, bias: Tensor | None, h: Tensor, target: Tensor, *, loss: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean loss, its gradient by the weight, by the bias) of q = h W^T + b; as last_layer_step_."""
+    """(mean loss, its gradient by the weight, by the bias), arguments as of last_layer_step_."""
     b = len(h)
     q = h @ weight.T if bias is None else h @ weight.T + bias
     if loss == "cross_entropy":
