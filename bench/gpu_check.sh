@@ -52,7 +52,7 @@ if [ $without_gpu = no ]; then
     || finish
 fi
 
-stage build 180 env TWOPHASE_CUDA=ON "$python" -m pip install --quiet --no-build-isolation --no-deps \
+stage build 150 env TWOPHASE_CUDA=ON "$python" -m pip install --quiet --no-build-isolation --no-deps \
   --no-index --target "$site" . || finish
 # -P: the source folder beside this one has no compiled library.
 export PYTHONPATH="$site" PYTHONDONTWRITEBYTECODE=1
@@ -61,9 +61,11 @@ assert info["cuda"], "built without CUDA kernels"' || finish
 
 # Only files with a test for a GPU: the others may need packages that are not on such a machine.
 mapfile -t tests < <(grep -lE '^def test_[^(]*\(.*\bdevice\b|mark\.cuda' tests/test_*.py)
-stage tests 150 "$python" -P -m pytest -q -m cuda -p no:cacheprovider --benchmark-disable "${tests[@]}"
+stage tests 120 "$python" -P -m pytest -q -m cuda -p no:cacheprovider --benchmark-disable "${tests[@]}"
 stage bench 110 "$python" -P -m pytest -q -m cuda -p no:cacheprovider bench/bench_cuda.py \
   --benchmark-json "$out/bench_cuda.json"
+stage epoch 60 "$python" -P -m pytest -q -m cuda -p no:cacheprovider bench/bench_cuda_epoch.py \
+  --benchmark-json "$out/bench_cuda_epoch.json"
 stage certificate 100 "$python" -P -m pytest -q -m cuda -p no:cacheprovider \
   bench/bench_cuda_certificate.py --benchmark-json "$out/bench_cuda_certificate.json"
 finish

@@ -216,3 +216,34 @@ def test_an_empty_tensor_launches_nothing():
     ops.perturb_([empty], [1], [1.0])
     rank, logabsdet, info = ops.gram_logdet(torch.empty(2, 0, 3, device="cuda"), True)
     assert (rank.tolist(), logabsdet.tolist(), info.tolist()) == ([0, 0], [0.0, 0.0], [0, 0])
+
+
+@pytest.mark.parametrize("h_dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("n", "k", "m", "batch"),
+    [
+        (200, 10, 66_001, 64),  # persistent
+        (100, 3, 7, 9),
+        (70, 200, 3000, 16),  # too many outputs for shared memory
+        (200, 5, 500, 100),  # more rows than a tile has
+    ],
+)
+def test_epoch_persistent_and_step_by_step(n, k, m, batch, h_dtype):
+    """Both ways of last_layer_epoch_ against the CPU; the same bits again."""
+    dtype = torch.float64 if h_dtype == torch.float64 else torch.float32
+    h = (torch.rand(n, m, generator=torch.Generator().manual_seed(0)) / m**0.5).to(h_dtype)
+    y, order = torch.arange(n) % k, torch.randperm(n)
+    start = draw(k, m, dtype=dtype, seed=1)
+    rule = {"batch_size": batch, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "fresh": True}
+    results = []
+    for device in ("cpu", "cuda", "cuda"):
+        weight, bias = start.clone().to(device), torch.zeros(k, dtype=dtype, device=device)
+        buffers = torch.empty_like(weight), torch.empty_like(bias)
+        losses = tp.ops.last_layer_epoch_(
+            weight, bias, *buffers, h.to(device), y.to(device), order, **rule
+        )
+        results.append([t.cpu() for t in (losses, weight, bias, *buffers)])
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-4
+    for a, b, c in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+        assert torch.equal(b, c)

@@ -35,22 +35,27 @@ class Team {
 
   int size() const { return size_.load(std::memory_order_relaxed); }
 
-  // What was written before it is seen after it. A thread that waits long lets others run: there
-  // may be fewer processors than threads.
+  // What was written before it is seen after it. A thread that waits long sleeps: the others may be
+  // on its own processor, and one that is woken is put on an idle one. (Yielding does not part
+  // them.)
   void barrier() {
     if (size() == 1) return;
     const unsigned round = round_.load(std::memory_order_relaxed);
     if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == size()) {
       waiting_.store(0, std::memory_order_relaxed);
       round_.store(round + 1, std::memory_order_release);
+      round_.notify_all();
       return;
     }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins)
-      spins < kSpins ? pause() : std::this_thread::yield();
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (round_.load(std::memory_order_acquire) != round) return;
+      pause();
+    }
+    round_.wait(round, std::memory_order_acquire);
   }
 
  private:
-  static constexpr int kSpins = 4000;
+  static constexpr int kSpins = 2000;  // some 50 microseconds
 
   static void pause() {
 #if defined(__x86_64__)

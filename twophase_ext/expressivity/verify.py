@@ -33,7 +33,7 @@ AUTO_SECONDS = {"current": 60.0, "init": 3600.0, "witness": 3600.0}
 AUTO_SHARE = 0.6  # of the memory available
 # Within training a proof for some weights is enough: "auto" says more about these weights only
 # where the matrix is small, n^2 p entries of work at most.
-AUTO_TRAINING = 1e9
+AUTO_TRAINING = 4e9
 
 
 def verify_expressivity(

@@ -29,12 +29,16 @@ def branch(
     root = trainer.run_dir
     if root is not False:
         root = create(None if root in (None, True) else Path(str(root)), resuming=resume)
-    tau, plain = trainer.config.tau_epoch, dict.fromkeys(("gd", "sgd", "lazy", "augment_copies"))
-    first = trainer.clone(
-        trainer.model, second_phase="none", run_dir=_under(root, TRUNK), verify=False, **plain
+    tau = trainer.config.tau_epoch
+    first = trainer._clone(
+        trainer.model,
+        second_phase="none",
+        run_dir=_under(root, TRUNK),
+        verify=False,
+        augment_copies=None,
     )
-    run = first.prepare(train, val, _checkpoint(first, resume))
-    ended = first.execute(run, epochs=tau)
+    run = first._prepare(train, val, _checkpoint(first, resume))
+    ended = first._execute(run, epochs=tau)
     if ended.status != "completed":
         return {TRUNK: ended}
     results: dict[str, Result] = {}
@@ -46,13 +50,13 @@ def branch(
             kept = _features(trainer, changes)
         model = copy.deepcopy(trainer.model)
         arguments = {"last_layer": run.network.last.name, "tau": tau, **changes}
-        second = trainer.clone(model, run_dir=_under(root, name), **arguments)
+        second = trainer._clone(model, run_dir=_under(root, name), **arguments)
         checkpoint = _checkpoint(second, resume)
-        continued = second.prepare(train, val, checkpoint)
+        continued = second._prepare(train, val, checkpoint)
         if checkpoint is None:
             adopt(continued, run)
         continued.shared = shared
-        results[name] = second.execute(continued)
+        results[name] = second._execute(continued)
         if results[name].status == "interrupted":
             break
     return {name: results[name] for name in branches if name in results}
@@ -72,7 +76,7 @@ def _check(trainer: "Trainer", branches: Mapping[str, Mapping[str, Any]]) -> Non
                 f"branches: {name} changes {wrong[0]!r}, which the first phase depends on or which "
                 f"is no argument; expected some of {sorted(ALLOWED)}"
             )
-        trainer.clone(trainer.model, tau=trainer.config.tau_epoch, **changes)  # or ValueError now
+        trainer._clone(trainer.model, tau=trainer.config.tau_epoch, **changes)  # or ValueError now
 
 
 def _features(trainer: "Trainer", changes: Mapping[str, Any]) -> str:

@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 
 from .._load import build_info
-from ..files import write_atomically
+from ..files import write_atomically, write_json
+from .features import BATCH
+
+if TYPE_CHECKING:
+    from .engine import Run
 
 COLUMNS = (
     "epoch",
@@ -105,6 +109,26 @@ def create(run_dir: str | Path | None, *, resuming: bool) -> Path:
     if not os.access(folder, os.W_OK):
         raise ValueError(f"run_dir: {folder} cannot be written")
     return folder
+
+
+def describe(folder: Path, run: "Run", model: str) -> None:
+    """What the folder tells about a run before its first epoch; model: its class's name."""
+    if not (folder / "config.json").exists():
+        network = run.network
+        resolved = {
+            **run.identity(),
+            "model": model,
+            "last_layer": network.last.name,
+            "width": network.width,
+            "outputs": network.outputs,
+            "optimizer": describe_optimizer(run.optimizer),
+            "statistics_batch": BATCH,
+        }
+        write_json(folder / "config.json", resolved)
+        write_json(folder / "environment.json", environment(run.device, run.config.seed))
+    if run.verdict is not None:
+        run.verdict.save(folder / "verdict.json")
+    run.progress.say(f"run folder: {folder}")
 
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:

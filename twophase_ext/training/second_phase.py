@@ -120,6 +120,7 @@ class TheoremRun(HeadRun):
         if status == "completed":
             start = self.descent["start"]
             fixed = None if layer.bias is None or self.ones else layer.bias.detach()
+            self.progress.say("guarantee: the bound is minimised over comparators")
             with self._timed("guarantee"):
                 found = guarantee(
                     self.blocks,

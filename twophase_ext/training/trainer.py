@@ -17,10 +17,10 @@ from ..ops.perturb import checked_tensors
 from . import batchnorm, checkpoint, runfolder
 from .branches import branch
 from .checks import check_runs, model_device, unchanged_on_error
-from .config import Config, resolve
+from .config import SETTINGS, Config, resolve
 from .data import Samples
 from .engine import Run
-from .features import BATCH, free_disk, plan_cache
+from .features import free_disk, plan_cache
 from .lazy import LazyRun
 from .progress import Progress
 from .result import Result
@@ -149,9 +149,11 @@ class Trainer:
             "progress": progress,
         }
 
-    def clone(self, model: nn.Module, **changes: Any) -> "Trainer":
+    def _clone(self, model: nn.Module, **changes: Any) -> "Trainer":
         """A Trainer of `model` with the same arguments but for `changes`."""
-        return Trainer(model, **{**self._arguments, **changes})
+        other = changes.get("second_phase", self.config.second_phase) != self.config.second_phase
+        settings = dict.fromkeys(SETTINGS) if other else {}
+        return Trainer(model, **{**self._arguments, **settings, **changes})
 
     def fit(
         self, train: Any, val: Any = None, *, resume: bool | str | Path | None = None
@@ -170,7 +172,7 @@ class Trainer:
         TypeError for unusable data, FileNotFoundError or ValueError for an unusable checkpoint,
         before the model has changed.
         """
-        return self.execute(self.prepare(train, val, resume))
+        return self._execute(self._prepare(train, val, resume))
 
     def branch(
         self,
@@ -195,7 +197,7 @@ class Trainer:
         """
         return branch(self, branches, train, val, resume)
 
-    def execute(self, run: Run, epochs: int | None = None) -> Result:
+    def _execute(self, run: Run, epochs: int | None = None) -> Result:
         """Train a prepared run to its end, or to an epoch; see `fit`."""
         modes = {module: module.training for module in self.model.modules()}
         try:
@@ -236,12 +238,12 @@ class Trainer:
 
     # --- parts of fit ------------------------------------------------------------------------
 
-    def prepare(self, train: Any, val: Any, resume: bool | str | Path | None) -> Run:
+    def _prepare(self, train: Any, val: Any, resume: bool | str | Path | None) -> Run:
         """The run of `fit` before its first step: everything that can be refused is refused."""
         with unchanged_on_error(self.model):
-            return self._prepare(train, val, resume)
+            return self._build(train, val, resume)
 
-    def _prepare(self, train: Any, val: Any, resume: bool | str | Path | None) -> Run:
+    def _build(self, train: Any, val: Any, resume: bool | str | Path | None) -> Run:
         config = self.config
         progress = Progress(self.progress)
         self.model.to(config.dtype)
@@ -292,7 +294,7 @@ class Trainer:
         if state is not None:
             run.restore(state)
         if run.folder is not None:
-            self._describe_run(run, run.folder)
+            runfolder.describe(run.folder, run, type(self.model).__name__)
         if source is not None:
             progress.say(f"resumed from {source}: {run.epoch} epochs done")
         return run
@@ -381,23 +383,3 @@ class Trainer:
             run_dir = source.parent
         same = source is not None and source.parent.resolve() == Path(str(run_dir)).resolve()
         return runfolder.create(run_dir, resuming=same)
-
-    def _describe_run(self, run: Run, folder: Path) -> None:
-        """What the folder tells about the run before its first epoch."""
-        if not (folder / "config.json").exists():
-            network = run.network
-            resolved = {
-                **run.identity(),
-                "model": type(self.model).__name__,
-                "last_layer": network.last.name,
-                "width": network.width,
-                "outputs": network.outputs,
-                "optimizer": runfolder.describe_optimizer(run.optimizer),
-                "statistics_batch": BATCH,
-            }
-            write_json(folder / "config.json", resolved)
-            environment = runfolder.environment(self.device, run.config.seed)
-            write_json(folder / "environment.json", environment)
-        if run.verdict is not None:
-            run.verdict.save(folder / "verdict.json")
-        run.progress.say(f"run folder: {folder}")
