@@ -65,9 +65,8 @@ class Problem:
             self.weight,
             self.bias,
             loss=self.loss,
-            l2=self.l2,
             ones=self.ones,
-            **settings,
+            **{"l2": self.l2, **settings},
         )
 
 
@@ -246,6 +245,24 @@ def test_a_loss_of_one_s_own():
     assert all(point["bound"] >= losses[point["steps"]] for point in known.curve)
 
 
+def test_wrong_features():
+    problem = Problem(0, "squared_error", n=30)
+    h, y, weight, bias = problem.h, problem.y, problem.weight, problem.bias
+    bad = h.clone()
+    bad[3, 4] = math.nan
+    for message, arguments in (
+        ("features: expected finite numbers", ((bad, y), weight, bias)),
+        ("features: expected at least one sample", ((h[:0], y[:0]), weight, bias)),
+        ("weight: expected", ((h, y), weight[:, 1:], bias)),
+        ("weight: expected", ((h, y), weight[0], bias)),
+        ("bias: expected shape", ((h, y), weight, bias[:2])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            guarantee(*arguments, loss="squared_error", steps=[2])
+    zero = guarantee((0 * h, y), weight, bias, loss="squared_error", steps=[0, 3])
+    assert zero.curve[1]["bound"] <= zero.curve[0]["bound"] < math.inf
+
+
 def test_tensors_and_text():
     problem = Problem(0, "squared_error", n=30)
     pair = (problem.h.float(), problem.y.float())
@@ -259,8 +276,14 @@ def test_tensors_and_text():
 @pytest.mark.parametrize(
     ("message", "settings"),
     [
+        ("steps: expected integers >= 0", {"steps": [1.5]}),
+        ("l2: expected a number >= 0", {"l2": -0.5}),
+        ("l2: expected .* and 0 for mode 'sgd'", {"mode": "sgd", "rates": [1] * 3, "l2": 1.0}),
+        ("rates: expected finite numbers > 0", {"mode": "sgd", "rates": [1, 0, -1]}),
+        ("rates: expected finite numbers > 0", {"mode": "sgd", "rates": [1, math.nan, 1]}),
+        ("got -1.0", {"mode": "sgd", "rates": [1] * 3, "gradient_bound": -1.0}),
         ("mode: expected 'gd' or 'sgd', got 'base'", {"mode": "base"}),
-        ("steps: expected numbers >= 0", {"steps": []}),
+        ("steps: expected integers >= 0", {"steps": []}),
         ("losses: expected 1, as many as steps, got 2", {"losses": [1, 2]}),
         ("rates: expected one for each of 3 steps, got none", {"mode": "sgd"}),
         ("rates: expected one for each of 3 steps, got 1", {"mode": "sgd", "rates": [1]}),

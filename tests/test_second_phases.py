@@ -1,5 +1,7 @@
 """second_phase="gd" and "sgd" (Theorem 1): their steps, their descent, resumption, the audit."""
 
+import copy
+import itertools
 import math
 import os
 import signal
@@ -271,14 +273,17 @@ def test_no_bias_and_a_fixed_bias():
         model[4] = nn.Linear(80, 3, bias=fixed)
         if fixed:
             model[4].bias.requires_grad_(False)
-            nn.init.constant_(model[4].bias, 0.7)
-        for mode in ("gd", "sgd"):
-            trained = quiet(model, epochs=6, tau=3, second_phase=mode, precision="float64")
-            result = trained.fit((x, y))
+            with torch.no_grad():  # a comparator that moved it would be far better than is true
+                model[4].bias.copy_(torch.tensor([8.0, -8.0, 0.0]))
+        for mode, loss in itertools.product(("gd", "sgd"), ("cross_entropy", "squared_error")):
+            settings = {"second_phase": mode, "precision": "float64", "loss": loss}
+            trained = quiet(copy.deepcopy(model), epochs=20, tau=2, **settings)
+            result = trained.fit((x, targets(y, loss)))
             points = result.guarantee.curve
             assert points[-1]["loss"] == pytest.approx(result.final["train_loss"], rel=1e-12)
             assert mode == "sgd" or all(p["loss"] <= p["bound"] for p in points)
-        assert not fixed or torch.equal(model[4].bias, torch.full((3,), 0.7).double())
+            same = torch.tensor([8.0, -8.0, 0.0]).double()
+            assert not fixed or torch.equal(result.model[4].bias, same)
 
 
 @pytest.mark.parametrize(

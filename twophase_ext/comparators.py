@@ -145,6 +145,8 @@ def _ridge(
     start = F.linear(h, w, b)
     s, q = torch.linalg.eigh(m @ m.T)
     s = s.clamp_min(0)
+    if not float(s[-1]) > 0:
+        return
     if loss is CROSS_ENTROPY:
         classes = start.shape[1]
         wish = F.one_hot(y, classes).double() - 1 / classes

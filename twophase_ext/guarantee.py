@@ -37,7 +37,7 @@ class Guarantee:
     one dict a point: steps (t - tau), bound, comparator, and loss, the measured objective, where it
     is known; empty where no bound is claimed. in_expectation: the bound is one of the mean over the
     draws of mini-batches, and of the least loss so far. rigorous: False where a constant of it was
-    measured. constants: L_H, or G^2 and c.
+    measured. constants: L_H and l2, or G^2.
     """
 
     mode: str
@@ -144,16 +144,19 @@ def guarantee(
     for cross-entropy, because ||softmax - one-hot||_2^2 <= 2, and gradient_bound for another loss,
     measured. candidates: (name, weight, bias) of other comparators, such as the last weights.
 
-    Raises ValueError for an unknown mode and for missing or unfitting rates, losses or
-    gradient_bound.
+    Raises ValueError for an unknown mode, for missing or unfitting rates, losses, gradient_bound or
+    shapes, and for features that are not finite.
     """
     resolved, known = resolve_loss(loss), list(steps)
     ones = bias is not None if ones is None else ones
     blocks = _blocks(features)
     if mode not in ("gd", "sgd"):
         raise ValueError(f"mode: expected 'gd' or 'sgd', got {mode!r}")
-    if not known or min(known) < 0:
-        raise ValueError(f"steps: expected numbers >= 0, at least one, got {known[:5]}")
+    if not known or not all(isinstance(t, int) and t >= 0 for t in known):
+        raise ValueError(f"steps: expected integers >= 0, at least one, got {known[:5]}")
+    if not 0 <= l2 < math.inf or (l2 and mode == "sgd"):
+        raise ValueError(f"l2: expected a number >= 0, and 0 for mode 'sgd', got {l2}")
+    _check_shapes(blocks, weight, bias)
     if losses is not None and len(losses) != len(known):
         raise ValueError(f"losses: expected {len(known)}, as many as steps, got {len(losses)}")
     result = Guarantee(mode=mode, in_expectation=mode == "sgd")
@@ -195,6 +198,24 @@ def _blocks(features: Blocks | tuple[Tensor, Tensor]) -> Blocks:
     return lambda: [pair]
 
 
+def _check_shapes(blocks: Blocks, weight: Tensor, bias: Tensor | None) -> None:
+    """ValueError for features, weight and bias that do not fit, or are not finite."""
+    n = 0
+    for h, _targets in blocks():
+        if weight.dim() != 2 or h.dim() != 2 or h.shape[1] != weight.shape[1]:
+            raise ValueError(
+                f"weight: expected [k, m] beside features [n, m], got {list(weight.shape)} beside "
+                f"{list(h.shape)}"
+            )
+        if not bool(torch.isfinite(h).all()):
+            raise ValueError("features: expected finite numbers, got NaN or infinity")
+        n += len(h)
+    if n == 0:
+        raise ValueError("features: expected at least one sample, got none")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape [{len(weight)}], got {list(bias.shape)}")
+
+
 def _smoothness(features: Blocks, loss: Any, given: str | float, ones: bool, l2: float) -> float:
     """L_H as given, or in the form asked for."""
     if isinstance(given, str):
@@ -217,14 +238,18 @@ def _sgd_weights(
     if rates is None or len(rates) < max(steps):
         got = "none" if rates is None else len(rates)
         raise ValueError(f"rates: expected one for each of {max(steps)} steps, got {got}")
+    if not all(0 < rate < math.inf for rate in rates):
+        raise ValueError("rates: expected finite numbers > 0")
     if loss is CROSS_ENTROPY:
         squares = [float(_with_ones(h, ones).square().sum(1).max()) for h, _ in features()]
         square = 2 * max(squares) * (1 + 2**-20)
-    elif gradient_bound is None:
-        raise ValueError(f"gradient_bound: expected E ||g||^2 <= G^2 for {loss.name}, got None")
+    elif gradient_bound is None or not 0 <= gradient_bound < math.inf:
+        raise ValueError(
+            f"gradient_bound: expected E ||g||^2 <= G^2 for {loss.name}, got {gradient_bound}"
+        )
     else:
         square, result.rigorous = float(gradient_bound), False
-    result.constants = {"G^2": square, "eta_1": float(rates[0])}
+    result.constants = {"G^2": square}
     sums = torch.tensor(list(rates), dtype=torch.float64).cumsum(0)
     squares_of = torch.tensor(list(rates), dtype=torch.float64).square().cumsum(0)
     up = 1 + 2 * len(rates) * UNIT

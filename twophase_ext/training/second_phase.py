@@ -128,6 +128,7 @@ class TheoremRun(HeadRun):
                     start[1] if self.ones else fixed,
                     loss=self.loss,
                     mode=self.config.second_phase,
+                    ones=self.ones,
                     candidates=[("the last weights", *(p.detach() for p in self._moving()))],
                     **arguments,
                 )
