@@ -1,8 +1,7 @@
 """An epoch of the second phase on a GPU against eager PyTorch and a CUDA graph of its operations.
 
 60,000 cached samples of 66,001 features where they fit, else as many as do; 10 classes, batches of
-64, momentum and weight decay. extra_info: microseconds a step, and the share of the time that
-reading h once takes. bench/gpu_check.sh runs it.
+64, momentum and weight decay. extra_info: microseconds a step. bench/gpu_check.sh runs it.
 """
 
 import pytest

@@ -122,7 +122,7 @@ def test_epoch(head, which, row, interleaved, small, request):
     row(group, role, name, bytes=head.h.nbytes, flops=4 * n * m * CLASSES)
     beside = ROWS[:5] if which in ROWS[:5] else ["ours"]
     others = [rows[name][2] for name in beside if name != which]
-    interleaved(target, others, rounds=1 if small else 7)
+    interleaved(target, others, rounds=1 if small else 5, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("pair", ["bfloat16 h", "2 threads against 1"])
@@ -134,7 +134,7 @@ def test_float32_beside(head, pair, row, interleaved, small):
     name = "last_layer_epoch_, float32 h" if role == "baseline" else "last_layer_epoch_, 2 threads"
     row(f"last-layer epoch 4096x66001->10, {pair}", role, name)
     others = [head.ours(head.narrow) if role == "baseline" else single(ours)]
-    interleaved(ours, others, rounds=1 if small else 9)
+    interleaved(ours, others, rounds=1 if small else 5, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("which", ["ours", "addmm", "sum"])
@@ -161,4 +161,4 @@ def test_full_gradient(head, which, row, interleaved, small):
     n, m = head.h.shape
     row("full gradient 4096x66001->10", role, name, bytes=head.h.nbytes, flops=4 * n * m * CLASSES)
     others = [call for key, (_, _, call) in rows.items() if key != which]
-    interleaved(target, others, rounds=1 if small else 9)
+    interleaved(target, others, rounds=1 if small else 5, warmup_rounds=1)

@@ -116,11 +116,18 @@ def row(benchmark) -> Callable[..., None]:
 def interleaved(benchmark) -> Callable[..., object]:
     """interleaved(target, others, rounds=15): time target(), each round after one of each other."""
 
-    def run(target: Callable[[], object], others: Sequence[Callable], rounds: int = 15) -> object:
+    def run(
+        target: Callable[[], object],
+        others: Sequence[Callable],
+        rounds: int = 15,
+        warmup_rounds: int = 3,
+    ) -> object:
         def neighbours() -> None:
             for other in others:
                 other()
 
-        return benchmark.pedantic(target, setup=neighbours, rounds=rounds, warmup_rounds=3)
+        return benchmark.pedantic(
+            target, setup=neighbours, rounds=rounds, warmup_rounds=warmup_rounds
+        )
 
     return run

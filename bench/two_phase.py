@@ -69,7 +69,7 @@ def draw(runs: dict[str, dict], stem: Path) -> None:
             left.plot(*points[-1], "o", color=colour, label=f"{name}: {run['seconds']:.0f} s")
         tau = next(p["seconds"] for p in two["curve"] if p["phase"] == 2)
         left.axvline(tau, color=figures.GREY, lw=0.8, ls=":")
-        left.annotate(" tau", (tau, 1), xycoords=("data", "axes fraction"), fontsize=8)
+        left.annotate(" tau", (tau, 0.93), xycoords=("data", "axes fraction"), fontsize=8)
         left.set(xlabel="seconds", ylabel="training loss", yscale="log", title="the same epochs")
         left.legend(frameon=False)
         figures.draw_bound(right, runs["gd"]["bound"])

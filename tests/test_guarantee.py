@@ -159,14 +159,54 @@ def test_comparators_are_what_they_say(loss, monkeypatch):
 
 def test_the_ridge_parameter_0_is_the_theorem_s_r():
     """Squared error at full rank: R is the displacement of least norm, M^+ (Y - M w^tau)."""
-    problem = Problem(5, "squared_error", n=40)
+    drawn = (Problem(seed, "squared_error", n=40) for seed in range(20))
+    problem = next(p for p in drawn if p.matrix().shape[1] > 42)
     m = problem.matrix()
-    if torch.linalg.matrix_rank(m) < 40:
-        pytest.skip("this draw has m < n")
+    assert torch.linalg.matrix_rank(m) == 40
     w = torch.cat([problem.weight, problem.bias[:, None]], 1)
     r2 = float((torch.linalg.pinv(m) @ (problem.y - m @ w.T)).square().sum())
-    known = problem.bound(steps=[10**12], smoothness=1.0)
-    assert known.curve[0]["bound"] == pytest.approx(r2 / (2 * 10**12), rel=0.2, abs=1e-9)
+    found = comparators(
+        problem.blocks, problem.weight, problem.bias, loss=problem.loss, distances=[1e-12]
+    )
+    assert found[-1].distance2 == pytest.approx(r2, rel=1e-2) and found[-1].loss < 1e-8
+
+
+def test_the_bound_is_the_theorem_s_formula(monkeypatch):
+    """By hand, over comparators that are given."""
+    module = __import__("sys").modules["twophase_ext.guarantee"]
+    known = [module.Comparator("near", 0.5, 4.0), module.Comparator("far", 0.1, 900.0)]
+    monkeypatch.setattr(module, "comparators", lambda *a, **k: known)
+    problem = Problem(5, "cross_entropy", n=40)
+    steps = [1, 7, 5000]
+    curve = problem.bound(steps=steps, smoothness=3.0).curve
+    for t, point in zip(steps, curve, strict=True):
+        by_hand = min(0.5 + 3.0 * 4.0 / (2 * t), 0.1 + 3.0 * 900.0 / (2 * t))
+        assert by_hand <= point["bound"] <= by_hand * (1 + 1e-12)
+    assert [point["comparator"] for point in curve] == ["near", "near", "far"]
+    rates = [0.5 / t**0.6 for t in range(1, 21)]
+    known_g = problem.bound(mode="sgd", steps=[0, 1, 9, 20], rates=rates)
+    g2 = 2 * float((problem.h.square().sum(1) + 1).max())
+    assert g2 <= known_g.constants["G^2"] <= g2 * (1 + 1e-5)
+    for point in known_g.curve[1:]:
+        used = rates[: point["steps"]]
+        rest = known_g.constants["G^2"] * sum(eta**2 for eta in used)
+        by_hand = min(v.loss + (v.distance2 + rest) / (2 * sum(used)) for v in known)
+        assert by_hand <= point["bound"] <= by_hand * (1 + 1e-12)
+
+
+def test_candidates_are_stretched():
+    problem = Problem(5, "cross_entropy", n=40)
+    other = problem.weight + 0.01
+    found = comparators(
+        problem.blocks,
+        problem.weight,
+        problem.bias,
+        loss=problem.loss,
+        candidates=[("other", other, problem.bias)],
+    )
+    once = float((other - problem.weight).square().sum())
+    own = [v.distance2 / once for v in found if v.name.startswith("other")]
+    assert own == pytest.approx([s**2 for s in family.STRETCHES], rel=1e-9)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])

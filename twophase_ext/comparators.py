@@ -20,7 +20,7 @@ from .losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
 Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 ROWS = 3000  # of M at most, for an eigendecomposition of M M^T: seconds
-BYTES = 2 << 30  # of M in float64
+BYTES = 2 << 30  # of three copies of M in float64
 SCALES = [0.25 * 2 ** (k / 2) for k in range(16)]  # of logits: 0.25 to 45
 RIDGES = [10.0**-k for k in range(1, 13)]  # of the largest eigenvalue
 STRETCHES = (1.0, 1.5, 2.0, 4.0)  # of a candidate's displacement
@@ -137,7 +137,7 @@ def _ridge(
     rows, n, width = [], 0, w.shape[1] + ones
     for h, y in blocks():
         n += len(h)
-        if n > ROWS or 8 * n * width > BYTES:
+        if n > ROWS or 3 * 8 * n * width > BYTES:
             return
         rows.append((h.double(), y))
     h, y = (torch.cat([row[i] for row in rows]) for i in (0, 1))

@@ -87,10 +87,13 @@ def smoothness(
     blocks: a function that starts a pass over (h [b, m], targets), any floating dtype. form:
     "paper", (L_ell / n) sum_i ||[h_i, 1]||^2 as in Theorem 1, or "tight", an upper bound of
     (L_ell / n) lambda_max(M^T M), M = [h, 1]: Collatz's max_i (A x)_i / x_i for A = |M|^T |M| and
-    x > 0 from a power iteration, at most the paper's form. l2 is added. ValueError: unknown form.
+    x > 0 from a power iteration, at most the paper's form. l2 is added. Raises ValueError for an
+    unknown form, l2 < 0, no sample, and features that are not finite.
     """
     if form not in ("tight", "paper"):
         raise ValueError(f"form: expected 'tight' or 'paper', got {form!r}")
+    if not 0 <= l2 < math.inf:
+        raise ValueError(f"l2: expected a number >= 0, got {l2}")
     constant = resolve_loss(loss).smoothness
     x, trace, n = None, 0.0, 0
     upper = math.inf
@@ -113,6 +116,8 @@ def smoothness(
             break
         x = (product / product.max()).clamp_min(1e-9)
     largest = trace if form == "paper" else upper
+    if not largest < math.inf:
+        raise ValueError("blocks: expected finite features, got NaN, infinity or too large ones")
     return float((constant / n * largest + l2) * (1 + 4 * UNIT))
 
 

@@ -177,6 +177,11 @@ struct Cuda {
   }
   static void epoch(const Tensor& like, const LastLayerEpoch& e) {
     const OnDeviceOf device(like);
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    TP_CUDA_CHECK(cudaStreamIsCapturing(device.stream(), &capture));
+    if (capture != cudaStreamCaptureStatusNone)
+      throw std::runtime_error(
+          "last_layer_epoch_: cannot be captured in a CUDA graph, order lies on the host");
     if (e.dtype == Dtype::kFloat64)
       Epoch<double, double>(device, like, e).run();
     else if (e.h_dtype == Dtype::kBFloat16)

@@ -70,7 +70,9 @@ def draw_history(axes: Axes, runs: Mapping[str, Sequence[Mapping[str, float]]]) 
     second = [row["epoch"] for row in rows if row["phase"] == 2]
     if second:
         axes.axvline(second[0] - 0.5, color=GREY, lw=0.8, ls=":")
-        axes.annotate("tau", (second[0] - 0.5, 1), xycoords=("data", "axes fraction"), fontsize=8)
+        axes.annotate(
+            " tau", (second[0] - 0.5, 0.93), xycoords=("data", "axes fraction"), fontsize=8
+        )
     axes.set(xlabel="epoch", ylabel="loss", yscale="log")
     axes.legend(frameon=False)
 

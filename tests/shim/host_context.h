@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <source_location>
 #include <string>
@@ -72,10 +73,13 @@ class HostContext {
     if (!skipped(where)) grid_->arrive_and_wait();
   }
   template <class T>
-  void copy_async(T* to, const T* from) const {
-    *to = *from;
+  void copy_async(T* to, const T* from) const {  // as late as it may be
+    pending_.push_back([to, from] { *to = *from; });
   }
-  void copy_wait() const {}
+  void copy_wait() const {
+    for (const auto& copy : pending_) copy();
+    pending_.clear();
+  }
   template <class T>
   void prefetch(const T* p) const {
     static_cast<void>(p);
@@ -99,6 +103,7 @@ class HostContext {
   Team* team_;
   std::barrier<>* grid_;
   mutable int turn_ = 0;
+  mutable std::vector<std::function<void()>> pending_;
 };
 
 // body(ctx, shared) for every thread of every block; two blocks run at the same time.

@@ -45,7 +45,8 @@ def last_layer_epoch_(
     before the first step. mapped: h lies in a file; the rows of the next step are asked for ahead.
 
     Returns the loss of each step before its update, float64 [steps]. No Python and no allocation
-    per step. The same bits for any number of threads, and where a call is split in two.
+    per step. On the CPU the same bits for any number of threads, and where a call is split in two;
+    on a GPU the order of additions depends on shapes and device alone.
 
     Raises TypeError for a wrong dtype and ValueError for a wrong shape, value, index or label,
     before anything has changed.
