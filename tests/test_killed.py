@@ -41,7 +41,9 @@ def test_killed_and_resumed(tmp_path, mode, after):
     whole = convnet()
     reference = quiet(whole, **settings).fit(data)
     code = CHILD.format(tests=str(Path(__file__).parent), mode=mode, folder=str(tmp_path))
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    # not from the source folder, whose package need not have been compiled
+    command = [sys.executable, "-c", code]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert child.stdout is not None
     for line in child.stdout:
         if int(line) >= 6:
