@@ -14,7 +14,6 @@
 #include "../math/loss.h"
 #include "kernels/last_layer_step.h"
 #include "kernels/sgd.h"
-#include "kernels/shifted_exp.h"
 
 namespace twophase {
 
@@ -83,20 +82,10 @@ class Passes {
       }
       const int64_t sample = index ? index[r] : r;
       loss_[r] = loss == Loss::kCrossEntropy
-                     ? cross_entropy_of(z, static_cast<const int64_t*>(target)[sample], scale)
+                     ? cross_entropy_row(z, k_, static_cast<const int64_t*>(target)[sample], scale)
                      : squared_error_row(z, k_, static_cast<const T*>(target) + sample * k_, scale);
       for (int64_t j = 0; j < k_; ++j) delta_[r * k_ + j] = static_cast<T>(z[j]);
     }
-  }
-
-  // cross_entropy_row, its exponentials a vector at a time.
-  double cross_entropy_of(double* z, int64_t label, double scale) const {
-    const double max = largest(z, k_), z_label = z[label];
-    TP_DISPATCH(shifted_exp)(z, k_, max);
-    double sum = 0;
-    for (int64_t j = 0; j < k_; ++j) sum += z[j];
-    for (int64_t j = 0; j < k_; ++j) z[j] = cross_entropy_delta(z[j], sum, j == label, scale);
-    return cross_entropy(z_label, max, sum);
   }
 
   double loss_sum(int64_t b) const { return pairwise_sum(loss_.get(), b); }

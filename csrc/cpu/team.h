@@ -55,7 +55,7 @@ class Team {
   }
 
  private:
-  static constexpr int kSpins = 2000;  // some 50 microseconds
+  static constexpr int kSpins = 2000;
 
   static void pause() {
 #if defined(__x86_64__)

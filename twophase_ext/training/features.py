@@ -1,5 +1,6 @@
 """What the second phase keeps of the frozen network: h, the wide layer's input, or nothing."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -150,8 +151,11 @@ class Features:
         if self.mode != "disk":
             return rows.new_empty(shape)
         size = self.n * rows[0].numel()
+        length = size * rows.element_size()
         # The file lives as long as its mapping: its name is gone at once, whatever happens.
         with tempfile.NamedTemporaryFile(prefix="twophase-features-") as file:
+            # Taken now, or an error now: a write to a mapped page without room ends the process.
+            os.posix_fallocate(file.fileno(), 0, length)
             flat = torch.from_file(file.name, shared=True, size=size, dtype=rows.dtype)
         return flat.view(shape)
 

@@ -52,10 +52,10 @@ def _by_autograd(
 
 
 @torch.no_grad()
-def row_norms(features: Features, ones: bool) -> Tensor:
-    """||[h_i, 1]||_2 (||h_i||_2 without ones), float64 [n], within (m + 4) 2^-53 of exact."""
+def row_norms(features: Features) -> Tensor:
+    """||[h_i, 1]||_2, float64 [n], within (m + 4) 2^-53 of exact; a fixed bias counts too."""
     squares = [h.double().square().sum(1) for h, _ in features.in_order(BATCH)]
-    return (torch.cat(squares) + ones).sqrt()
+    return (torch.cat(squares) + 1).sqrt()
 
 
 class Rounding:
@@ -67,7 +67,7 @@ class Rounding:
     """
 
     def __init__(self, norms: Tensor, layer: nn.Linear, loss: ConvexLoss) -> None:
-        """norms: `row_norms` with ones; loss: cross-entropy or squared error."""
+        """norms: `row_norms`; loss: cross-entropy or squared error."""
         dtype = layer.weight.dtype
         self.u = torch.finfo(dtype).eps / 2
         self.logit = ops.logit_error_constant(layer.in_features, dtype) * self.u

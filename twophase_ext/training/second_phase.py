@@ -102,11 +102,14 @@ class TheoremRun(HeadRun):
             return
         assert self.train_features is not None
         with self._timed("smoothness"):
-            norms = row_norms(self.train_features, self.ones)
+            norms = row_norms(self.train_features)
+            largest = self._smoothness()
+            if largest == 0:
+                raise ValueError("train: all features are 0 at tau, and the last layer has no bias")
             self.descent = {
                 "start": [p.detach().clone() for p in self._moving()],
                 "norms": norms,
-                "smoothness": self._smoothness(),
+                "smoothness": largest,
                 "objective": None,
             }
 
@@ -186,9 +189,7 @@ class GradientDescentRun(TheoremRun):
             known["begin"] = objective
         if self.loss in (CROSS_ENTROPY, SQUARED_ERROR):
             rounding = Rounding(known["norms"], layer, self.loss)
-            rows = torch.cat(
-                [p.detach().double().reshape(len(layer.weight), -1) for p in moving], 1
-            )
+            rows = torch.cat([p.detach().double().view(len(p), -1) for p in layer.parameters()], 1)
             size, whole = float(rows.norm(dim=1).max()), float(rows.norm())
             known["rise"] = 2 * rounding.of_loss(loss, size) + rounding.of_step(
                 loss, size, math.sqrt(squares), step, whole, known["smoothness"]

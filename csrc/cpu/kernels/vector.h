@@ -21,20 +21,16 @@ constexpr int kVectorBytes = 16;
 #endif
 using FloatVector = float __attribute__((vector_size(kVectorBytes)));
 using DoubleVector = double __attribute__((vector_size(kVectorBytes)));
-using FloatIndex = int32_t __attribute__((vector_size(kVectorBytes)));
-using DoubleIndex = int64_t __attribute__((vector_size(kVectorBytes)));
 
 template <class T>
 struct VectorOf;
 template <>
 struct VectorOf<float> {
   using Type = FloatVector;
-  using Index = FloatIndex;
 };
 template <>
 struct VectorOf<double> {
   using Type = DoubleVector;
-  using Index = DoubleIndex;
 };
 template <class T>
 using Vector = typename VectorOf<T>::Type;
@@ -84,17 +80,14 @@ TP_HD FloatVector fused(FloatVector a, FloatVector b, FloatVector c) { return a 
 TP_HD DoubleVector fused(DoubleVector a, DoubleVector b, DoubleVector c) { return a * b + c; }
 #endif
 
-// Lane i + lane i ^ width, for width = half the lanes, a quarter, ..., 1: in registers.
 template <class T>
 TP_HD T sum_lanes(Vector<T> v) {
+  T x[kLanes<T>];
+  store_vector(x, v);
   TP_UNROLL
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-    typename VectorOf<T>::Index partner{};
-    TP_UNROLL
-    for (int i = 0; i < kLanes<T>; ++i) partner[i] = i ^ width;
-    v += __builtin_shuffle(v, partner);
-  }
-  return v[0];
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) TP_UNROLL
+  for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
 }
 
 template <int n>
