@@ -109,6 +109,7 @@ def test_wrong_branches():
     before = bits(trainer.model)
     for error, message, branches in (
         (TypeError, "branches: expected a dict", {}),
+        (TypeError, "branches: expected a dict of arguments for a, got 'gd'", {"a": "gd"}),
         (ValueError, "branches: a changes 'seed'", {"a": {"seed": 2}}),
         (ValueError, "branches: a changes 'tau'", {"a": {"tau": 2}}),
         (ValueError, "branches: expected the name of a folder", {"a/b": {}}),

@@ -104,6 +104,16 @@ def test_stochastic_descent_is_the_plain_loop(cache):
     assert result.guarantee.in_expectation
 
 
+@pytest.mark.parametrize("mode", ["gd", "sgd"])
+def test_in_float32_too_the_curve_begins_at_its_bound(mode):
+    """One evaluation of L(w^tau) serves for both: two would differ by their rounding."""
+    for seed in range(5):
+        result = run(toy_data(seed=seed), second_phase=mode, precision="float32")[1]
+        first, *points = result.guarantee.curve
+        assert first["loss"] == first["bound"]
+        assert mode == "sgd" or all(p["loss"] <= p["bound"] for p in points)
+
+
 def test_mini_batches_of_sgd_are_independent_and_uniform():
     class Draws:
         def on_epoch_end(self, run, record):

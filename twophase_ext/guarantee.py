@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arrays import as_tensor
 from .comparators import Blocks, Comparator, comparators, last_layer_objective
-from .losses import CROSS_ENTROPY, resolve_loss
+from .losses import CROSS_ENTROPY, ConvexLoss, prepare_targets, resolve_loss
 
 __all__ = ["Blocks", "Comparator", "Guarantee", "comparators", "guarantee", "smoothness"]
 
@@ -123,7 +124,7 @@ def smoothness(
 
 @torch.no_grad()
 def guarantee(
-    features: Blocks | tuple[Tensor, Tensor],
+    features: Blocks | tuple[Any, Any],
     weight: Tensor,
     bias: Tensor | None = None,
     *,
@@ -140,21 +141,24 @@ def guarantee(
 ) -> Guarantee:
     """Theorem 1's bound at the given numbers of steps since tau, minimised over comparators.
 
-    features: (h [n, m], targets) or a function that starts a pass over such blocks. weight [k, m],
-    bias [k] or None: the last layer at tau; ones: whether the bias is trained (default: where there
-    is one). loss, l2: the objective, mean loss + (l2 / 2) ||w||^2.
-    steps: t - tau, >= 0; at 0 the bound is L(w^tau) itself. losses: measured objectives there.
+    features: (h [n, m], targets), tensors or arrays, or a function that starts a pass over such
+    blocks of tensors. weight [k, m], bias [k] or None: the last layer at tau; ones: whether the
+    bias is trained (default: where there is one). loss, l2: the objective, mean loss +
+    (l2 / 2) ||w||^2.
+    steps: t - tau, >= 0; at 0 bound and loss are L(w^tau) itself. losses: measured objectives
+    there. The theorem is one of exact arithmetic: a run's own rounding comes on top of the bound.
     mode "gd", part (i): smoothness is L_H, or the form in which it is computed. mode "sgd", part
     (ii): rates are eta of every step, as many as the largest of steps; G^2 = 2 max ||[h_i, 1]||^2
     for cross-entropy, because ||softmax - one-hot||_2^2 <= 2, and gradient_bound for another loss,
     measured. candidates: (name, weight, bias) of other comparators, such as the last weights.
 
     Raises ValueError for an unknown mode, for missing or unfitting rates, losses, gradient_bound or
-    shapes, and for features that are not finite.
+    shapes, for labels out of range and for features that are not finite; TypeError for labels that
+    are not integers.
     """
     resolved, known = resolve_loss(loss), list(steps)
     ones = bias is not None if ones is None else ones
-    blocks = _blocks(features)
+    blocks = _blocks(features, resolved, len(weight))
     if mode not in ("gd", "sgd"):
         raise ValueError(f"mode: expected 'gd' or 'sgd', got {mode!r}")
     if not known or not all(isinstance(t, int) and t >= 0 for t in known):
@@ -190,17 +194,18 @@ def guarantee(
             value, best = min((v.loss + factor * v.distance2, i) for i, v in enumerate(family))
             point["bound"] = (value + rest) * (1 + 16 * UNIT)
             point["comparator"] = family[best].name
-        if loss_there is not None:
-            point["loss"] = float(loss_there)
+        if loss_there is not None:  # at w^tau itself one evaluation serves for both
+            point["loss"] = float(loss_there) if t else start
         result.curve.append(point)
     return result
 
 
-def _blocks(features: Blocks | tuple[Tensor, Tensor]) -> Blocks:
+def _blocks(features: Blocks | tuple[Any, Any], loss: ConvexLoss, outputs: int) -> Blocks:
     if not isinstance(features, tuple):
         return features
-    pair = features
-    return lambda: [pair]
+    h, y = (as_tensor(part, name=f"features[{i}]") for i, part in enumerate(features))
+    targets = prepare_targets(loss, y, outputs, name="features[1]")
+    return lambda: [(h, targets)]
 
 
 def _check_shapes(blocks: Blocks, weight: Tensor, bias: Tensor | None) -> None:

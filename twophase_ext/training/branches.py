@@ -70,6 +70,8 @@ def _check(trainer: "Trainer", branches: Mapping[str, Mapping[str, Any]]) -> Non
             raise ValueError(
                 f"branches: expected the name of a folder other than 'trunk', got {name!r}"
             )
+        if not isinstance(changes, Mapping):
+            raise TypeError(f"branches: expected a dict of arguments for {name}, got {changes!r}")
         wrong = [key for key in changes if key not in ALLOWED]
         if wrong:
             raise ValueError(
