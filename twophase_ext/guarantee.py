@@ -158,6 +158,8 @@ def guarantee(
     """
     resolved, known = resolve_loss(loss), list(steps)
     ones = bias is not None if ones is None else ones
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected 2 dimensions [k, m], got {list(weight.shape)}")
     blocks = _blocks(features, resolved, len(weight))
     if mode not in ("gd", "sgd"):
         raise ValueError(f"mode: expected 'gd' or 'sgd', got {mode!r}")
@@ -212,7 +214,7 @@ def _check_shapes(blocks: Blocks, weight: Tensor, bias: Tensor | None) -> None:
     """ValueError for features, weight and bias that do not fit, or are not finite."""
     n = 0
     for h, _targets in blocks():
-        if weight.dim() != 2 or h.dim() != 2 or h.shape[1] != weight.shape[1]:
+        if h.dim() != 2 or h.shape[1] != weight.shape[1]:
             raise ValueError(
                 f"weight: expected [k, m] beside features [n, m], got {list(weight.shape)} beside "
                 f"{list(h.shape)}"
