@@ -199,9 +199,12 @@ def test_nothing_to_do_keeps_the_bits(transform, size, device):
     assert torch.equal(result.view(torch.int32), images.view(torch.int32))
 
 
-def test_flip_always():
+def test_flip_always_and_never(monkeypatch):
     images = noise(2, 3, 4)
     assert torch.equal(RandomHorizontalFlip(1)(images, generator()), images.flip(3))
+    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.zeros(size))  # the smallest draw
+    assert torch.equal(RandomHorizontalFlip(0)(images, generator()), images)
+    assert torch.equal(RandomHorizontalFlip(0.01)(images, generator()), images.flip(3))
 
 
 @pytest.mark.parametrize("transform", ALL, ids=repr)
@@ -215,6 +218,13 @@ def test_nothing_reads_a_value_back_from_the_device(transform):
         images = torch.empty(4, 3, 8, 9, device="meta")
         result = transform(images, torch.Generator())
     assert result.device.type == "meta" and result.shape == images.shape
+
+
+@pytest.mark.parametrize("transform", ALL[:3], ids=repr)
+def test_draws_are_made_on_the_generators_device(transform):
+    images = torch.empty(4, 3, 8, 9, device="meta")
+    assert {p.device.type for p in transform.draw(images, generator())} == {"cpu"}
+    assert {p.device.type for p in transform.draw(images)} == {"meta"}
 
 
 def test_compose_draws_in_order_from_one_generator():
@@ -276,6 +286,7 @@ def test_each_data_set_has_its_augmentation():
         (lambda: RandomAffine(0, (0.1, 1.5)), ValueError, "translate: expected two .*1.5"),
         (lambda: RandomAffine(0, scale=2), ValueError, "scale: expected .*got 2"),
         (lambda: RandomAffine(0, scale=(0, 1)), ValueError, "scale: expected .*both > 0"),
+        (lambda: RandomAffine(0, scale=(1, math.inf)), ValueError, r"scale: .*got \(1, inf\)"),
         (lambda: RandomAffine(0, scale=(2, 1)), ValueError, r"scale: .*got \(2, 1\)"),
         (lambda: RandomAffine(0, shear=90), ValueError, "shear: expected .*got 90"),
         (lambda: Compose(RandomCrop(1), 3), TypeError, "transforms: expected callables, got 3"),

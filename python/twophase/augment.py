@@ -219,11 +219,12 @@ class RandomAffine(_PerSample):
         rows = (xx, xy * h / w, x0 * 2 / w, yx * w / h, yy, y0 * 2 / h)
         theta = torch.stack(rows, 1).view(-1, 2, 3)
         moved = (theta != torch.eye(2, 3, dtype=theta.dtype, device=theta.device)).any(2).any(1)
-        theta = theta.to(images.device, images.dtype, non_blocking=True)[:, None, None]
+        theta = theta.to(images.device, images.dtype, non_blocking=True)[..., None, None]
         x = torch.arange(1 - w, w, 2, dtype=images.dtype, device=images.device) / w
         y = torch.arange(1 - h, h, 2, dtype=images.dtype, device=images.device) / h
         # By hand: affine_grid multiplies matrices, on a GPU in TF32 where that is allowed.
-        grid = theta[..., 0] * x[:, None] + theta[..., 1] * y[:, None, None] + theta[..., 2]
+        source = theta[:, :, 0] * x + theta[:, :, 1] * y[:, None] + theta[:, :, 2]  # [b, 2, h, w]
+        grid = source.movedim(1, 3)
         fill = _filling(images, self.fill)
         sampled = F.grid_sample(images - fill, grid, align_corners=False) + fill
         moved = moved.to(images.device, non_blocking=True)[:, None, None, None]
