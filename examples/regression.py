@@ -1,8 +1,8 @@
 """Squared loss on real-valued targets, with the guaranteed loss beside the measured one.
 
 scikit-learn's diabetes data: 442 patients, 10 features, one number to predict. The second phase is
-gradient descent with steps of 1 / L_H (Theorem 1 i), so every number of steps has a bound that was
-known at tau: L(v) + L_H ||v - w^tau||^2 / (2 steps), at its least over comparators v.
+gradient descent with steps of 1 / L_H (Theorem 1 i). After t steps the loss is at most
+L(v) + L_H ||v - w^tau||^2 / (2 t) for every last layer v; "comparator" is the v that was taken.
 """
 
 import torch

@@ -64,6 +64,7 @@ def test_regression(capsys):
     assert set(statuses(result).values()) == {"held"}
     curve = result.guarantee.curve
     losses = [point["loss"] for point in curve]
+    assert curve[-1]["steps"] == 4 * 300
     assert losses == sorted(losses, reverse=True)
     assert all(point["loss"] < point["bound"] for point in curve[1:])
     assert curve[-1]["bound"] < curve[0]["loss"] < 0.8  # it says more than "no rise"
@@ -72,7 +73,7 @@ def test_regression(capsys):
     with torch.no_grad():
         measured = (result.model(x)[:, 0] - y).square().mean()
     assert abs(measured - losses[-1]) < 1e-9
-    assert f"{losses[-1]:.5f}" in capsys.readouterr().out
+    assert f"{losses[-1]:>9.5f}  {curve[-1]['bound']:>10.5f}" in capsys.readouterr().out
 
 
 def test_plain_loop_has_the_trainers_bits():
