@@ -1,14 +1,21 @@
-"""Every Python block of the README and of docs runs, in the order of its page."""
+"""Every Python block of the README and of docs runs; links, excerpts and tables are true."""
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+import twophase_ext as tp
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCED = re.MULTILINE | re.DOTALL
+BLOCK = re.compile(r"^```python\n(.*?)^```$", FENCED)
+# The first line names the file.
+EXCERPT = re.compile(r"^```(?:cpp|py)\n(?://|#) (\S+)\n(.*?)^```$", FENCED)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +29,49 @@ def test_blocks_run(page, tmp_path, monkeypatch):
         exec(compile(block, page.name, "exec"), names)
 
 
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (page.parent / target).exists(), (page, target)
+        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=FENCED)
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+            if not target.startswith("http"):
+                file = page.parent / target if target else page
+                assert file.exists(), (page, target)
+                assert not anchor or anchor in anchors(file), (page, target, anchor)
+
+
+def test_readme_names_every_page_and_example():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    files = [*(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py")]
+    assert len(files) > 10
+    for file in files:
+        assert f"]({file.relative_to(ROOT).as_posix()})" in readme, file.name
+
+
+def test_excerpts_are_in_the_files_they_name():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        found = EXCERPT.findall(text)
+        assert len(found) == len(re.findall(r"^```(?:cpp|py)$", text, re.MULTILINE)), page.name
+        for name, code in found:
+            assert code in (ROOT / name).read_text(encoding="utf-8"), (page.name, name, code)
+
+
+def test_certificate_page_describes_the_file(tmp_path):
+    page = (ROOT / "docs" / "certificate.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z_, ]+) \|", page.split("## The file")[1], re.MULTILINE)
+    described = [name for row in rows if row != "field" for name in row.split(", ")]
+    verdict = tp.Verdict("proved", "exists", "certificate", n=3, width=4, margin=float("inf"))
+    verdict.save(tmp_path / "verdict.json")
+    written = json.loads((tmp_path / "verdict.json").read_text(encoding="utf-8"))
+    assert sorted(described) == sorted(written)
+    assert f"`{written['schema']}`" in page
+    assert (written["margin"], written["rank"]) == ({"number": "inf"}, None)
+    checksum = written.pop("checksum")
+    plain = json.dumps(written, sort_keys=True).encode()
+    assert hashlib.sha256(plain).hexdigest() == checksum
