@@ -104,6 +104,28 @@ def test_interrupted_branches_continue(tmp_path, stop):
     assert done == []
 
 
+def test_branches_leave_one_trunk_at_several_epochs(tmp_path):
+    data, taus = toy_data(), {"late": 4, "early": 2, "own": 3}
+    branches = {name: {"tau": tau} for name, tau in taus.items() if name != "own"} | {"own": {}}
+    model = toy_mlp()
+    results = quiet(model, tmp_path, **SETTINGS).branch(branches, data)
+    assert list(results) == ["late", "early", "own"]
+    for name, tau in taus.items():
+        own = toy_mlp()
+        quiet(own, **{**SETTINGS, "tau": tau}).fit(data)
+        assert same_bits(bits(own), bits(results[name].model)), name
+        assert [r["phase"] for r in results[name].history].index(2) == tau
+    half = toy_mlp()  # the trunk was trained once, to the last of them
+    quiet(half, second_phase="none", epochs=4, tau=1).fit(data)
+    assert same_bits(bits(half), bits(model))
+    again = quiet(toy_mlp(seed=3), tmp_path, **SETTINGS).branch(branches, data, resume=True)
+    assert same_bits(bits(again["early"].model), bits(results["early"].model))
+    with pytest.raises(
+        ValueError, match=r"new begins at epoch 2, but the trunk in .* is at epoch 4"
+    ):
+        quiet(toy_mlp(), tmp_path, **SETTINGS).branch({"new": {"tau": 2}}, data, resume=True)
+
+
 def test_wrong_branches():
     trainer, data = quiet(toy_mlp(), **SETTINGS), toy_data()
     before = bits(trainer.model)
@@ -111,7 +133,7 @@ def test_wrong_branches():
         (TypeError, "branches: expected a dict", {}),
         (TypeError, "branches: expected a dict of arguments for a, got 'gd'", {"a": "gd"}),
         (ValueError, "branches: a changes 'seed'", {"a": {"seed": 2}}),
-        (ValueError, "branches: a changes 'tau'", {"a": {"tau": 2}}),
+        (ValueError, "tau: expected an epoch in 1..5, got 6", {"a": {"tau": 6}}),
         (ValueError, "branches: expected the name of a folder", {"a/b": {}}),
         (ValueError, "branches: expected the name of a folder", {"trunk": {}}),
         (

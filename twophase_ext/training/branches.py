@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config import resolve_tau
 from .result import Result
 from .runfolder import create
 from .saved import adopt
@@ -14,7 +15,17 @@ if TYPE_CHECKING:
 
 TRUNK = "trunk"
 FEATURES = ("noise_std", "noise_seed", "batch_norm", "feature_cache", "augment_copies")
-ALLOWED = (*FEATURES, "second_phase", "gd", "sgd", "lazy", "optimizer", "epochs", "verify")
+ALLOWED = (
+    *FEATURES,
+    "second_phase",
+    "gd",
+    "sgd",
+    "lazy",
+    "optimizer",
+    "epochs",
+    "tau",
+    "verify",
+)
 
 
 def branch(
@@ -29,7 +40,6 @@ def branch(
     root = trainer.run_dir
     if root is not False:
         root = create(None if root in (None, True) else Path(str(root)), resuming=resume)
-    tau = trainer.config.tau_epoch
     first = trainer._clone(
         trainer.model,
         second_phase="none",
@@ -38,20 +48,29 @@ def branch(
         augment_copies=None,
     )
     run = first._prepare(train, val, _checkpoint(first, resume))
-    ended = first._execute(run, epochs=tau)
-    if ended.status != "completed":
-        return {TRUNK: ended}
+    taus = {name: _tau(trainer, changes) for name, changes in branches.items()}
     results: dict[str, Result] = {}
     shared: dict[tuple[str | None, str], Any] = {}
     kept: Any = None
-    for name, changes in sorted(branches.items(), key=lambda item: _features(trainer, item[1])):
-        if kept != _features(trainer, changes):  # caches of other features are of no more use
+    for name in sorted(branches, key=lambda name: (taus[name], _features(trainer, branches[name]))):
+        changes, tau = branches[name], taus[name]
+        if run.epoch < tau or not run.history:
+            ended = first._execute(run, epochs=tau)
+            if ended.status != "completed":
+                return {**results, TRUNK: ended}
+        key = tau, _features(trainer, changes)
+        if kept != key:  # caches of other features are of no more use
             shared.clear()
-            kept = _features(trainer, changes)
+            kept = key
         model = copy.deepcopy(trainer.model)
-        arguments = {"last_layer": run.network.last.name, "tau": tau, **changes}
+        arguments = {"last_layer": run.network.last.name, **changes, "tau": tau}
         second = trainer._clone(model, run_dir=_under(root, name), **arguments)
         checkpoint = _checkpoint(second, resume)
+        if checkpoint is None and run.epoch > tau:
+            raise ValueError(
+                f"branches: {name} begins at epoch {tau}, but the trunk in {root} is at epoch "
+                f"{run.epoch} already; begin again in another run_dir"
+            )
         continued = second._prepare(train, val, checkpoint)
         if checkpoint is None:
             adopt(continued, run)
@@ -78,7 +97,13 @@ def _check(trainer: "Trainer", branches: Mapping[str, Mapping[str, Any]]) -> Non
                 f"branches: {name} changes {wrong[0]!r}, which the first phase depends on or which "
                 f"is no argument; expected some of {sorted(ALLOWED)}"
             )
-        trainer._clone(trainer.model, tau=trainer.config.tau_epoch, **changes)  # or ValueError now
+        trainer._clone(trainer.model, **{"tau": trainer.config.tau_epoch, **changes})  # or now
+
+
+def _tau(trainer: "Trainer", changes: Mapping[str, Any]) -> int:
+    """The epoch at which a branch leaves the trunk."""
+    tau = changes.get("tau", trainer.config.tau_epoch)
+    return resolve_tau(tau, changes.get("epochs", trainer.config.epochs))
 
 
 def _features(trainer: "Trainer", changes: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ class Config:
     precision: str
     verify: str | bool
     noise_seed: int | None = None  # None: the noise comes from `seed`
+    augment: str | None = None  # its repr
     augment_copies: int | None = None
     # settings of these second phases, None in the others
     gd: GradientDescent | None = None
@@ -106,6 +107,7 @@ def resolve(
     precision: Any,
     verify: Any,
     noise_seed: Any = None,
+    augment: Any = None,
     augment_copies: Any = None,
     gd: Any = None,
     sgd: Any = None,
@@ -114,6 +116,8 @@ def resolve(
     """Check every argument; TypeError or ValueError names the first one that is wrong."""
     epochs = integer("epochs", epochs, 2)
     second_phase = _choice("second_phase", second_phase, SECOND_PHASES)
+    if augment is not None and not callable(augment):
+        raise TypeError(f"augment: expected a callable (x, generator) -> x, got {augment!r}")
     if verify is not False and verify not in METHODS:
         raise ValueError(f"verify: expected False or one of {METHODS}, got {verify!r}")
     config = Config(
@@ -129,6 +133,7 @@ def resolve(
         precision=_choice("precision", precision, PRECISIONS),
         verify=verify,
         noise_seed=None if noise_seed is None else integer("noise_seed", noise_seed, -(2**63)),
+        augment=None if augment is None else repr(augment),
         augment_copies=(
             None if augment_copies is None else integer("augment_copies", augment_copies, 1)
         ),

@@ -1,6 +1,6 @@
 """Training data in one form: batches by sample index, checked before anything is trained."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..arrays import as_tensor, require_finite
 from ..losses import ConvexLoss, prepare_targets
 from .streams import host_stream, stream_seed
 
+Augment = Callable[[Tensor, torch.Generator], Tensor]
 _CHECKED = 256  # samples of a Dataset looked at together before training
 _VISITED_TWICE = 16  # samples fetched twice to see whether a Dataset is random
 
@@ -29,7 +30,8 @@ class Samples:
     Made by `Samples.of` from a pair of arrays, a map-style Dataset or a DataLoader over one. uint8
     inputs are scaled to [0, 1] when they are fetched, so that images stay small in memory.
     random: fetching a sample twice gives different inputs; what its transforms draw comes from
-    (seed, epoch), which the engine sets, and the batch.
+    (seed, epoch), which the engine sets, and the batch. augment: a transform of whole batches,
+    (x [b, ...], torch.Generator) -> x, likewise.
     """
 
     def __init__(self, name: str, n: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -38,6 +40,7 @@ class Samples:
         self.batch_size: int | None = None
         self.random = False
         self.seed, self.epoch = 0, 0
+        self.augment: Augment | None = None
 
     @staticmethod
     def of(source: Any, *, name: str, device: torch.device, dtype: torch.dtype) -> "Samples":
@@ -54,15 +57,28 @@ class Samples:
             f"{name}: expected (x, y), a Dataset or a DataLoader, got {type(source).__name__}"
         )
 
-    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def fetch(self, index: Tensor, *, augmented: bool = True) -> tuple[Tensor, Tensor]:
         """(x, y) of the samples `index` (int64 on the CPU), on the device."""
+        x, y = self._fetch(index)
+        if not augmented or self.augment is None:
+            return x, y
+        # in one epoch a sample comes once: the first one tells the batch
+        seed = stream_seed(self.seed, "augment", self.epoch, int(index[0]))
+        changed = self.augment(x, torch.Generator().manual_seed(seed))
+        if not isinstance(changed, Tensor) or changed.shape != x.shape or changed.dtype != x.dtype:
+            got = changed if isinstance(changed, Tensor) else None
+            found = type(changed).__name__ if got is None else f"{list(got.shape)} {got.dtype}"
+            raise ValueError(f"augment: expected {list(x.shape)} {x.dtype}, got {found}")
+        return changed, y
+
+    def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
         """Check every sample, and convert the targets for `loss` and `outputs` outputs."""
         raise NotImplementedError
 
-    def in_order(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def in_order(self, size: int, *, augmented: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of `size` in index order; a last single sample joins the batch before it.
 
         (BatchNorm has no variance over one sample.)
@@ -71,7 +87,7 @@ class Samples:
         if len(starts) > 1 and self.n - starts[-1] == 1:
             starts.pop()
         for start, end in zip(starts, [*starts[1:], self.n], strict=True):
-            yield self.fetch(torch.arange(start, end))
+            yield self.fetch(torch.arange(start, end), augmented=augmented)
 
     def _place(self, x: Tensor) -> Tensor:
         x = x.to(self.device, non_blocking=True)
@@ -108,7 +124,7 @@ class _Arrays(Samples):
         # Labels are small: on the device once. Inputs move batch by batch unless they are there.
         self.y = self.y.to(self.device)
 
-    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         x = self.x.index_select(0, index.to(self.x.device))
         return self._place(x), self.y.index_select(0, index.to(self.y.device))
 
@@ -148,7 +164,7 @@ class _Fetched(Samples):
         for _ in self.in_order(_CHECKED):  # nothing is to be found wrong after hours of training
             pass
 
-    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         indices = index.tolist()
         if self.random:  # in one epoch a sample comes once: the first one tells the batch
             with host_stream(stream_seed(self.seed, "augment", self.epoch, indices[0])):

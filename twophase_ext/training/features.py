@@ -141,7 +141,7 @@ class Features:
         for copy in range(self.copies):
             if copies is not None:
                 self.samples.epoch = epoch + copy
-            yield from self.samples.in_order(BATCH)
+            yield from self.samples.in_order(BATCH, augmented=True)
         self.samples.epoch = epoch
 
     def _empty(self, rows: Tensor) -> Tensor:
@@ -182,11 +182,12 @@ class Features:
         return self._h(self.cache.index_select(0, index)), self.targets.index_select(0, index)
 
     def in_order(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches (h, y) of `size` in index order, of all copies."""
+        """Batches (h, y) of `size` in index order, of all copies; without a cache not augmented."""
         for start in range(0, self.n, size):
             end = min(start + size, self.n)
             if self.cache is None or self.targets is None:
-                yield self.batch(torch.arange(start, end))
+                x, y = self.samples.fetch(torch.arange(start, end), augmented=False)
+                yield self.network.hidden(x), y
             else:
                 yield self._h(self.cache[start:end]), self.targets[start:end]
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from . import batchnorm, checkpoint, runfolder
 from .branches import branch
 from .checks import check_runs, model_device, unchanged_on_error
 from .config import SETTINGS, Config, resolve
-from .data import Samples
+from .data import Augment, Samples
 from .engine import Run
 from .features import free_disk, plan_cache
 from .lazy import LazyRun
@@ -65,6 +66,9 @@ class Trainer:
         (batch statistics go on moving: nothing is cached and Theorem 1's premise fails).
     feature_cache: "auto", "hidden", "backbone", "disk" or "none"; auto chooses by memory and says
         what. "hidden-bfloat16": h rounded, half the memory, another function.
+    augment: callable (x [b, ...], torch.Generator) -> x of the same shape, on training batches;
+        its repr tells a run from another. BatchNorm's statistics at tau, the verification and the
+        measured losses are those of the data as given.
     augment_copies: data transformed at random are visited so many times at tau and these copies
         cached, an approximation of new transforms in every epoch.
     batch_size, seed; device: "auto" (where the model is) or that same device; precision: "float32"
@@ -95,6 +99,7 @@ class Trainer:
         lazy: Lazy | dict[str, Any] | None = None,
         batch_norm: str = "frozen",
         feature_cache: str = "auto",
+        augment: Augment | None = None,
         augment_copies: int | None = None,
         batch_size: int = 64,
         seed: int = 1,
@@ -123,6 +128,7 @@ class Trainer:
             "lazy": lazy,
             "batch_norm": batch_norm,
             "feature_cache": feature_cache,
+            "augment": augment,
             "augment_copies": augment_copies,
             "batch_size": batch_size,
             "seed": seed,
@@ -132,7 +138,7 @@ class Trainer:
         self.config = resolve(loss=self.loss.name, **settings)
         self.model, self.last_layer = model, last_layer
         self.optimizer = optimizer or paper_optimizer
-        self.device = model_device(model, device)
+        self.augment, self.device = augment, model_device(model, device)
         self.run_dir = run_dir
         every = 1 if checkpoint_every is None else checkpoint_every
         self.checkpoint_every = integer("checkpoint_every", every, 1)
@@ -185,10 +191,11 @@ class Trainer:
         """Several second phases from one first phase: {name: Result}, in the order given.
 
         branches: {name: the Trainer's arguments to change}, of second_phase and its settings,
-        noise_std, noise_seed, optimizer (its own rates, the trunk's state), epochs, verify,
+        noise_std, noise_seed, optimizer (its own rates, the trunk's state), epochs, tau, verify,
         batch_norm, feature_cache and augment_copies. second_phase="none" is the base algorithm
         continued, so that base and two-phase share a trunk. Branches with the same noise share one
-        cache of features. self.model ends as it is at tau, each result.model is a copy.
+        cache of features. The trunk goes on to the last tau, where self.model ends; each
+        result.model is a copy.
 
         run_dir gets a folder for the trunk and one for each branch. resume=True continues
         what is there and recomputes nothing that is finished. Ctrl-C saves and returns the branches
@@ -255,18 +262,14 @@ class Trainer:
         )
         if samples.batch_size is not None and samples.batch_size != config.batch_size:
             progress.say(f"batch_size: {samples.batch_size}, the DataLoader's")
-            config = resolve(
-                **{
-                    **{k: v for k, v in config.as_dict().items() if k != "tau_epoch"},
-                    "tau": config.tau_epoch,
-                    "batch_size": samples.batch_size,
-                }
-            )
+            config = replace(config, batch_size=samples.batch_size)
         if config.batch_norm == "frozen":
             batchnorm.check_freezable(self.model)
         for part in (samples, held_out):
             if part is not None:
                 part.seed = config.seed
+                if part is samples and self.augment is not None:
+                    part.augment, part.random = self.augment, True
                 check_runs(self.model, part)
         network = Network(self.model, next(samples.in_order(2))[0][:2], self.last_layer)
         for part in (samples, held_out):
