@@ -1,4 +1,4 @@
-"""One self-contained HTML file about run folders: what ran, what was guaranteed, what was measured."""
+"""One self-contained HTML file about run folders: what ran, was guaranteed, was measured."""
 
 from collections.abc import Sequence
 from pathlib import Path

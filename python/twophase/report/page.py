@@ -95,25 +95,24 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any] | None:
     """The verdict's own explanation, and its numbers."""
     if verdict is None:
         return None
-    lower = verdict.sigma_min_lower
     matrix = "[h_X, 1]" if verdict.bias else "h_X"
     method = verdict.method + (f" ({verdict.factorization})" if verdict.factorization else "")
-    logdet = verdict.logabsdet_lower
+    explanation = [line.strip() for line in str(verdict).splitlines()]
     return {
-        "explanation": [line.strip() for line in str(verdict).splitlines()],
+        "explanation": [line[:1].upper() + line[1:] for line in explanation],
         "numbers": [
             ("status", verdict.status),
             ("claim", "at these weights" if verdict.claim == "at w" else "for some weights"),
             ("method", method),
-            (f"sigma_min of {matrix}, proved", f"≥ {words.bounded(lower)}" if lower else "no bound"),
-            (
-                "log det of the Gram matrix, proved",
-                "no bound" if logdet is None else f"≥ {words.bounded(logdet)}",
-            ),
+            (f"sigma_min of {matrix}, proved", _at_least(verdict.sigma_min_lower)),
+            ("log det of the Gram matrix, proved", _at_least(verdict.logabsdet_lower)),
             ("rank, counted", "not counted" if verdict.rank is None else f"{verdict.rank:,}"),
-            ("sigma_min, estimated", words.number(verdict.sigma_min)),
-            ("condition number, estimated", words.number(verdict.condition)),
-            ("margin over all errors", words.number(verdict.margin)),
+            ("sigma_min, estimated", words.number(verdict.sigma_min, missing="not estimated")),
+            (
+                "condition number, estimated",
+                words.number(verdict.condition, missing="not estimated"),
+            ),
+            ("margin over all errors", words.number(verdict.margin, missing="none")),
             ("samples n", f"{verdict.n:,}"),
             ("width m_H", f"{verdict.width:,}"),
             ("arithmetic", verdict.dtype),
@@ -123,6 +122,10 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any] | None:
         "assumptions": verdict.assumptions,
         "hashes": words.flat(verdict.hashes) if verdict.hashes else [],
     }
+
+
+def _at_least(bound: float | None) -> str:
+    return "no bound" if bound is None else f"≥ {words.bounded(bound)}"
 
 
 def _constants(record: RunRecord) -> list[tuple[str, str]]:
@@ -147,7 +150,7 @@ def _checks(record: RunRecord) -> list[list[str]]:
         [
             *(words.shown(check.get(name)) for name in names),
             words.number(check.get("sigma_min")),
-            words.bounded(check["sigma_min_lower"]) if check.get("sigma_min_lower") else "no bound",
+            _at_least(check.get("sigma_min_lower")),
             words.number((check.get("lemma7") or {}).get("bound")),
         ]
         for check in thinned(record.guarantee.checks)
@@ -213,7 +216,7 @@ def _missing_charts(record: RunRecord) -> list[str]:
         if not _taus([record]):
             said.append("tau: not marked, no epoch of a second phase is recorded.")
     if not record.curve:
-        said.append("Guaranteed loss: no guarantee.csv, which a run writes where it claims a bound.")
+        said.append("Guaranteed loss: no guarantee.csv, which goes with a claimed bound.")
     return said
 
 
@@ -275,13 +278,13 @@ def _comparison(runs: Sequence[dict[str, Any]], records: Sequence[RunRecord]) ->
     """Several runs side by side."""
     done = [r.result["status"] if r.result else "unfinished" for r in records]
     states = words.joined([f"{done.count(s)} {s}" for s in dict.fromkeys(done)])
-    verdicts = [f"{run['name']}: {run['guarantee']}" for run in runs]
+    verdicts = [f"{run['name']} ({run['guarantee']})" for run in runs]
     final = [((r.result or {}).get("final") or {}).get("train_loss") for r in records]
     known = [(loss, run["name"]) for loss, run in zip(final, runs, strict=True) if loss is not None]
-    answer = f"{len(runs)} runs, {states}. The guarantee, {'; '.join(verdicts)}. "
+    answer = f"{len(runs)} runs, {states}. The guarantee: {', '.join(verdicts)}. "
     losses = list(dict.fromkeys(str(record.config.get("loss")) for record in records))
     if len(losses) > 1:
-        answer += f"The runs minimise different losses ({words.joined(losses)}): do not compare."
+        answer += f"Their losses differ and do not compare: {words.joined(losses)}."
     elif known:
         loss, name = min(known)
         answer += f"The lowest final training loss, {words.number(loss)}, is that of {name}."
@@ -289,7 +292,7 @@ def _comparison(runs: Sequence[dict[str, Any]], records: Sequence[RunRecord]) ->
         answer += "No run has a final loss yet."
     flat = [dict(run["configuration"]) for run in runs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
-    differing = [key for key in keys if len({settings.get(key) for settings in flat}) > 1]
+    differing = [key for key in keys if len({s.get(key, "not set") for s in flat}) > 1]
     figures = [
         chart(
             f"all-{column}",

@@ -4,6 +4,7 @@ import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any
 
+from twophase_ext.guarantee import Guarantee
 from twophase_ext.training.lazy import LazyGuarantee
 
 from .gather import RunRecord
@@ -31,9 +32,9 @@ def shown(value: Any) -> str:
     return text if len(text) <= CELLS else f"{text[:CELLS]} ... ({len(text):,} characters)"
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """A measured number; None is not measured."""
-    return "not measured" if value is None else f"{value:.{digits}g}"
+def number(value: float | None, digits: int = 4, missing: str = "not measured") -> str:
+    """A measured number; `missing` for None."""
+    return missing if value is None else f"{value:.{digits}g}"
 
 
 def share(value: float | None) -> str:
@@ -104,10 +105,10 @@ def training(record: RunRecord) -> str:
     mode = config.get("second_phase", "none")
     if mode == "none":
         return f"{sentence}the base algorithm on all layers to the end, no second phase."
-    reached = any(row["phase"] == 2 for row in record.history)
-    then = "then" if reached else "planned then, and not reached:"
     first = f"{counted(tau, 'epoch')} on all layers" if isinstance(tau, int) else "all layers first"
-    return f"{sentence}{first}, {then} {SECOND_PHASES.get(mode, mode)}."
+    sentence += f"{first}, then {SECOND_PHASES.get(mode, mode)}"
+    reached = any(row["phase"] == 2 for row in record.history)
+    return f"{sentence}." if reached else f"{sentence}; this second phase has no epoch yet."
 
 
 def condition(record: RunRecord) -> str:
@@ -133,9 +134,10 @@ def guarantee(record: RunRecord) -> tuple[str, str]:
     if record.result is None:
         return "not known", "Whether the guarantee held is not known before the run has ended."
     if found is None:
-        return "no claim", "The run ended before its premises were audited: no guarantee is claimed."
-    weak = [f"{joined(premises[s])} ({s})" for s in ("failed", "not checked") if s in premises]
-    because = f": {joined(weak)}" if weak else ""
+        return "no claim", "The run ended before the audit of its premises: nothing is claimed."
+    weak = [f"{len(premises[s])} {s}" for s in ("failed", "not checked") if s in premises]
+    total = sum(map(len, premises.values()))
+    because = f": of {counted(total, 'premise')} {joined(weak)}" if weak else ""
     if isinstance(found, LazyGuarantee):
         if found.bound is None:
             return "no claim", f"No rate of Theorem 3 is claimed{because}."
@@ -147,20 +149,21 @@ def guarantee(record: RunRecord) -> tuple[str, str]:
         )
     if not record.curve:
         return "no claim", f"No bound of Theorem 1 is claimed for this run{because}."
-    return _bound(record, because, found.in_expectation, found.rigorous)
+    return _bound(record, found, because)
 
 
-def _bound(record: RunRecord, because: str, mean: bool, rigorous: bool) -> tuple[str, str]:
-    """The same, where guarantee.csv holds a bound."""
+def _bound(record: RunRecord, found: Guarantee, because: str) -> tuple[str, str]:
+    """The same, where guarantee.csv holds a bound; because: the premises that are not held."""
+    mean, rigorous = found.in_expectation, found.rigorous
     last = record.curve[-1]
     limit = bounded(last["bound"], above=True)
     pairs = [(p["loss"], p["bound"]) for p in record.curve if "loss" in p]
     above = sum(loss > bound for loss, bound in pairs)
     after = f"after {counted(int(last['steps']), 'step')} of the second phase"
+    what = "objective, loss and l2 term," if found.constants.get("l2") else "training loss"
     if mean:
-        said = f"Theorem 1 bounds the least loss so far, on average over the draws, by {limit} {after}"
-    else:
-        said = f"Theorem 1 bounds the training loss by {limit} {after}"
+        what = "least loss so far, on average over the draws,"
+    said = f"Theorem 1 bounds the {what} by {limit} {after}"
     if "loss" in last:
         said += f"; {number(last['loss'])} was measured"
     if above:
@@ -186,7 +189,7 @@ def losses(record: RunRecord) -> str:
             if final.get(f"{key}_loss") is not None:
                 accuracy = final.get(f"{key}_accuracy")
                 also = "" if accuracy is None else f" (accuracy {share(accuracy)})"
-                parts.append(f"the {what} loss {number(final[f'{key}_loss'])}{also}")
+                parts.append(f"the {what} loss is {number(final[f'{key}_loss'])}{also}")
         return f"At the end {joined(parts)}."
     if not record.history:
         return "No loss is recorded: metrics.csv has no row."
