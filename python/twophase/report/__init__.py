@@ -7,8 +7,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from twophase_ext.files import write_atomically
 
-from .gather import gather
-from .page import page
+from .gather import read_folder
+from .page import describe
 
 __all__ = ["write_report"]
 
@@ -24,7 +24,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     """
     if not runs:
         raise ValueError("runs: expected at least one run folder, got none")
-    records = [gather(Path(run)) for run in runs]
+    records = [read_folder(Path(run)) for run in runs]
     environment = Environment(
         loader=PackageLoader(__name__, "."),
         autoescape=True,
@@ -32,6 +32,6 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    text = environment.get_template("page.html.jinja").render(page(records))
+    text = environment.get_template("page.html.jinja").render(describe(records))
     write_atomically(Path(out), lambda file: file.write(text.encode()))
     return Path(out)

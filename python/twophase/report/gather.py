@@ -51,7 +51,7 @@ class RunRecord:
         return "validation" if self.options is None else "test"
 
 
-def gather(folder: Path) -> RunRecord:
+def read_folder(folder: Path) -> RunRecord:
     """Read a run folder.
 
     Raises FileNotFoundError where there is no such folder or no config.json in it, ValueError where

@@ -19,7 +19,7 @@ STAGES = {
     "batch_norm": "BatchNorm statistics, fixed at tau",
     "verification": "verification of the expressivity condition",
     "features": "features, cached",
-    "smoothness": "L_H",
+    "smoothness": "computing L_H",
     "second_phase": "second phase",
     "evaluation": "evaluation",
     "checkpoint": "checkpoints",
@@ -29,7 +29,7 @@ STAGES = {
 MEASURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 
 
-def page(records: Sequence[RunRecord]) -> dict[str, Any]:
+def describe(records: Sequence[RunRecord]) -> dict[str, Any]:
     """The template's variables."""
     names = [record.name for record in records]
     if len(set(names)) < len(names):
@@ -97,12 +97,15 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any] | None:
         return None
     matrix = "[h_X, 1]" if verdict.bias else "h_X"
     method = verdict.method + (f" ({verdict.factorization})" if verdict.factorization else "")
+    claim = "at these weights" if verdict.claim == "at w" else "for some weights"
+    if verdict.status == "deficient":
+        claim = "for all weights"
     explanation = [line.strip() for line in str(verdict).splitlines()]
     return {
         "explanation": [line[:1].upper() + line[1:] for line in explanation],
         "numbers": [
             ("status", verdict.status),
-            ("claim", "at these weights" if verdict.claim == "at w" else "for some weights"),
+            ("claim", claim),
             ("method", method),
             (f"sigma_min of {matrix}, proved", _at_least(verdict.sigma_min_lower)),
             ("log det of the Gram matrix, proved", _at_least(verdict.logabsdet_lower)),

@@ -2,6 +2,7 @@
 
 import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from itertools import accumulate
 from typing import Any
 
 from twophase_ext.guarantee import Guarantee
@@ -101,7 +102,9 @@ def training(record: RunRecord) -> str:
     sentence = f"{config.get('model', 'A model')} (m_H = {width:,}) " if width else "A model "
     sentence += f"was trained on {counted(n, 'sample') if n else 'samples'}"
     sentence += f" of {data}" if data else ""
-    sentence += f" for {shown(config.get('epochs'))} epochs: "
+    total, done = config.get("epochs"), record.epochs_done
+    span = shown(total) if done == total else f"{done:,} of {shown(total)}"
+    sentence += f" for {span} epochs: "
     mode = config.get("second_phase", "none")
     if mode == "none":
         return f"{sentence}the base algorithm on all layers to the end, no second phase."
@@ -135,9 +138,11 @@ def guarantee(record: RunRecord) -> tuple[str, str]:
         return "not known", "Whether the guarantee held is not known before the run has ended."
     if found is None:
         return "no claim", "The run ended before the audit of its premises: nothing is claimed."
-    weak = [f"{len(premises[s])} {s}" for s in ("failed", "not checked") if s in premises]
+    failed, unchecked = (len(premises.get(state, [])) for state in ("failed", "not checked"))
+    weak = [f"{failed} failed"] if failed else []
+    weak += [f"{unchecked} {'was' if unchecked == 1 else 'were'} not checked"] if unchecked else []
     total = sum(map(len, premises.values()))
-    because = f": of {counted(total, 'premise')} {joined(weak)}" if weak else ""
+    because = f": of {counted(total, 'premise')}, {joined(weak)}" if weak else ""
     if isinstance(found, LazyGuarantee):
         if found.bound is None:
             return "no claim", f"No rate of Theorem 3 is claimed{because}."
@@ -157,17 +162,20 @@ def _bound(record: RunRecord, found: Guarantee, because: str) -> tuple[str, str]
     mean, rigorous = found.in_expectation, found.rigorous
     last = record.curve[-1]
     limit = bounded(last["bound"], above=True)
-    pairs = [(p["loss"], p["bound"]) for p in record.curve if "loss" in p]
-    above = sum(loss > bound for loss, bound in pairs)
+    known = [p for p in record.curve if "loss" in p]
+    measured = [p["loss"] for p in known]
+    if mean:  # what is bounded is the least loss so far
+        measured = list(accumulate(measured, min))
+    above = sum(loss > p["bound"] for loss, p in zip(measured, known, strict=True))
     after = f"after {counted(int(last['steps']), 'step')} of the second phase"
     what = "objective, loss and l2 term," if found.constants.get("l2") else "training loss"
     if mean:
         what = "least loss so far, on average over the draws,"
     said = f"Theorem 1 bounds the {what} by {limit} {after}"
     if "loss" in last:
-        said += f"; {number(last['loss'])} was measured"
+        said += f"; {number(measured[-1])} was measured"
     if above:
-        said += f". The measured loss is above the bound at {above} of {len(pairs)} points"
+        said += f". What was measured is above the bound at {above} of {len(known)} points"
     if not rigorous:
         said += ". A constant of the bound was measured: it is no proof"
     if because:
@@ -177,7 +185,7 @@ def _bound(record: RunRecord, found: Guarantee, because: str) -> tuple[str, str]
         return ("above the bound" if not mean else "above the mean's bound"), f"{said}."
     verdict = "held" if rigorous and not mean else "bound met"
     start = "The guarantee held" if verdict == "held" else "The bound was met"
-    return verdict, f"{start}, and so did every premise. {said}."
+    return verdict, f"{start}, and every premise held. {said}."
 
 
 def losses(record: RunRecord) -> str:
