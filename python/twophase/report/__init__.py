@@ -13,6 +13,15 @@ from .page import describe
 __all__ = ["write_report"]
 
 
+TEMPLATES = Environment(
+    loader=PackageLoader(__name__, "."),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
 def write_report(runs: Sequence[Path], out: Path) -> Path:
     """Write an HTML report about one run folder or several to `out`; returns `out`.
 
@@ -25,13 +34,6 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     if not runs:
         raise ValueError("runs: expected at least one run folder, got none")
     records = [read_folder(Path(run)) for run in runs]
-    environment = Environment(
-        loader=PackageLoader(__name__, "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template("page.html.jinja").render(describe(records))
+    text = TEMPLATES.get_template("page.html.jinja").render(describe(records))
     write_atomically(Path(out), lambda file: file.write(text.encode()))
     return Path(out)
