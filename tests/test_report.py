@@ -346,7 +346,7 @@ def test_several_runs(runs, tmp_path):
     for name in names:
         final = json.loads((runs / name / "result.json").read_text())["final"]
         losses[name] = final["train_loss"]
-        assert float(table[name][7]) == pytest.approx(losses[name], rel=5e-4)
+        assert float(table[name][4]) == pytest.approx(losses[name], rel=5e-4)
     lowest = min(losses, key=losses.get)
     assert f"{losses[lowest]:.4g}, is that of {lowest}." in found.text
     settings = {row[0]: row[1:] for row in found.table("setting")}

@@ -328,13 +328,13 @@ def _compared(run: dict[str, Any], record: RunRecord) -> list[str]:
     seconds = sum(row["seconds"] for row in record.history)
     return [
         words.shown(record.config.get("second_phase")),
-        run["status"],
-        run["condition"],
-        run["counts"] or "no audit",
         run["guarantee"],
         words.bounded(last["bound"], above=True) if last else "no bound",
         words.number(final.get("train_loss")),
         words.number(final.get("val_loss")),
         words.share(final.get("val_accuracy")),
+        run["status"],
+        run["condition"],
+        run["counts"] or "no audit",
         words.number(seconds),
     ]
