@@ -312,6 +312,9 @@ def test_no_run_is_an_error(runs, tmp_path, capsys):
     (tmp_path / "empty" / "config.json").write_text("not JSON")
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         write_report([tmp_path / "empty"], out)
+    (tmp_path / "empty" / "config.json").write_text('{"model": "a", "n": 1, "width": 1}')
+    with pytest.raises(ValueError, match="is not of a run: it lacks loss, epochs, tau_epoch"):
+        write_report([tmp_path / "empty"], out)
     assert not out.exists()
 
 

@@ -16,6 +16,7 @@ from ..figures import read_rows
 
 T = TypeVar("T")
 PNG = b"\x89PNG\r\n\x1a\n"
+REQUIRED = ("model", "n", "width", "loss", "epochs", "tau_epoch", "second_phase")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def read_folder(folder: Path) -> RunRecord:
     """Read a run folder.
 
     Raises FileNotFoundError where there is no such folder or no config.json in it, ValueError where
-    config.json cannot be read. Any other unreadable file is named in `problems`.
+    config.json cannot be read or is not of a run. Any other unreadable file is named in `problems`.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"runs: {folder} is no folder")
@@ -69,6 +70,9 @@ def read_folder(folder: Path) -> RunRecord:
         config = _json(config_path)
     except ValueError as error:
         raise ValueError(f"runs: {config_path} cannot be read: {error}") from error
+    missing = [key for key in REQUIRED if key not in config]
+    if missing:
+        raise ValueError(f"runs: {config_path} is not of a run: it lacks {', '.join(missing)}")
     problems: dict[str, str] = {}
 
     def read(name: str, reader: Callable[[Path], T]) -> T | None:

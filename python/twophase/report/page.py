@@ -54,7 +54,7 @@ def thinned(rows: Sequence[Any]) -> list[Any]:
 
 def _run(key: str, name: str, record: RunRecord) -> dict[str, Any]:
     """One run; key: prefix of its ids."""
-    second = record.config.get("second_phase")
+    second = record.config["second_phase"]
     short, sentence = words.guarantee(record)
     return {
         "key": key,
@@ -213,7 +213,7 @@ def _missing_charts(record: RunRecord) -> list[str]:
         said.append("Loss and accuracy by epoch: metrics.csv has no row.")
     else:
         if not any("train_accuracy" in row for row in record.history):
-            said.append(f"Accuracy: not measured for the loss {record.config.get('loss')}.")
+            said.append(f"Accuracy: not measured for the loss {record.config['loss']}.")
         elif not any("val_accuracy" in row for row in record.history):
             said.append(f"{record.held_out.capitalize()} accuracy: no validation data were given.")
         if not _taus([record]):
@@ -285,7 +285,7 @@ def _comparison(runs: Sequence[dict[str, Any]], records: Sequence[RunRecord]) ->
     final = [((r.result or {}).get("final") or {}).get("train_loss") for r in records]
     known = [(loss, run["name"]) for loss, run in zip(final, runs, strict=True) if loss is not None]
     answer = f"{len(runs)} runs, {states}. The guarantee: {', '.join(verdicts)}. "
-    losses = list(dict.fromkeys(str(record.config.get("loss")) for record in records))
+    losses = list(dict.fromkeys(str(record.config["loss"]) for record in records))
     if len(losses) > 1:
         answer += f"Their losses differ and do not compare: {words.joined(losses)}."
     elif known:
@@ -327,7 +327,7 @@ def _compared(run: dict[str, Any], record: RunRecord) -> list[str]:
     last = record.curve[-1] if record.curve else {}
     seconds = sum(row["seconds"] for row in record.history)
     return [
-        words.shown(record.config.get("second_phase")),
+        str(record.config["second_phase"]),
         run["guarantee"],
         words.bounded(last["bound"], above=True) if last else "no bound",
         words.number(final.get("train_loss")),

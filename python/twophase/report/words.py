@@ -75,8 +75,8 @@ def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 def status(record: RunRecord) -> str:
     """How far the run came."""
     known = record.result or {}
-    done, total = known.get("epochs_done", record.epochs_done), record.config.get("epochs")
-    so_far = f"{done:,} of {shown(total)} epochs"
+    done = known.get("epochs_done", record.epochs_done)
+    so_far = f"{done:,} of {record.config['epochs']:,} epochs"
     if "result.json" in record.problems:
         return f"unknown: result.json cannot be read; metrics.csv has {so_far}"
     if record.result is None:
@@ -90,25 +90,25 @@ def status(record: RunRecord) -> str:
     if isinstance(record.guarantee, LazyGuarantee) and record.guarantee.stopped:
         said += f": {record.guarantee.stopped}"
     if record.history and done != record.epochs_done:
-        said += f"; metrics.csv has {record.epochs_done:,} epochs and is of another time"
+        said += f"; metrics.csv, with {counted(record.epochs_done, 'epoch')}, is of another time"
     return said
 
 
 def training(record: RunRecord) -> str:
     """What was run."""
-    config = record.config
-    n, width, tau = config.get("n"), config.get("width"), config.get("tau_epoch")
+    config, done = record.config, record.epochs_done
     data = (record.options or {}).get("data_name")
-    sentence = f"{config.get('model', 'A model')} (m_H = {width:,}) " if width else "A model "
-    sentence += f"was trained on {counted(n, 'sample') if n else 'samples'}"
-    sentence += f" of {data}" if data else ""
-    total, done = config.get("epochs"), record.epochs_done
-    span = shown(total) if done == total else f"{done:,} of {shown(total)}"
-    sentence += f" for {span} epochs: "
-    mode = config.get("second_phase", "none")
+    of_data = f" of {data}" if data else ""
+    total = f"{config['epochs']:,}"
+    span = total if done == config["epochs"] else f"{done:,} of {total}"
+    sentence = (
+        f"{config['model']} (m_H = {config['width']:,}) was trained on "
+        f"{counted(config['n'], 'sample')}{of_data} for {span} epochs: "
+    )
+    mode = config["second_phase"]
     if mode == "none":
         return f"{sentence}the base algorithm on all layers to the end, no second phase."
-    first = f"{counted(tau, 'epoch')} on all layers" if isinstance(tau, int) else "all layers first"
+    first = f"{counted(config['tau_epoch'], 'epoch')} on all layers"
     sentence += f"{first}, then {SECOND_PHASES.get(mode, mode)}"
     reached = any(row["phase"] == 2 for row in record.history)
     return f"{sentence}." if reached else f"{sentence}; this second phase has no epoch yet."
