@@ -36,7 +36,6 @@ def read_run(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float
 
     Numbers as floats, what is not measured or not a number left out. Raises FileNotFoundError.
     """
-
     curve = folder / "guarantee.csv"
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     history = read_rows(folder / "metrics.csv")
