@@ -13,7 +13,7 @@ SANITIZED := build/sanitized
 SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,\
   softplus perturb sgd last_layer_step gram_logdet))
 SOURCES := setup.py CMakeLists.txt pyproject.toml README.md $(shell find csrc twophase_ext python \
-  -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name py.typed)
+  -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.jinja' -o -name py.typed)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test bench lint format sanitize clean

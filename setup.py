@@ -119,7 +119,7 @@ setup(
         *(f"twophase.{package}" for package in find_packages("python/twophase")),
     ],
     package_dir={"twophase": "python/twophase"},
-    package_data={"twophase_ext": ["py.typed"]},
+    package_data={"twophase_ext": ["py.typed"], "twophase.report": ["*.jinja"]},
     ext_modules=[Extension("twophase_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "dist_info": NeedsTorch},
 )

@@ -1,7 +1,8 @@
-"""The command line: twophase demo | train | verify | doctor."""
+"""The command line: twophase demo | train | verify | doctor | report."""
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from twophase_ext.files import write_atomically
 from . import data
 from .assembly import DataName, build_model, first, load_inputs
 from .figures import run_figure
+from .report import write_report
 from .verification import draw_culprits, verify
 
 
@@ -230,6 +232,19 @@ def doctor(
     return 0 if assumptions.hold else 1
 
 
+def report(runs: list[str], out: str | None = None) -> int:
+    """Write one HTML file about one run folder or several: what ran, what was guaranteed.
+
+    Args:
+        runs: run folders.
+        out: the file; by default report.html, in the run folder for one run, here for several.
+    """
+    folders = [Path(run) for run in runs]
+    place = folders[0] if len(folders) == 1 else Path()
+    print(write_report(folders, place / "report.html" if out is None else Path(out)))
+    return 0
+
+
 def _draw(result: tp.Result) -> None:
     """The loss curve into the run folder, and where it is."""
     if result.run_dir is not None and result.history:
@@ -266,6 +281,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "verify": verify,
     "doctor": doctor,
+    "report": report,
 }
 
 
@@ -279,7 +295,9 @@ def make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     for name, function in COMMANDS.items():
         summary = (function.__doc__ or "").splitlines()[0]
         part = ArgumentParser(description=summary)
-        part.add_function_arguments(function, skip={"callbacks"})
+        if function is report:
+            part.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+        part.add_function_arguments(function, skip={"callbacks", "runs"})
         part.add_argument("--config", action="config", help="YAML file with these options")
         subcommands.add_subcommand(name, part, help=summary)
         parts[name] = part

@@ -17,27 +17,29 @@ MEASURED, BOUND, BASE, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "0"}
 
 
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """Rows of a CSV file, numbers as floats, every other cell left out. FileNotFoundError."""
+    found = []
+    for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+        numbers = {}
+        for key, value in row.items():
+            try:
+                numbers[key] = float(value)
+            except (TypeError, ValueError):  # TypeError: more or fewer cells than columns
+                continue
+        found.append(numbers)
+    return found
+
+
 def read_run(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]], dict[str, Any]]:
     """(rows of metrics.csv, rows of guarantee.csv or [], result.json) of a run folder.
 
     Numbers as floats, what is not measured or not a number left out. Raises FileNotFoundError.
     """
-
-    def rows(path: Path) -> list[dict[str, float]]:
-        found = []
-        for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
-            numbers = {}
-            for key, value in row.items():
-                try:
-                    numbers[key] = float(value)
-                except ValueError:
-                    continue
-            found.append(numbers)
-        return found
-
     curve = folder / "guarantee.csv"
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    return rows(folder / "metrics.csv"), rows(curve) if curve.exists() else [], result
+    history = read_rows(folder / "metrics.csv")
+    return history, read_rows(curve) if curve.exists() else [], result
 
 
 def run_figure(folder: str | Path) -> list[Path]:
