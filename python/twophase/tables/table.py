@@ -268,10 +268,7 @@ def _from_json(value: Any) -> Cell:
     if not isinstance(value, dict):
         return value
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-    kind = fields.pop("type")
-    if kind not in ("Summary", "Paired"):
-        raise ValueError(f"text: expected cells of type Summary or Paired, got {kind!r}")
-    return Summary(**fields) if kind == "Summary" else Paired(**fields)
+    return {"Summary": Summary, "Paired": Paired}[fields.pop("type")](**fields)
 
 
 def _escape_markdown(text: str) -> str:
