@@ -5,9 +5,9 @@ import sys
 from types import ModuleType
 
 import pytest
-from helpers import quiet, toy_data, toy_mlp
 
 import twophase.cli
+from helpers import quiet, toy_data, toy_mlp
 from twophase.loggers import make_logger
 
 TRAIN = ["train", "--n", "60", "--width", "2", "--epochs", "4", "--tau", "2", "--progress", "false"]
