@@ -86,3 +86,24 @@ class Given(nn.Module):
 
     def forward(self, x):
         return self.run(self, x)
+
+
+def saved_bytes(model: nn.Module, forward) -> int:
+    """Bytes that forward() keeps for its backward pass, storages counted once.
+
+    The model's parameters and buffers are not counted.
+    """
+    own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+    sizes: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # alive as long as the graph, so that no address comes twice
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kept = forward()
+    total = sum(sizes.values())
+    del kept
+    return total

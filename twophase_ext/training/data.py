@@ -17,10 +17,12 @@ from torch.utils.data import (
 
 from ..arrays import as_tensor, require_finite
 from ..losses import ConvexLoss, prepare_targets
+from ..memory import available_memory
 from .streams import host_stream, stream_seed
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _CHECKED = 256  # samples of a Dataset looked at together before training
+_SHARE = 4  # inputs that take at most 1 / _SHARE of the device's free memory are moved there
 _VISITED_TWICE = 16  # samples fetched twice to see whether a Dataset is random
 
 
@@ -104,7 +106,7 @@ def _check_length(name: str, n: int, n_targets: int) -> None:
 
 
 class _Arrays(Samples):
-    """Two arrays held whole: the batch is one index_select."""
+    """Two arrays held whole, on the device where they fit: the batch is one index_select."""
 
     def __init__(self, x: Any, y: Any, name: str, device: torch.device, dtype: torch.dtype) -> None:
         self.x = as_tensor(x, name=f"{name}[0]")
@@ -121,11 +123,14 @@ class _Arrays(Samples):
         self.y = prepare_targets(loss, self.y, outputs, name=self.name)
         if self.y.is_floating_point():
             self.y = self.y.to(self.dtype)
-        # Labels are small: on the device once. Inputs move batch by batch unless they are there.
+        # Labels are small: on the device once. So are inputs that fit; others move batch by batch.
         self.y = self.y.to(self.device)
+        if _SHARE * self.x.nbytes <= available_memory(self.device):
+            self.x = self.x.to(self.device)
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.x.index_select(0, index.to(self.x.device))
+        index = index.to(self.x.device, non_blocking=True)
+        x = self.x.index_select(0, index)
         return self._place(x), self.y.index_select(0, index.to(self.y.device))
 
 
