@@ -66,6 +66,8 @@ stage bench 110 "$python" -P -m pytest -q -m cuda -p no:cacheprovider bench/benc
   --benchmark-json "$out/bench_cuda.json"
 stage epoch 60 "$python" -P -m pytest -q -m cuda -p no:cacheprovider bench/bench_cuda_epoch.py \
   --benchmark-json "$out/bench_cuda_epoch.json"
+stage first_phase 100 "$python" -P -m pytest -q -m cuda -p no:cacheprovider -k "not compiled" \
+  bench/bench_first_phase.py --benchmark-json "$out/bench_first_phase.json"
 stage certificate 100 "$python" -P -m pytest -q -m cuda -p no:cacheprovider \
   bench/bench_cuda_certificate.py --benchmark-json "$out/bench_cuda_certificate.json"
 finish
