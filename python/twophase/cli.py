@@ -1,4 +1,4 @@
-"""The command line: twophase demo | train | verify | doctor | report."""
+"""The command line: twophase demo | train | verify | doctor | report | reproduce | download."""
 
 import sys
 from collections.abc import Callable
@@ -16,6 +16,8 @@ from . import data
 from .assembly import DataName, build_model, first, load_inputs
 from .figures import run_figure
 from .report import write_report
+from .reproduce import WHAT
+from .reproduce import reproduce as run_experiment
 from .verification import draw_culprits, verify
 
 
@@ -245,6 +247,53 @@ def report(runs: list[str], out: str | None = None) -> int:
     return 0
 
 
+def reproduce(
+    what: str,
+    scale: Literal["smoke", "small", "full"] = "small",
+    datasets: list[str] | None = None,
+    seeds: list[int] | None = None,
+    augmentation: Literal["both", "no", "yes"] = "both",
+    batch_norm: Literal["frozen", "batch"] = "frozen",
+    device: str = "auto",
+    run_dir: str = "runs/reproduce",
+) -> int:
+    """Reproduce a table or figure of the paper, at the scale that this machine allows.
+
+    Args:
+        what: table1, table2, figure2 or figure3.
+        scale: full is the paper's setting; small takes under half an hour on two cores.
+        datasets: data sets, by default the paper's; missing ones are skipped.
+        seeds: seeds of the trials.
+        augmentation: rows of Table 1 and panels of Figure 3 with and without augmentation.
+        batch_norm: frozen statistics in the second phase, or batch statistics.
+        device: auto is CUDA where there is one, else the CPU.
+        run_dir: where results and finished runs are kept; the same command goes on from there.
+    """
+    written = run_experiment(
+        what,
+        scale=scale,
+        datasets=datasets,
+        seeds=seeds,
+        augmentation=augmentation,
+        batch_norm=batch_norm,
+        device=device,
+        run_dir=run_dir,
+    )
+    return 0 if written else 1
+
+
+def download(datasets: list[str]) -> int:
+    """Fetch data sets, with their checksums verified, to where every command finds them.
+
+    Args:
+        datasets: names of data sets.
+    """
+    for name in datasets:
+        parts = {split: len(data.load(name, split)[0]) for split in ("train", "test")}
+        print(f"{name}: {parts['train']:,} training and {parts['test']:,} test images")
+    return 0
+
+
 def _draw(result: tp.Result) -> None:
     """The loss curve into the run folder, and where it is."""
     if result.run_dir is not None and result.history:
@@ -282,6 +331,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "verify": verify,
     "doctor": doctor,
     "report": report,
+    "reproduce": reproduce,
+    "download": download,
 }
 
 
@@ -295,13 +346,30 @@ def make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     for name, function in COMMANDS.items():
         summary = (function.__doc__ or "").splitlines()[0]
         part = ArgumentParser(description=summary)
-        if function is report:
-            part.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-        part.add_function_arguments(function, skip={"callbacks", "runs"})
+        own = _positional(part, function)
+        part.add_function_arguments(function, skip={"callbacks", *own})
         part.add_argument("--config", action="config", help="YAML file with these options")
         subcommands.add_subcommand(name, part, help=summary)
         parts[name] = part
     return parser, parts
+
+
+def _positional(part: ArgumentParser, function: Callable[..., int]) -> tuple[str, ...]:
+    """Add the arguments that are positions or take several words; their names."""
+    if function is report:
+        part.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+        return ("runs",)
+    if function is download:
+        part.add_argument("datasets", nargs="+", choices=data.NAMES, help="names of data sets")
+        return ("datasets",)
+    if function is reproduce:
+        part.add_argument("what", choices=WHAT, help="table or figure of the paper")
+        part.add_argument(
+            "--datasets", nargs="+", choices=data.NAMES, help="the paper's by default"
+        )
+        part.add_argument("--seeds", nargs="+", type=int, help="seeds of the trials")
+        return ("what", "datasets", "seeds")
+    return ()
 
 
 def main(arguments: list[str] | None = None) -> int:
