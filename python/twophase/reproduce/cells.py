@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import twophase_ext as tp
 from twophase_ext.files import write_json
@@ -28,6 +28,7 @@ from ..augment import Compose, for_dataset
 from ..paper import PAPER_SETTING
 
 SPECTRUM_ROWS = 500  # samples whose sigma_min([h, 1]) is followed: an SVD an epoch
+TEST_BATCH = 500
 CELL = "cell.json"
 
 
@@ -122,7 +123,7 @@ class Trunk:
             run_dir=folder,
             progress=False,
             callbacks=[watch],
-        ).branch(self.branches, train, test, resume=True)
+        ).branch(self.branches, train, resume=True)
         watch.clear()
         if any(result.status == "interrupted" for result in results.values()):
             raise KeyboardInterrupt
@@ -130,7 +131,7 @@ class Trunk:
             "settings": self.resolved(),
             "n": len(train[0]),
             "environment": environment(device, self.seed),
-            "branches": {name: _outcome(result) for name, result in results.items()},
+            "branches": {name: _outcome(result, test) for name, result in results.items()},
             "spectrum": watch.spectrum,
         }
         write_json(folder / CELL, cell)
@@ -161,18 +162,28 @@ class Trunk:
         )
 
 
-def _outcome(result: tp.Result) -> dict[str, Any]:
+@torch.no_grad()
+def test_error(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Misclassified images in percent, in evaluation mode."""
+    device, wrong = next(model.parameters()).device, 0
+    model.eval()
+    for x, y in zip(images.split(TEST_BATCH), labels.split(TEST_BATCH), strict=True):
+        x = x if x.is_floating_point() else data.as_float(x)
+        wrong += int((model(x.to(device)).argmax(1).cpu() != y).sum())
+    return 100 * wrong / len(labels)
+
+
+def _outcome(result: tp.Result, test: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """A branch's result as plain data."""
-    accuracy = result.final.get("val_accuracy")
     verdict = None if result.verdict is None else result.verdict.as_dict()
     kept = ("status", "claim", "method", "sigma_min_lower", "sigma_min", "rank", "margin")
     return {
         "status": result.status,
-        "test_error": None if accuracy is None else 100 * (1 - accuracy),
+        "test_error": test_error(result.model, *test) if result.status == "completed" else None,
         "final": result.final,
         "timings": result.timings,
         "history": [
-            {key: row[key] for key in ("epoch", "phase", "train_loss", "val_accuracy", "seconds")}
+            {key: row[key] for key in ("epoch", "phase", "train_loss", "seconds")}
             for row in result.history
         ],
         "verdict": verdict and {key: verdict[key] for key in kept},

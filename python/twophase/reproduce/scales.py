@@ -42,7 +42,7 @@ class Scale:
 
 SCALES = {
     "smoke": Scale("smoke", 96, 128, 2, 5, 5, 2, 1),
-    "small": Scale("small", 1000, 2000, 8, 20, 40, 5, 3),
+    "small": Scale("small", 500, 2000, 4, 40, 60, 5, 3),
     "full": Scale(
         "full",
         None,
