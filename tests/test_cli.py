@@ -29,6 +29,8 @@ def test_demo_leaves_a_run_folder_and_a_summary(tmp_path, capsys, monkeypatch):
     assert verdict.status == "proved" and f"rank {verdict.rank} of 1437" in out
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
     assert [row["phase"] for row in rows] == ["1", "1", "2"]
+    report = tmp_path / "run" / "report.html"
+    assert f"report: {report}" in out and "</html>" in report.read_text()
 
 
 TRAIN = ["--n", "60", "--width", "2", "--epochs", "4", "--tau", "2", "--progress", "false"]
@@ -45,7 +47,18 @@ def test_train_saves_its_options_and_reads_them_back(tmp_path, capsys):
     assert drop((first / "metrics.csv").read_text()) == drop((second / "metrics.csv").read_text())
     config = json.loads((second / "config.json").read_text())
     assert config["tau_epoch"] == 2 and config["epochs"] == 4
+    assert "</html>" in (second / "report.html").read_text()
     assert capsys.readouterr().out == ""
+
+
+def test_a_report_that_cannot_be_written_costs_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError("no space left\non the device")
+
+    monkeypatch.setattr(twophase.cli, "write_report", full)
+    assert run("train", *TRAIN, "--run_dir", str(tmp_path / "run")) == 0
+    assert capsys.readouterr().err == "report.html was not written: no space left\n"
+    assert (tmp_path / "run" / "result.json").exists()
 
 
 @pytest.mark.parametrize("model", ["mlp", "preactresnet18"])

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from twophase_ext.files import write_atomically
 from . import data
 from .assembly import DataName, build_model, first, load_inputs
 from .figures import run_figure
+from .loggers import make_logger
 from .report import write_report
 from .reproduce import WHAT
 from .reproduce import reproduce as run_experiment
@@ -77,6 +79,8 @@ def demo(
     if progress:
         print(f"\n{result}")
         _draw(result)
+    _report(result, progress)
+    if progress:
         _explain(result)
     return _exit_code(result.status)
 
@@ -114,6 +118,7 @@ def train(
     seed: int = 1,
     run_dir: str | None = None,
     resume: bool = False,
+    logger: Literal["tensorboard", "wandb"] | None = None,
     progress: bool = True,
     callbacks: tuple = (),
 ) -> int:
@@ -151,9 +156,12 @@ def train(
         seed: seed of every random stream.
         run_dir: the run's folder; a new one under runs/ by default.
         resume: continue the run in run_dir.
+        logger: log each epoch there too, beside metrics.csv; wandb is offline unless WANDB_MODE
+            says otherwise.
         progress: print what happens.
         callbacks: passed to the Trainer (not on the command line).
     """
+    log = None if logger is None else make_logger(logger)
     images, labels = data.load(data_name, "train")
     test_images, test_labels = data.load(data_name, "test")
     classes = int(labels.max()) + 1
@@ -192,14 +200,17 @@ def train(
         seed=seed,
         run_dir=run_dir,
         progress=progress,
-        callbacks=callbacks,
+        callbacks=callbacks if log is None else (*callbacks, log),
     )
-    result = trainer.fit((images, labels), (test_images, test_labels), resume=resume or None)
+    with nullcontext() if log is None else closing(log):
+        result = trainer.fit((images, labels), (test_images, test_labels), resume=resume or None)
     if result.verdict is not None and result.run_dir is not None:
         draw_culprits(result.verdict, images, result.run_dir / "culprits.png")
     if progress:
         print(f"\n{result}")
         _draw(result)
+    _report(result, progress)
+    if progress:
         _explain(result)
     return _exit_code(result.status)
 
@@ -298,6 +309,20 @@ def _draw(result: tp.Result) -> None:
     """The loss curve into the run folder, and where it is."""
     if result.run_dir is not None and result.history:
         print(f"  picture: {run_figure(result.run_dir)[1]}")
+
+
+def _report(result: tp.Result, progress: bool) -> None:
+    """report.html into the run folder, and where it is; a failure costs a line, not the run."""
+    if result.run_dir is None:
+        return
+    try:
+        page = write_report([result.run_dir], result.run_dir / "report.html")
+    except Exception as error:  # whatever it is, the run is done and its exit code stands
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"report.html was not written: {reason}", file=sys.stderr)
+        return
+    if progress:
+        print(f"  report: {page}")
 
 
 def _explain(result: tp.Result) -> None:
