@@ -10,6 +10,7 @@ import time
 import pytest
 
 import twophase.cli
+import twophase.runs
 import twophase_ext as tp
 
 
@@ -55,7 +56,7 @@ def test_a_report_that_cannot_be_written_costs_one_line(tmp_path, monkeypatch, c
     def full(*_):
         raise OSError("no space left\non the device")
 
-    monkeypatch.setattr(twophase.cli, "write_report", full)
+    monkeypatch.setattr(twophase.runs, "write_report", full)
     assert run("train", *TRAIN, "--run_dir", str(tmp_path / "run")) == 0
     assert capsys.readouterr().err == "report.html was not written: no space left\n"
     assert (tmp_path / "run" / "result.json").exists()

@@ -1,0 +1,56 @@
+"""How much of the paper's setting is run: `full` is section 7's, the others are smaller."""
+
+from dataclasses import dataclass
+
+from ..paper import PAPER_SETTING
+
+PAPER_WIDTH = 64  # channels of PreActResNet18 in its common form; the paper does not say
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of an experiment. None: the whole set.
+
+    n, n_test: training and test images, the first ones of the data set. width: channels of
+    PreActResNet18. epochs, epochs_augmented: T without and with augmentation. trials, trials_grid:
+    seeds 1, 2, ... of Tables 1 and 2.
+    """
+
+    name: str
+    n: int | None
+    n_test: int | None
+    width: int
+    epochs: int
+    epochs_augmented: int
+    trials: int
+    trials_grid: int
+
+    def note(self) -> str:
+        """What differs from the paper, in words."""
+        paper = PAPER_SETTING
+        if self == SCALES["full"]:
+            return "Scale full: the setting of the paper's section 7."
+        train, test = (f"{m:,}" if m else "all" for m in (self.n, self.n_test))
+        return (
+            f"Scale {self.name}: the first {train} training images (paper: all) and {test} test "
+            f"images (all), PreActResNet18 of {self.width} channels ({PAPER_WIDTH}), "
+            f"T = {self.epochs} epochs ({paper.epochs}), {self.epochs_augmented} with augmentation "
+            f"({paper.epochs_augmented}), {self.trials} trials ({paper.trials}), "
+            f"{self.trials_grid} in Table 2 ({paper.trials_grid}). All else as in the paper."
+        )
+
+
+SCALES = {
+    "smoke": Scale("smoke", 96, 128, 2, 5, 5, 2, 1),
+    "small": Scale("small", 500, 2000, 4, 40, 60, 5, 3),
+    "full": Scale(
+        "full",
+        None,
+        None,
+        PAPER_WIDTH,
+        PAPER_SETTING.epochs,
+        PAPER_SETTING.epochs_augmented,
+        PAPER_SETTING.trials,
+        PAPER_SETTING.trials_grid,
+    ),
+}
