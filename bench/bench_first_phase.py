@@ -9,9 +9,10 @@ forward and backward. The rows of a variant run in turns; from "channels_last" o
 extra_info: images a second, from the median; MiB that a forward pass keeps for its backward pass;
 on CUDA the peak of MiB that a step allocates.
 
-Not narrower than 16 channels: with fewer, the strided 1 x 1 convolutions' weight gradient in
-channels_last writes past its buffer in oneDNN (uxlfoundation/oneDNN#6035, AVX2: fewer than 8 input
-channels, AVX-512: fewer than 16). tp.Trainer leaves the layout as it is for this reason.
+Not narrower than 16 channels: in channels_last the weight gradient of a strided 1 x 1 convolution
+writes past its buffer in oneDNN where a block of channels is not full (uxlfoundation/oneDNN#6035;
+seen with AVX2 and fewer than 8 input channels; wider vectors have larger blocks). tp.Trainer leaves
+the layout as it is for this reason.
 """
 
 import functools
