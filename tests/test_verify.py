@@ -1,5 +1,7 @@
 """Verdicts against matrices whose rank is known."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
+from twophase.models import PreActResNet18
 from twophase_ext.expressivity.verify import AUTO_SECONDS
 
 
@@ -181,3 +184,28 @@ def test_a_model_without_parameters():
     for check in (tp.verify_expressivity, tp.check_assumptions):
         with pytest.raises(ValueError, match="model: has no parameters"):
             check(nn.ReLU(), toy_data(9)[0])
+
+
+@pytest.mark.parametrize("beta", [1.0, 100.0])
+def test_what_auto_says_of_these_weights_is_of_these_weights(beta):
+    """Separation may damp residual branches to find *some* weights; what follows must not."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = PreActResNet18(1, 3, width=4, wide=60, beta=beta)
+        x = torch.rand(40, 1, 8, 8)
+    model.eval()
+    verdict = tp.verify_expressivity(model, x)
+    separation = tp.verify_expressivity(model, x, method="separation")
+    assert separation.status == "proved" and separation.claim == "exists"
+    assert any("bn" in name or "conv" in name for name in separation.witness)  # the backbone moved
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        h = exact.blocks(exact.conv1(x.double())).mean((2, 3))
+        h = exact.head[1](exact.head[0](h))
+    sigma = np.linalg.svd(np.hstack([h.numpy(), np.ones((40, 1))]), compute_uv=False)
+    assert verdict.rank == np.linalg.matrix_rank(np.hstack([h.numpy(), np.ones((40, 1))]))
+    assert verdict.logabsdet == pytest.approx(2 * np.log(sigma).sum(), rel=1e-6, abs=1e-6)
+    if verdict.claim == "at w":
+        assert verdict.witness is None
+        if verdict.sigma_min_lower is not None:
+            assert 0 < verdict.sigma_min_lower <= sigma[-1]

@@ -1,6 +1,8 @@
 """What is verified: a network, its inputs in index order, and the weights asked for."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,6 +116,17 @@ class Problem:
             for name, value in changes.items():
                 state[name].copy_(value)
         self.changes.update(changes)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The weights that are changed within are put back: what follows is about the old ones."""
+        own = {name: value.clone() for name, value in self.model.state_dict().items()}
+        changes = dict(self.changes)
+        try:
+            yield
+        finally:
+            self.load(own)
+            self.changes = changes
 
     def reinitialise(self, seed: int) -> None:
         """Default initialisation of every layer under the seed; running statistics stay."""

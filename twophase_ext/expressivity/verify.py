@@ -218,6 +218,11 @@ class _Attempt:
         fields: dict[str, Any] = {"method": "separation", "claim": "exists", "status": "undecided"}
         if constraint := problem.constraint():
             return fields | {"reason": f"separation needs free weights: {constraint}"}
+        with problem.restored():  # "auto" goes on with the weights asked for
+            return self._separation(fields)
+
+    def _separation(self, fields: dict[str, Any]) -> dict[str, Any]:
+        problem = self.problem
         assert problem.wide is not None
         try:
             with self.stages.stage("choice of a backbone", 0, "samples") as stage:

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import torch
 
-from twophase_ext.training.runfolder import processor_name
-
 from .. import data
 from ..paper import PAPER_SETTING
 from . import drawing
 from .cells import Trunk, sweep
-from .experiments import table1, table1_trunks, table2, table2_trunks
+from .experiments import Cells, table1, table1_trunks, table2, table2_trunks
 from .scales import SCALES, Scale
 
 DATA_SETS = {
@@ -56,12 +54,11 @@ def reproduce(
     if what == "figure2":
         return _said(drawing.figure2(root))
     size, place = SCALES[scale], _device(device)
-    found, skipped = _available(datasets or DATA_SETS[what])
+    found, notes = _available(datasets or DATA_SETS[what], size)
     if not found:
         print("nothing to run: no data set was found. --datasets digits needs no download")
         return []
     print(size.note())
-    notes = [f"Device: {_device_name(place)}.", *skipped]
     if what == "table2":
         return _table2(size, found, seeds, batch_norm, root, place, notes)
     trials = tuple(seeds or range(1, size.trials + 1))
@@ -69,7 +66,7 @@ def reproduce(
     trunks = table1_trunks(size, found, kinds, trials, batch_norm)
     cells = list(zip(trunks, sweep(trunks, root / "trunks", place), strict=True))
     if what == "table1":
-        table = table1(cells, size, notes)
+        table = table1(cells, size, [*notes, *_environments(cells)])
         print("\n" + table.markdown())
         return _said(table.write(root, f"table1-{scale}"))
     draw: list[tuple[Callable[..., list[Path]], str]] = [
@@ -94,35 +91,46 @@ def _table2(
     cells = list(zip(trunks, sweep(trunks, root / "trunks", place), strict=True))
     written = []
     for data_set in found:
-        table = table2([c for c in cells if c[0].data_set == data_set], size, notes)
+        own = [cell for cell in cells if cell[0].data_set == data_set]
+        table = table2(own, size, [*notes, *_environments(own)])
         print("\n" + table.markdown())
         written += table.write(root, f"table2-{data_set}-{size.name}")
     return _said(written)
 
 
-def _available(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The data sets that are here, and a note for each one that is not."""
+def _available(names: Sequence[str], size: Scale) -> tuple[list[str], list[str]]:
+    """The data sets that are here, and notes on those that are not, or not whole."""
     found, notes = [], []
     for name in names:
         try:
-            data.load(name, "test", download=False)
-            found.append(name)
+            images, _ = data.load(name, "test", download=False)
         except FileNotFoundError as error:
             notes.append(f"{name} skipped: not found. `twophase download {name}` fetches it.")
             print(f"{notes[-1]} ({error})")
+            continue
+        found.append(name)
+        if size.n_test is not None and len(images) < size.n_test:
+            notes.append(f"{name}: there were {len(images):,} test images.")
     return found, notes
+
+
+def _environments(cells: Cells) -> list[str]:
+    """Where the runs were made: processor or GPU, threads, torch, commit."""
+    found = {}
+    for _, cell in cells:
+        where = cell["environment"]
+        device = where["processor"] if where["device"] == "cpu" else where["device"]
+        found[
+            f"Run on {device}, threads: {where['threads']}; torch {where['torch']}; "
+            f"commit {(where['commit'] or 'unknown')[:10]}."
+        ] = None
+    return list(found)
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 def _said(paths: list[Path]) -> list[Path]:

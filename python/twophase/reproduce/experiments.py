@@ -139,7 +139,7 @@ def table2(cells: Cells, scale: Scale, notes: Sequence[str]) -> ResultTable:
 
 
 def expressivity(outcomes: Sequence[Mapping[str, Any]]) -> str:
-    """The verdicts of several runs in one cell: status, method, how many, the least sigma_min."""
+    """The verdicts of several runs: status, method, how many, the least bound of sigma_min."""
     verdicts = [outcome["verdict"] for outcome in outcomes if outcome["verdict"]]
     kinds: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for verdict in verdicts:
@@ -150,11 +150,11 @@ def expressivity(outcomes: Sequence[Mapping[str, Any]]) -> str:
         where = "for some weights" if claim == "exists" else "at the weights of tau"
         text = f"{status} {where} ({method}) in {len(found)} of {len(outcomes)}"
         bounds = [v["sigma_min_lower"] for v in found if v["sigma_min_lower"] is not None]
-        estimates = [v["sigma_min"] for v in found if v["sigma_min"] is not None]
+        ranks = sorted(v["rank"] for v in found if v["rank"] is not None)
         if bounds:
             text += f", σ_min ≥ {min(bounds):.2e}"
-        elif estimates:
-            text += f", σ_min ≈ {min(estimates):.1e} (estimated)"
+        if claim == "exists" and ranks:  # the count at tau's own weights, not proved
+            text += f", counted rank at tau's weights {ranks[0]} to {ranks[-1]}"
         words.append(text)
     if len(verdicts) < len(outcomes):
         words.append(f"not verified in {len(outcomes) - len(verdicts)}")
