@@ -154,7 +154,8 @@ def expressivity(outcomes: Sequence[Mapping[str, Any]]) -> str:
         if bounds:
             text += f", σ_min ≥ {min(bounds):.2e}"
         if claim == "exists" and ranks:  # the count at tau's own weights, not proved
-            text += f", counted rank at tau's weights {ranks[0]} to {ranks[-1]}"
+            span = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+            text += f", rank {span} counted at tau's weights"
         words.append(text)
     if len(verdicts) < len(outcomes):
         words.append(f"not verified in {len(outcomes) - len(verdicts)}")
