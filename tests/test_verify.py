@@ -10,6 +10,7 @@ from torch import nn
 import twophase_ext as tp
 from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 from twophase.models import PreActResNet18
+from twophase_ext.expressivity import problem
 from twophase_ext.expressivity.verify import AUTO_SECONDS
 
 
@@ -186,26 +187,56 @@ def test_a_model_without_parameters():
             check(nn.ReLU(), toy_data(9)[0])
 
 
-@pytest.mark.parametrize("beta", [1.0, 100.0])
-def test_what_auto_says_of_these_weights_is_of_these_weights(beta):
+class Residual(nn.Module):
+    """An identity beside a branch, which separation may damp."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide, self.out = nn.Linear(6, 12), nn.Linear(12, 60), nn.Linear(60, 3)
+        self.branch = nn.Sequential(nn.Linear(12, 12), tp.nn.Softplus(10.0), nn.Linear(12, 12))
+        self.act = tp.nn.Softplus(10.0)
+
+    def hidden(self, x):
+        z = self.stem(x)
+        return self.act(self.wide(z + self.branch(z)))
+
+    def forward(self, x):
+        return self.out(self.hidden(x))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_auto_says_of_these_weights_is_of_these_weights(tmp_path, monkeypatch, stored):
     """Separation may damp residual branches to find *some* weights; what follows must not."""
+    monkeypatch.setattr(problem, "DAMPINGS", ((0.0, 0.0),))
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = PreActResNet18(1, 3, width=4, wide=60, beta=beta)
-        x = torch.rand(40, 1, 8, 8)
-    model.eval()
-    verdict = tp.verify_expressivity(model, x)
+        model, x = Residual(), torch.rand(20, 6)
     separation = tp.verify_expressivity(model, x, method="separation")
     assert separation.status == "proved" and separation.claim == "exists"
-    assert any("bn" in name or "conv" in name for name in separation.witness)  # the backbone moved
+    assert any("branch" in name for name in separation.witness)
+    with torch.no_grad():
+        h = copy.deepcopy(model).double().hidden(x.double()).numpy()
+    sigma = np.linalg.svd(np.hstack([h, np.ones((20, 1))]), compute_uv=False)
+    for _ in range(2):  # the second time from the folder's features
+        verdict = tp.verify_expressivity(model, x, folder=tmp_path if stored else None)
+        assert (verdict.status, verdict.claim, verdict.rank) == ("proved", "at w", 20)
+        assert verdict.witness is None
+        assert verdict.logabsdet == pytest.approx(2 * np.log(sigma).sum(), rel=1e-9)
+        assert 0.5 * sigma[-1] < verdict.sigma_min_lower <= sigma[-1]
+    if stored:
+        assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["damped0.pt", "features0.pt"]
+
+
+def test_auto_counts_at_these_weights_where_separation_alone_proves():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = PreActResNet18(1, 3, width=4, wide=60).eval()
+        x = torch.rand(40, 1, 8, 8)
+    verdict = tp.verify_expressivity(model, x)
+    assert (verdict.status, verdict.claim, verdict.method) == ("proved", "exists", "separation")
     exact = copy.deepcopy(model).double()
     with torch.no_grad():
-        h = exact.blocks(exact.conv1(x.double())).mean((2, 3))
-        h = exact.head[1](exact.head[0](h))
-    sigma = np.linalg.svd(np.hstack([h.numpy(), np.ones((40, 1))]), compute_uv=False)
-    assert verdict.rank == np.linalg.matrix_rank(np.hstack([h.numpy(), np.ones((40, 1))]))
-    assert verdict.logabsdet == pytest.approx(2 * np.log(sigma).sum(), rel=1e-6, abs=1e-6)
-    if verdict.claim == "at w":
-        assert verdict.witness is None
-        if verdict.sigma_min_lower is not None:
-            assert 0 < verdict.sigma_min_lower <= sigma[-1]
+        z = exact.blocks(exact.conv1(x.double())).mean((2, 3))
+        h = exact.head[1](exact.head[0](z)).numpy()
+    sigma = np.linalg.svd(np.hstack([h, np.ones((40, 1))]), compute_uv=False)
+    assert verdict.logabsdet == pytest.approx(2 * np.log(sigma).sum(), rel=1e-6)

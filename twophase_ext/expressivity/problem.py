@@ -31,6 +31,7 @@ class Problem:
 
     inputs: batches [b, ...] as the model is fed, exact. ones: whether M has the column 1.
     changes: entries of the state dict (the model's dtype) that differ from the user's model.
+    damped: whether `choose_backbone` has put another backbone in.
     """
 
     network: Network
@@ -38,6 +39,7 @@ class Problem:
     n: int
     ones: bool
     changes: dict[str, Tensor] = field(default_factory=dict)
+    damped: bool = False
 
     def __post_init__(self) -> None:
         """Copy the model."""
@@ -121,12 +123,12 @@ class Problem:
     def restored(self) -> Iterator[None]:
         """The weights that are changed within are put back: what follows is about the old ones."""
         own = {name: value.clone() for name, value in self.model.state_dict().items()}
-        changes = dict(self.changes)
+        changes, was_damped = dict(self.changes), self.damped
         try:
             yield
         finally:
             self.load(own)
-            self.changes = changes
+            self.changes, self.damped = changes, was_damped
 
     def reinitialise(self, seed: int) -> None:
         """Default initialisation of every layer under the seed; running statistics stay."""
@@ -171,7 +173,9 @@ class Problem:
             for k, batch in enumerate(batches, 1):
                 chunk.append(batch)
                 if sum(map(len, chunk)) >= CHUNK or k == len(batches):
-                    path = folder / f"features{len(parts)}.pt"
+                    # "auto" needs both backbones, each with files of its own
+                    stem = "damped" if self.damped else "features"
+                    path = folder / f"{stem}{len(parts)}.pt"
                     parts.append(self._kept(stop, chunk, stage, path))
                     chunk = []
         found = BoundedFeatures(
@@ -246,4 +250,5 @@ class Problem:
         assert best is not None
         resolved, what, changes = best
         self.load({name: value.to(self.dtype) for name, value in changes.items()})
+        self.damped = self.damped or bool(changes)
         return f"{what} ({resolved} directions resolved on {min(PILOT, self.n)} samples)"

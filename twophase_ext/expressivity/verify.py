@@ -337,7 +337,8 @@ class _Attempt:
             say(plan)
             certified = self.certificate()
             if certified["status"] == "proved":
-                return at_w | certified
+                estimate = at_w.get("logabsdet", certified["logabsdet"])  # the SVD's is the better
+                return at_w | certified | {"logabsdet": estimate}
         estimates = {k: at_w.get(k) for k in ("rank", "sigma_min", "condition", "logabsdet")}
         if found["status"] == "proved":
             return estimates | found | {"reason": "" if at_w else f"at these weights {left}"}
@@ -357,7 +358,8 @@ class _Attempt:
             "certificate", 4 * n * n * wide.in_features, 8 * n * (6 * wide.in_features + 2048)
         )
         self.stages.say(plan)
-        found = self.certificate() if allowed else {"status": "undecided"}
+        with self.problem.restored():
+            found = self.certificate() if allowed else {"status": "undecided"}
         return found if found["status"] == "proved" else self.separation()
 
     def _affordable(self, what: str, flops: float, size: float) -> tuple[bool, str]:
