@@ -5,6 +5,8 @@ from typing import Any
 
 from table import markdown
 
+from twophase_ext.linalg.bounds import bound_text
+
 RATE = 0.75  # of a large DGEMM's
 GROWTH = {"gram": (2.7, 3.1), "separation": (1.0, 1.2)}  # exponents of n
 SPEEDUP = 8.0  # over numpy.linalg.matrix_rank
@@ -40,8 +42,8 @@ def rates(result: dict[str, Any]) -> Iterable[str]:
     yield ""
     yield (
         f"{result['status']}, attempts: {result['attempts']}, passes over the columns: "
-        f"{result['passes']}, sigma_min >= {result['sigma_min_lower']:.4g}. A stage's time holds "
-        "all that it does; operations are those of its products alone."
+        f"{result['passes']}, sigma_min >= {bound_text(result['sigma_min_lower'])}. A stage's time "
+        "holds all that it does; operations are those of its products alone."
     )
     yield ""
     yield from markdown(rows)
@@ -88,7 +90,7 @@ def against_numpy(result: dict[str, Any]) -> Iterable[str]:
         ours = result[kind]
         quotient = theirs["seconds"] / ours["seconds"]
         good = quotient >= SPEEDUP and ours["status"] == "proved"
-        answer = f"{ours['status']}, sigma_min >= {ours['sigma_min_lower']:.3g}"
+        answer = f"{ours['status']}, sigma_min >= {bound_text(ours['sigma_min_lower'], 3)}"
         row = [f"{kind} certificate", f"{ours['seconds']:.3g}", answer, f"{quotient:.1f} x"]
         rows.append([*row, met(good)])
     n, columns = result["n"], result["columns"]

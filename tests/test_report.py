@@ -17,6 +17,7 @@ from report_page import report
 from twophase.pictures import culprit_picture
 from twophase.report import curves, page, words, write_report
 from twophase.report.gather import read_folder
+from twophase_ext.linalg.bounds import bound_text
 
 HOSTILE = "<script>alert(1)<&\"'$x^2$"
 
@@ -356,10 +357,10 @@ def test_shown_bounds_stay_bounds():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(500, generator=generator, dtype=torch.float64).mul(20).sinh().tolist()
     for value in [*values, 0.0, 1.0, -1.0, 5e-324]:
-        below, above = float(words.bounded(value)), float(words.bounded(value, above=True))
+        below, above = float(bound_text(value)), float(bound_text(value, upper=True))
         assert below <= value <= above
         assert above - below <= 2e-3 * abs(value)
-    assert words.bounded(float("inf")) == "inf"
+    assert bound_text(float("inf")) == "inf"
 
 
 def luminance(colour: str) -> float:

@@ -235,7 +235,6 @@ def test_full_is_the_paper_s_setting():
             "wide_ratio": 1.1,
             "tau_0": 0.6,
             "delta_0": 0.001,
-            "verification_seed": 1,
         }
     grid = experiments.table2_trunks(full, ["kmnist"], range(1, full.trials_grid + 1), "frozen")
     places = {(c["noise_std"], c["tau"]) for trunk in grid for c in trunk.branches.values()}

@@ -1,6 +1,7 @@
 """Verdicts against matrices whose rank is known."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -223,6 +224,8 @@ def test_what_auto_says_of_these_weights_is_of_these_weights(tmp_path, monkeypat
         assert verdict.witness is None
         assert verdict.logabsdet == pytest.approx(2 * np.log(sigma).sum(), rel=1e-9)
         assert 0.5 * sigma[-1] < verdict.sigma_min_lower <= sigma[-1]
+        printed = re.search(r"smallest singular value >= (\S+)", str(verdict))
+        assert printed and float(printed[1]) <= verdict.sigma_min_lower
     if stored:
         assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["damped0.pt", "features0.pt"]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .expressivity import Verdict
 from .expressivity.inputs import as_example, checked_inputs, first_parameter, identical_rows
 from .expressivity.verify import verify_network
+from .linalg.bounds import bound_text
 from .network import Network
 from .premises import (
     FAILED,
@@ -196,7 +197,7 @@ def _expressivity(verdict: Verdict) -> Assumption:
     where = "at these weights" if verdict.claim == "at w" else "for some weights"
     lower = verdict.sigma_min_lower
     if verdict.status == "proved":
-        shown = f", sigma_min >= {lower:.2e}" if lower else ""
+        shown = f", sigma_min >= {bound_text(lower, 3)}" if lower else ""
         return Assumption("expressivity", HELD, f"proved {where} by {verdict.method}{shown}")
     if verdict.status == "full rank":
         shown = "" if verdict.sigma_min is None else f", sigma_min {verdict.sigma_min:.2e}"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .arrays import as_tensor
 from .comparators import Blocks, Comparator, comparators, last_layer_objective
+from .linalg.bounds import bound_text
 from .losses import CROSS_ENTROPY, ConvexLoss, prepare_targets, resolve_loss
 
 __all__ = ["Blocks", "Comparator", "Guarantee", "comparators", "guarantee", "smoothness"]
@@ -68,7 +69,7 @@ class Guarantee:
         last = self.curve[-1]
         kind = "on average over the draws" if self.in_expectation else "at every step"
         measured = f", measured {last['loss']:.4e}" if "loss" in last else ""
-        bound = f"loss <= {last['bound']:.4e} after {last['steps']} steps"
+        bound = f"loss <= {bound_text(last['bound'], 5, upper=True)} after {last['steps']} steps"
         lines.append(f"  guaranteed {kind}: {bound}{measured}")
         closest = self.closest
         if closest:

@@ -18,6 +18,7 @@ from torch.func import functional_call, jacrev, vmap
 from .expressivity import Verdict
 from .expressivity.inputs import as_example, checked_inputs, first_parameter
 from .expressivity.verify import hashes_of, verify_network
+from .linalg.bounds import bound_text
 from .memory import available_memory
 from .network import Network
 from .probing import record, unwrap
@@ -72,7 +73,7 @@ class NtkRank:
             )
         if self.lower is not None:
             label = "proved" if self.proved else "numerical, not proved"
-            lines.append(f"  lambda_min(K) >= sigma_min(M)^2 = {self.lower:.3e} ({label})")
+            lines.append(f"  lambda_min(K) >= sigma_min(M)^2 >= {bound_text(self.lower)} ({label})")
         if self.reason:
             lines.append(f"  {self.reason}")
         return "\n".join(lines)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linalg.bounds import SLACK, UNIT_ROUNDOFF
+from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, bound_text
 from ..linalg.certificate import certify_gram
 from ..linalg.gram_tiles import PANEL, MatrixSource
 from ..linalg.norms import frobenius_upper
@@ -265,8 +265,8 @@ def certify_matrix(
         )
         return fields | {
             "status": "full rank",
-            "reason": f"the stored features have sigma_min >= {sigma:.3e} (certified), which "
-            f"{why} does not let carry over to the exact function",
+            "reason": f"the stored features have sigma_min >= {bound_text(sigma)} (certified), "
+            f"which {why} does not let carry over to the exact function",
         }
     groups = find_culprits(torch.arange(n), None, lambda: _whole(source))
     return fields | {

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..linalg.bounds import bound_text
+
 STATUSES = ("proved", "full rank", "deficient", "undecided")
 
 
@@ -89,9 +91,12 @@ class Verdict:
             lines.append(f"  {self.reason}")
         if self.sigma_min_lower is not None:
             at = f" at w = {self.w}" if self.w != "current" else ""
-            lines.append(f"  proved{at}: smallest singular value >= {self.sigma_min_lower:.3e}")
+            lines.append(
+                f"  proved{at}: smallest singular value >= {bound_text(self.sigma_min_lower)}"
+            )
         if self.logabsdet_lower is not None:
-            lines.append(f"  proved: log det of the Gram matrix >= {self.logabsdet_lower:.6g}")
+            lower = bound_text(self.logabsdet_lower, 6)
+            lines.append(f"  proved: log det of the Gram matrix >= {lower}")
         if self.margin is not None and self.status == "proved":
             lines.append(f"  {self.margin:.3g} times what rounding and all other errors can do")
         if self.rank is not None:

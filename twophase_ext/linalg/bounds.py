@@ -6,6 +6,7 @@ emulation by shorter types).
 """
 
 import math
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ def below(x: float) -> float:
 def above(x: float) -> float:
     """The smallest double above x."""
     return math.nextafter(x, math.inf)
+
+
+def bound_text(value: float, digits: int = 4, *, upper: bool = False) -> str:
+    """A proved bound as text, rounded so that it stays one: down, an upper bound up."""
+    if not math.isfinite(value):
+        return str(value)
+    rounding = ROUND_CEILING if upper else ROUND_FLOOR
+    return f"{Context(prec=digits, rounding=rounding).create_decimal(Decimal(value)):.{digits}g}"
 
 
 def power_of_two(exponents: Tensor) -> Tensor:

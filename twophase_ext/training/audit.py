@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from ..linalg.bounds import bound_text
 from ..premises import (
     FAILED,
     HELD,
@@ -48,7 +49,7 @@ def _expressivity(run: "Run") -> Premise:
         return name, UNCHECKED, "verify=False, or the run ended before tau"
     where = "at w^tau" if verdict.claim == "at w" else "for some weights"
     bound = verdict.sigma_min_lower
-    shown = f", sigma_min >= {bound:.2e}" if bound else ""
+    shown = f", sigma_min >= {bound_text(bound, 3)}" if bound else ""
     if verdict.status == "proved":
         return name, HELD, f"proved {where} by {verdict.method}{shown}"
     if verdict.status == "full rank":

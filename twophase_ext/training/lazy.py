@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..expressivity import Verdict
+from ..linalg.bounds import bound_text
 from ..losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
 from ..network import Network
 from ..ntk import float64_copy, method_at_w, rank_shown
@@ -68,9 +69,8 @@ class LazyGuarantee:
         if self.bound is not None:
             statuses = [status for _, status, _ in self.premises]
             label = "numerical" if "numerical" in statuses else "proved"
-            lines.append(
-                f"  min_k L(w^k) - L(w*) <= {self.bound:.4e} for the L given, ranks {label}"
-            )
+            bound = bound_text(self.bound, 5, upper=True)
+            lines.append(f"  min_k L(w^k) - L(w*) <= {bound} for the L given, ranks {label}")
         else:
             lines.append("  no rate is claimed")
         if self.stopped:

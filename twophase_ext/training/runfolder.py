@@ -1,7 +1,5 @@
 """The folder that a run leaves: configuration, environment, metrics, verdict, checkpoints."""
 
-import csv
-import io
 import os
 import platform
 import subprocess
@@ -14,7 +12,7 @@ import numpy
 import torch
 
 from .._load import build_info
-from ..files import write_atomically, write_json
+from ..files import write_csv, write_json
 from .features import BATCH
 
 if TYPE_CHECKING:
@@ -133,18 +131,10 @@ def describe(folder: Path, run: "Run", model: str) -> None:
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     """metrics.csv: one row an epoch, rewritten whole and atomically (empty cell: not measured)."""
-    _write_csv(folder / "metrics.csv", COLUMNS, history)
+    write_csv(folder / "metrics.csv", COLUMNS, history)
 
 
 def write_curve(folder: Path, curve: list[dict[str, Any]]) -> None:
     """guarantee.csv: steps since tau, measured loss and guaranteed loss; nothing where no bound."""
     if curve:
-        _write_csv(folder / "guarantee.csv", ("steps", "loss", "bound", "comparator"), curve)
-
-
-def _write_csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(out.getvalue().encode()))
+        write_csv(folder / "guarantee.csv", ("steps", "loss", "bound", "comparator"), curve)

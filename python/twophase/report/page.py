@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from twophase_ext import Verdict, build_info
+from twophase_ext.linalg.bounds import bound_text
 from twophase_ext.training.lazy import LazyGuarantee
 
 from . import words
@@ -128,7 +129,7 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any] | None:
 
 
 def _at_least(bound: float | None) -> str:
-    return "no bound" if bound is None else f"≥ {words.bounded(bound)}"
+    return "no bound" if bound is None else f"≥ {bound_text(bound)}"
 
 
 def _constants(record: RunRecord) -> list[tuple[str, str]]:
@@ -329,7 +330,7 @@ def _compared(run: dict[str, Any], record: RunRecord) -> list[str]:
     return [
         str(record.config["second_phase"]),
         run["guarantee"],
-        words.bounded(last["bound"], above=True) if last else "no bound",
+        bound_text(last["bound"], upper=True) if last else "no bound",
         words.number(final.get("train_loss")),
         words.number(final.get("val_loss")),
         words.share(final.get("val_accuracy")),

@@ -1,11 +1,10 @@
 """What a run was and what came of it, in sentences and shown numbers."""
 
-import math
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from itertools import accumulate
 from typing import Any
 
 from twophase_ext.guarantee import Guarantee
+from twophase_ext.linalg.bounds import bound_text
 from twophase_ext.training.lazy import LazyGuarantee
 
 from .gather import RunRecord
@@ -41,14 +40,6 @@ def number(value: float | None, digits: int = 4, missing: str = "not measured") 
 def share(value: float | None) -> str:
     """A share as per cent."""
     return "not measured" if value is None else f"{100 * value:.2f} %"
-
-
-def bounded(value: float, *, above: bool = False) -> str:
-    """A proved bound with four digits, rounded so that it stays one: down, or up where `above`."""
-    if not math.isfinite(value):
-        return str(value)
-    rounding = ROUND_CEILING if above else ROUND_FLOOR
-    return f"{float(Context(prec=4, rounding=rounding).create_decimal(Decimal(value))):.4g}"
 
 
 def joined(parts: list[str]) -> str:
@@ -147,9 +138,9 @@ def guarantee(record: RunRecord) -> tuple[str, str]:
         if found.bound is None:
             return "no claim", f"No rate of Theorem 3 is claimed{because}."
         return (
-            f"gap ≤ {bounded(found.bound, above=True)}",
+            f"gap ≤ {bound_text(found.bound, upper=True)}",
             "Theorem 3 bounds the least loss over the steps, above the infimum, by "
-            f"{bounded(found.bound, above=True)}, for the L given"
+            f"{bound_text(found.bound, upper=True)}, for the L given"
             + (" and ranks counted numerically." if "numerical" in premises else "."),
         )
     if not record.curve:
@@ -161,7 +152,7 @@ def _bound(record: RunRecord, found: Guarantee, because: str) -> tuple[str, str]
     """The same, where guarantee.csv holds a bound; because: the premises that are not held."""
     mean, rigorous = found.in_expectation, found.rigorous
     last = record.curve[-1]
-    limit = bounded(last["bound"], above=True)
+    limit = bound_text(last["bound"], upper=True)
     known = [p for p in record.curve if "loss" in p]
     measured = [p["loss"] for p in known]
     if mean:  # what is bounded is the least loss so far

@@ -61,7 +61,6 @@ class Trunk:
                 "wide_ratio",
                 "tau_0",
                 "delta_0",
-                "verification_seed",
             )
         }
     )

@@ -1,7 +1,5 @@
 """The paper's Figures 2 and 3, and two of our own, each with its data as CSV."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from twophase_ext.files import write_atomically
+from twophase_ext.files import write_csv
 from twophase_ext.ops import softplus
 
 from ..figures import BASE as GREEN
@@ -66,7 +64,7 @@ def figure2(folder: Path) -> list[Path]:
         right.axvline(20 / beta, color=GREY, lw=0.8, ls=":")
         right.set(xlabel="z", ylabel="softplus − z", yscale="log")
         right.legend(frameon=False)
-        return [*save(figure, folder / "figure2"), _write_csv(folder / "figure2.csv", rows)]
+        return [*save(figure, folder / "figure2"), _table(folder / "figure2.csv", rows)]
 
 
 def figure3(cells: Cells, folder: Path, stem: str) -> list[Path]:
@@ -105,8 +103,8 @@ def figure3(cells: Cells, folder: Path, stem: str) -> list[Path]:
             if 2 in phases:
                 _mark_tau(axes, phases.index(2) + 0.5)
             axes.set(title=title, xlabel="epoch", ylabel="training loss", yscale="log")
-        panels[0].legend(frameon=False, loc="lower left")
-        return [*save(figure, folder / stem), _write_csv(folder / f"{stem}.csv", rows)]
+        _legend(figure, panels[0])
+        return [*save(figure, folder / stem), _table(folder / f"{stem}.csv", rows)]
 
 
 def guarantee_figure(cells: Cells, folder: Path, stem: str) -> list[Path]:
@@ -123,9 +121,11 @@ def guarantee_figure(cells: Cells, folder: Path, stem: str) -> list[Path]:
         rows = []
         for axes, (trunk, curve) in zip(panels, shown, strict=True):
             draw_bound(axes, curve)
+            axes.legend().remove()
             axes.set(title=f"{TITLES[trunk.data_set]}, seed {trunk.seed}")
             rows += [{"data_set": trunk.data_set, "seed": trunk.seed, **point} for point in curve]
-        return [*save(figure, folder / stem), _write_csv(folder / f"{stem}.csv", rows)]
+        _legend(figure, panels[0])
+        return [*save(figure, folder / stem), _table(folder / f"{stem}.csv", rows)]
 
 
 def spectrum_figure(cells: Cells, folder: Path, stem: str) -> list[Path]:
@@ -155,8 +155,8 @@ def spectrum_figure(cells: Cells, folder: Path, stem: str) -> list[Path]:
                 ylabel="σ_min of [h, 1]",
                 yscale="log",
             )
-        panels[0].legend(frameon=False)
-        return [*save(figure, folder / stem), _write_csv(folder / f"{stem}.csv", rows)]
+        _legend(figure, panels[0])
+        return [*save(figure, folder / stem), _table(folder / f"{stem}.csv", rows)]
 
 
 def _groups(cells: Cells) -> dict[tuple[str, bool], list[tuple[Any, Any]]]:
@@ -180,6 +180,12 @@ def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
     return figure, axes[:count]
 
 
+def _legend(figure: Figure, axes: Axes) -> None:
+    """One legend for all panels, below them: within, it would lie on curves."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+
+
 def _mark_tau(axes: Axes, epoch: float) -> None:
     axes.axvline(epoch, color=GREY, lw=0.8, ls=":")
     axes.annotate(" tau", (epoch, 0.93), xycoords=("data", "axes fraction"), fontsize=8)
@@ -189,10 +195,6 @@ def _columns(rows: Sequence[Mapping[str, Any]], *names: str) -> list[list[Any]]:
     return [[row[name] for row in rows] for name in names]
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(out.getvalue().encode()))
+def _table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    write_csv(path, list(rows[0]), rows)
     return path

@@ -1,7 +1,10 @@
 """The paper's tables from finished trunks: which trunks there are, and what is read off them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
+
+from twophase_ext.linalg.bounds import bound_text
 
 from ..paper import PAPER_SETTING, PAPER_TABLE_1, PAPER_TABLE_2
 from ..tables import Comparison, ResultTable, compare, grid
@@ -32,7 +35,7 @@ def table1_trunks(
     batch_norm: str,
 ) -> list[Trunk]:
     """Base and two-phase from one first phase; without augmentation also Theorem 1's own "gd"."""
-    trunks = []
+    trunks, trunk = [], _sized(scale, batch_norm)
     for data_set in data_sets:
         for augmented in augmentation:
             branches: dict[str, dict[str, Any]] = {
@@ -43,16 +46,12 @@ def table1_trunks(
             if small and not augmented and batch_norm == "frozen":
                 branches[THEOREM] = {"second_phase": "gd", "gd": {"steps": THEOREM_STEPS}}
             trunks += [
-                Trunk(
+                trunk(
                     data_set=data_set,
                     augmentation=augmented,
                     seed=seed,
-                    n=scale.n,
-                    n_test=scale.n_test,
-                    width=scale.width,
                     epochs=scale.epochs_augmented if augmented else scale.epochs,
                     branches=branches,
-                    batch_norm=batch_norm,
                     spectrum=seed == 1 and not augmented,
                 )
                 for seed in seeds
@@ -97,17 +96,14 @@ def table2_trunks(
         for tau in PAPER_SETTING.tau_0_grid
         for delta in PAPER_SETTING.delta_0_grid
     }
+    trunk = _sized(scale, batch_norm)
     return [
-        Trunk(
+        trunk(
             data_set=data_set,
             augmentation=False,
             seed=seed,
-            n=scale.n,
-            n_test=scale.n_test,
-            width=scale.width,
             epochs=scale.epochs,
             branches=branches,
-            batch_norm=batch_norm,
         )
         for data_set in data_sets
         for seed in seeds
@@ -152,7 +148,7 @@ def expressivity(outcomes: Sequence[Mapping[str, Any]]) -> str:
         bounds = [v["sigma_min_lower"] for v in found if v["sigma_min_lower"] is not None]
         ranks = sorted(v["rank"] for v in found if v["rank"] is not None)
         if bounds:
-            text += f", σ_min ≥ {min(bounds):.2e}"
+            text += f", σ_min ≥ {bound_text(min(bounds), 3)}"
         if claim == "exists" and ranks:  # the count at tau's own weights, not proved
             span = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
             text += f", rank {span} counted at tau's weights"
@@ -160,6 +156,12 @@ def expressivity(outcomes: Sequence[Mapping[str, Any]]) -> str:
     if len(verdicts) < len(outcomes):
         words.append(f"not verified in {len(outcomes) - len(verdicts)}")
     return "; ".join(words)
+
+
+def _sized(scale: Scale, batch_norm: str) -> Callable[..., Trunk]:
+    """Trunk with the sizes of a scale."""
+    sizes = {name: getattr(scale, name) for name in ("n", "n_test", "width")}
+    return partial(Trunk, **sizes, batch_norm=batch_norm)
 
 
 def _errors(parts: Cells, branch: str) -> dict[int, float]:
