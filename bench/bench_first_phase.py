@@ -77,12 +77,20 @@ class Step:
     """One training step of a network, as a call that returns the loss."""
 
     def __init__(
-        self, activation: str, variant: str, shape: tuple[int, ...], device: str, backend: str
+        self,
+        activation: str,
+        variant: str,
+        shape: tuple[int, ...],
+        device: str,
+        backend: str,
+        width: int = 16,
+        wide: int | None = None,
     ) -> None:
         torch.manual_seed(0)
         self.variant, self.device = variant, device
         x, self.y = torch.rand(shape), torch.randint(10, shape[:1]).to(device)
-        model = PreActResNet18(shape[1], 10, width=16, activation=ACTIVATIONS[activation])
+        act = ACTIVATIONS[activation]
+        model = PreActResNet18(shape[1], 10, width=width, wide=wide, activation=act)
         self.model = model.to(device)
         self.x = x.to(device)
         if variant == "channels_last":
@@ -183,3 +191,24 @@ def test_step(device, size, variant, name, steps, benchmark, row, interleaved, s
         target()
         peak = torch.cuda.max_memory_allocated() - before
         benchmark.extra_info["peak MiB"] = round(peak / 2**20, 2)
+
+
+@pytest.mark.parametrize("name", ["ours", "torch", "relu"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_paper_network(device, name, benchmark, row, interleaved, small):
+    """A step of section 7's network: 64 channels, 1.1 n softplus units for MNIST's n."""
+    rows = {other: _paper_step(other, device, small) for other in ("ours", "torch", "relu")}
+    target = rows[name]
+    group = f"first phase 64x1x28x28, the paper's network{'' if device == 'cpu' else ' on CUDA'}"
+    row(group, *ROWS[name])
+    others = [] if small else [step for other, step in rows.items() if other != name]
+    loss = interleaved(target, others, rounds=1 if small else 5, warmup_rounds=1)
+    assert bool(torch.isfinite(loss))
+    if not benchmark.disabled:
+        benchmark.extra_info["images/s"] = round(len(target.x) / benchmark.stats.stats.median, 1)
+
+
+@functools.cache
+def _paper_step(activation: str, device: str, small: bool) -> Step:
+    shape, width, wide = ((8, 1, 8, 8), 4, 20) if small else (SHAPES["64x1x28x28"], 64, 66_000)
+    return Step(activation, "plain", shape, device, "", width=width, wide=wide)
