@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -72,8 +74,14 @@ def test_table1_holds_what_the_runs_reached(finished):
 
 def test_the_test_error_is_that_of_the_trained_network():
     images, labels = data.load("digits", "test")
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    wrong = (model(images.float() / 255).argmax(1) != labels).float().mean()
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.BatchNorm1d(10)
+    )
+    model.train()
+    model(torch.rand(30, 64))  # running statistics that are not those of the test images
+    with torch.no_grad():
+        wrong = (model.eval()(images.float() / 255).argmax(1) != labels).float().mean()
+    model.train()
     assert cells.test_error(model, images, labels) == pytest.approx(100 * float(wrong), rel=1e-6)
     assert cells.test_error(model, images.float() / 255, labels) == pytest.approx(
         100 * float(wrong), rel=1e-6
@@ -120,7 +128,11 @@ def test_sigma_min_is_that_of_the_features(tmp_path):
     images, labels = (part[:40] for part in data.load("digits"))
     last = Last()
     model = torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(64, 60), tp.nn.Softplus(), torch.nn.Linear(60, 10)
+        torch.nn.Flatten(),
+        torch.nn.BatchNorm1d(64),  # its running statistics are meant
+        torch.nn.Linear(64, 60),
+        tp.nn.Softplus(),
+        torch.nn.Linear(60, 10),
     )
     tp.Trainer(
         model,
@@ -132,12 +144,12 @@ def test_sigma_min_is_that_of_the_features(tmp_path):
         callbacks=[last],
     ).fit((images, labels))
     with torch.no_grad():
-        h = model[:3](images.float() / 255).double().numpy()
+        h = model.eval()[:4](images.float() / 255).double().numpy()
     expected = np.linalg.svd(np.hstack([h, np.ones((40, 1))]), compute_uv=False)[-1]
-    assert last.found == pytest.approx(expected, rel=1e-8)
+    assert last.found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("stop", [("trunk", 2), ("two-phase", 5)])
+@pytest.mark.parametrize("stop", [("trunk", 2), ("two-phase", 4)])
 def test_a_killed_sweep_continues(tmp_path, monkeypatch, stop, capsys):
     arguments = ["table1", *DIGITS, "--augmentation", "no"]
     assert run(*arguments, "--run_dir", str(tmp_path / "whole")) == 0
@@ -146,7 +158,7 @@ def test_a_killed_sweep_continues(tmp_path, monkeypatch, stop, capsys):
     def killed(watch, run, record):
         own(watch, run, record)
         if (run.folder.name, record["epoch"] + 1) == stop:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr(cells.Watch, "on_epoch_end", killed)
