@@ -3,17 +3,20 @@
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 import twophase_ext as tp
+from twophase.cli import make_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.MULTILINE | re.DOTALL
 BLOCK = re.compile(r"^```python\n(.*?)^```$", FENCED)
+FENCE = re.compile(r"^```(?:bash|sh)?\n(.*?)^```$", FENCED)
 # The first line names the file.
 EXCERPT = re.compile(r"^```(?:cpp|py)\n(?://|#) (\S+)\n(.*?)^```$", FENCED)
 
@@ -27,6 +30,24 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     names: dict[str, object] = {}
     for block in BLOCK.findall(page.read_text(encoding="utf-8")):
         exec(compile(block, page.name, "exec"), names)
+
+
+def test_shell_lines_are_commands():
+    """Every line that begins with twophase, in a fence: the parser takes it."""
+    parser, _ = make_parser()
+    lines = [
+        line
+        for page in [*PAGES, ROOT / "CONTRIBUTING.md"]
+        for fence in FENCE.findall(page.read_text(encoding="utf-8"))
+        for line in fence.splitlines()
+        if line.startswith("twophase ")
+    ]
+    assert len(lines) > 15
+    for line in lines:
+        chosen = parser.parse_args(shlex.split(line, comments=True)[1:])
+        assert chosen.subcommand == line.split()[1], line
+    with pytest.raises(SystemExit):
+        parser.parse_args(["reproduce", "table1", "--no-such-option", "1"])
 
 
 def anchors(page: Path) -> set[str]:
