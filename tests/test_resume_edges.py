@@ -94,9 +94,9 @@ def test_what_cannot_be_resumed_is_refused_before_anything_changes(tmp_path):
     refused("resume: .*n=40, .* 60", data=toy_data(60))
     two = lambda ps: torch.optim.SGD([{"params": ps[:2]}, {"params": ps[2:]}], lr=0.1)  # noqa: E731
     refused("resume: .*group", optimizer=two)
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    state = checkpoint.load(tmp_path / "run")[0]
     state["model"]["0.bias"] += 1
-    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    checkpoint.save(tmp_path / "run", state)
     refused("hidden layers do not match their hash")
     # a run of another folder must not be overwritten by the continuation
     quiet(toy_mlp(seed=1), tmp_path / "other").fit(data)

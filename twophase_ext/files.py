@@ -1,5 +1,6 @@
 """Files that a kill never leaves half written."""
 
+import contextlib
 import csv
 import io
 import json
@@ -8,15 +9,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Call write(file) on a temporary file beside `path`, flush it to disk, and rename it."""
+    """Call write(file) on a temporary file beside `path`, flush it to disk, and rename it.
+
+    Raises OSError where that fails (a full disk): `path` is as it was, the temporary file is gone.
+    """
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -37,3 +51,35 @@ def write_json(path: Path, value: Any) -> None:
     """Write plain data as JSON, atomically."""
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+class FolderLock:
+    """One process at a time writes into a folder; a process that ends, however, holds no lock.
+
+    The lock is on the file "lock" in the folder, which stays there empty. Systems without flock are
+    not protected.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Not held yet."""
+        self._path = folder / "lock"
+        self._file: BinaryIO | None = None
+
+    def acquire(self) -> bool:
+        """Take the lock, or keep it; False where another run has it."""
+        if fcntl is None or self._file is not None:
+            return True
+        file = open(self._path, "ab")  # noqa: SIM115  open as long as the lock is held
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return False
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Give the lock up, where it is held."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,5 +1,6 @@
 """Checkpoints: tensors and plain types only; a kill never loses the last good one."""
 
+import hashlib
 import os
 import warnings
 from collections.abc import Mapping
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..files import write_atomically
+from .freeze import tensors_hash
 
-FORMAT = 2
+FORMAT = 3
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FRESH = CURRENT + ".new"  # complete, and newer than CURRENT: a kill came before its rename
 
@@ -21,11 +23,31 @@ def describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{t.dtype} {list(t.shape)}" for name, t in tensors.items()}
 
 
+def _digest(state: Any) -> str:
+    """SHA-256 of tensors and plain data, nested. torch.load does not notice a changed bit."""
+    tensors: dict[str, Tensor] = {}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors[f"{len(tensors):08}"] = value
+            return f"tensor {len(tensors)}"
+        if isinstance(value, Mapping):
+            return [(repr(key), plain(part)) for key, part in value.items()]
+        return [plain(part) for part in value] if isinstance(value, list | tuple) else repr(value)
+
+    text = repr(plain(state))
+    return hashlib.sha256((text + tensors_hash(tensors)).encode()).hexdigest()
+
+
 def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write `state` as the folder's checkpoint; the one before it is kept beside."""
+    """Write `state` as the folder's checkpoint; the one before it is kept beside.
+
+    Raises OSError where it cannot be written (a full disk): what was there stays as it was.
+    """
     current, previous = folder / CURRENT, folder / PREVIOUS
     fresh = folder / FRESH
-    write_atomically(fresh, lambda file: torch.save({"format": FORMAT, **state}, file))
+    whole = {"format": FORMAT, "sha256": _digest(state), **state}
+    write_atomically(fresh, lambda file: torch.save(whole, file))
     if current.exists():
         os.replace(current, previous)
     os.replace(fresh, current)
@@ -35,8 +57,10 @@ def _read(path: Path) -> dict[str, Any]:
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
         raise ValueError("not a checkpoint of twophase_ext")
-    if state["format"] != FORMAT:
-        raise ValueError(f"format {state['format']}, this version reads {FORMAT}")
+    if (found := state.pop("format")) != FORMAT:
+        raise ValueError(f"format {found}, this version reads {FORMAT}")
+    if state.pop("sha256", None) != _digest(state):
+        raise ValueError("its contents do not match its checksum")
     return state
 
 

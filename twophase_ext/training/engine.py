@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ from torch import Tensor
 
 from .. import ops
 from ..expressivity import Verdict, verify_network
+from ..files import FolderLock
 from ..guarantee import Guarantee
 from ..losses import CROSS_ENTROPY, ConvexLoss
 from ..network import Network
-from . import batchnorm, checkpoint, runfolder, saved
+from . import batchnorm, checkpoint, faults, runfolder, saved, streams
 from .audit import premises
+from .cadence import Cadence
 from .config import Config
 from .data import Samples
+from .faults import Diverged, LossWatch
 from .features import BATCH, Features
 from .freeze import tensors_hash
 from .interrupt import Interrupt
@@ -43,14 +46,16 @@ class Run:
         cache_mode: str,
         progress: Progress,
         callbacks: tuple[Any, ...],
-        checkpoint_every: int,
+        cadence: Cadence,
     ) -> None:
         """Nothing runs yet."""
         self.network, self.loss, self.optimizer, self.config = network, loss, optimizer, config
         self.train, self.val, self.cache_mode = train, val, cache_mode
         self.progress, self.callbacks = progress, callbacks
         self.folder: Path | None = None  # the run folder, where one is kept
-        self.checkpoint_every = checkpoint_every
+        self.lock: FolderLock | None = None  # on the folder
+        self.cadence = cadence  # of checkpoints
+        self.fault: dict[str, Any] | None = None  # where the run diverged
         self.device = train.device
         self.history: list[dict[str, Any]] = []
         self.timings: dict[str, float] = {}
@@ -82,13 +87,18 @@ class Run:
                 if self.phase == 2:
                     if self.hidden_hash is None:
                         self._perturb()
+                        self._save()  # the verification may have taken hours
                     if self.train_features is None:
                         self._cache_features()
                 started = time.perf_counter()
-                if not self._train_epoch(interrupt):
-                    self._save()
-                    return "interrupted"
-                if not self._finish_epoch(time.perf_counter() - started):
+                try:
+                    if not self._train_epoch(interrupt):
+                        self._save()
+                        return "interrupted"
+                    self._finish_epoch(time.perf_counter() - started)
+                except Diverged as fault:
+                    self._record(time.perf_counter() - started, fault.loss)
+                    self.fault = faults.describe(self, fault)
                     return "diverged"
                 if interrupt.requested and self.epoch < epochs:
                     self._save()
@@ -177,7 +187,7 @@ class Run:
         with self._own_rng():
             done = (self._first if self.phase == 1 else self._second)(interrupt)
             if not done:
-                self.rng = self._rng_state()
+                self.rng = streams.states(self.device)
         self.progress.end(f"epoch {self.epoch}")
         return done
 
@@ -190,8 +200,9 @@ class Run:
         order = epoch_order(self.config.seed, self.epoch, self.train.n)
         bounds = self._bounds()
         self.network.model.train()
-        sums = self.sums.to(self.device)
-        while self.batch < len(bounds) - 1 and not (interrupt.requested and self.batch):
+        sums, watch = self.sums.to(self.device), LossWatch(self.device)
+        last = len(bounds) - 1
+        while self.batch < last and not (interrupt.requested and self.batch):
             index = order[bounds[self.batch] : bounds[self.batch + 1]]
             loss, correct = self._first_step(index)
             sums[0] += loss.double() * len(index)
@@ -199,8 +210,15 @@ class Run:
                 sums[1] += correct
             self.batch += 1
             self.progress.advance(f"epoch {self.epoch}")
+            due = self.cadence.step() and self.batch < last
+            if bad := watch.add(loss, due or self.batch == last or interrupt.requested):
+                step = self.batch - 1 - bad[0]
+                raise Diverged(step, bad[1], order[bounds[step] : bounds[step + 1]])
+            if due:
+                self.sums = sums.cpu()
+                self._save_within()
         self.sums = sums.cpu()
-        return self.batch == len(bounds) - 1
+        return self.batch == last
 
     def _first_step(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """The base algorithm on all parameters."""
@@ -216,51 +234,66 @@ class Run:
         """The rest of an epoch of the second phase."""
         raise NotImplementedError
 
-    def _finish_epoch(self, seconds: float) -> bool:
-        """Metrics, checkpoint, callbacks; False where the loss is no longer finite."""
+    def _finish_epoch(self, seconds: float) -> None:
+        """Metrics, callbacks, checkpoint; Diverged where the weights are not finite."""
         n, phase = self.train.n, self.phase
         train_loss = float(self.sums[0]) / n
+        # The loss is that before each update: the last update may have broken the weights.
+        if not (math.isfinite(train_loss) and self._weights_finite()):
+            bounds = self._bounds()
+            samples = None
+            if self.phase == 1:
+                samples = epoch_order(self.config.seed, self.epoch, n)[bounds[-2] :]
+            raise Diverged(self._steps() - 1, train_loss, samples)
         accuracy: float | None = None
         if self.loss is CROSS_ENTROPY:
             accuracy = float(self.sums[1]) / n
             if phase == 2 and self.cache_mode != "none":
                 accuracy = self._measure(self.train_features, self.train)[1]
-        record: dict[str, Any] = {
-            "epoch": self.epoch,
-            "phase": phase,
-            "train_loss": train_loss,
-            "train_accuracy": accuracy,
-            "val_loss": None,
-            "val_accuracy": None,
-            "learning_rate": self._learning_rate(),
-            "seconds": seconds,
-        }
-        self._add_time("first_phase" if phase == 1 else "second_phase", seconds)
+        measured: tuple[float | None, float | None] = (None, None)
         if self.val is not None:
             measured = self._measure(self.val_features, self.val)
-            record["val_loss"], record["val_accuracy"] = measured
-        record |= self.notes
-        self.history.append(record)
+        record = self._record(seconds, train_loss, accuracy, *measured)
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums, self.rng = torch.zeros(2, dtype=torch.float64), None
-        if self.folder is not None:
-            runfolder.write_metrics(self.folder, self.history)
-        # The loss is that before each update: the last update may have broken the weights.
-        finite = self._weights_finite()
-        if not (math.isfinite(train_loss) and finite):
-            self.progress.say(
-                f"epoch {record['epoch']}: the training loss is {train_loss}, the weights are "
-                f"{'' if finite else 'not '}finite; stopped. The last good checkpoint is kept: "
-                "lower the learning rate and start again"
-            )
-            return False
         # Before the checkpoint, so that it holds what a callback sets (a learning rate, say).
         self._call("on_epoch_end", record)
-        if self.epoch % self.checkpoint_every == 0 or self.epoch == self.config.epochs:
+        if self.cadence.epoch(self.epoch) or self.epoch == self.config.epochs:
             self._save()
         note = f"loss {train_loss:.4f}, {seconds:.1f} s an epoch"
         self.progress.advance("training", 1, note)
-        return True
+
+    def _record(
+        self,
+        seconds: float,
+        train_loss: float,
+        train_accuracy: float | None = None,
+        val_loss: float | None = None,
+        val_accuracy: float | None = None,
+    ) -> dict[str, Any]:
+        """This epoch's row, added to the history and written."""
+        record: dict[str, Any] = {
+            "epoch": self.epoch,
+            "phase": self.phase,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            "learning_rate": self._learning_rate(),
+            "seconds": seconds,
+            **self.notes,
+        }
+        self._add_time("first_phase" if self.phase == 1 else "second_phase", seconds)
+        self.history.append(record)
+        if self.folder is not None:
+            runfolder.write_metrics(self.folder, self.history)
+        return record
+
+    def _save_within(self) -> None:
+        """A checkpoint inside an epoch, at the next batch; none of broken weights."""
+        if self._weights_finite():
+            self.rng = streams.states(self.device)
+            self._save()
 
     def _weights_finite(self) -> bool:
         network = self.network
@@ -313,6 +346,11 @@ class Run:
                 "of the model wrote to them. The run's claim is void"
             )
 
+    def _own_rng(self) -> AbstractContextManager[None]:
+        """torch's global generators (dropout) for this epoch, or as they were within it."""
+        seed = stream_seed(self.config.seed, "model", self.epoch)
+        return streams.global_stream(self.device, seed, self.rng)
+
     # --- plumbing ----------------------------------------------------------------------------
 
     def _bounds(self) -> list[int]:
@@ -338,24 +376,6 @@ class Run:
             if method is not None:
                 method(self, *arguments)
 
-    @contextmanager
-    def _own_rng(self) -> Iterator[None]:
-        """torch's global generators (dropout) seeded per epoch, the caller's left as they were."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(stream_seed(self.config.seed, "model", self.epoch))
-            if self.rng is not None:
-                torch.set_rng_state(self.rng["cpu"])
-                if devices:
-                    torch.cuda.set_rng_state(self.rng["cuda"], self.device)
-            yield
-
-    def _rng_state(self) -> dict[str, Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
-
     def guarantee(self, status: str) -> Any:
         """The premise audit, and the bound where one is claimed; status: the run's."""
         return Guarantee(mode=self.config.second_phase, premises=premises(self))
@@ -372,7 +392,15 @@ class Run:
         if self.folder is None:
             return
         with self._timed("checkpoint"):
-            checkpoint.save(self.folder, saved.state(self))
+            try:
+                checkpoint.save(self.folder, saved.state(self))
+            except OSError as error:
+                error.add_note(
+                    f"The checkpoint of epoch {self.epoch}, step {self.batch} was not written; the "
+                    f"one before it is whole. Free some space, then fit(..., resume=True)"
+                )
+                raise
+        self.cadence.saved()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint; see `saved.restore`."""

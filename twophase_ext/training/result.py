@@ -19,7 +19,10 @@ class Result:
     data. status: "completed", "interrupted", "diverged" or "stopped" (lazy: the rank could not be
     shown any more). verdict: the expressivity Verdict at w^tau, or None. guarantee: a `Guarantee`,
     the premise audit and, for "gd" and "sgd", the bound of Theorem 1 beside the measured loss
-    (`LazyGuarantee` for "lazy", None before its tau). final: losses
+    (`LazyGuarantee` for "lazy", None before its tau).
+    divergence: of a run that diverged, {epoch, step, loss (a text), samples: the mini-batch's
+    indices (None for a full gradient), inputs_not_finite: those of them whose inputs are not};
+    model holds the broken weights, the last checkpoint is from before. final: losses
     and accuracies of the trained network over the whole sets; empty unless completed. timings:
     seconds by stage. hidden_hash: SHA-256 of the frozen hidden layers, the same before and after
     the second phase.
@@ -31,6 +34,7 @@ class Result:
     run_dir: Path | None
     verdict: Any = None
     guarantee: Any = None
+    divergence: dict[str, Any] | None = None
     final: dict[str, float | None] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     hidden_hash: str | None = None

@@ -12,7 +12,7 @@ import numpy
 import torch
 
 from .._load import build_info
-from ..files import write_csv, write_json
+from ..files import FolderLock, write_csv, write_json
 from .features import BATCH
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def processor_name() -> str:
 def create(run_dir: str | Path | None, *, resuming: bool) -> Path:
     """Make or reopen the run folder; None names a new one under runs/ by the time.
 
-    Raises ValueError where the folder holds a run already and it is not resumed.
+    Raises ValueError where the folder holds a run already and it is not resumed, and where it
+    cannot be made or written.
     """
     if run_dir is None:
         stem = time.strftime("%Y%m%d-%H%M%S")
@@ -103,10 +104,28 @@ def create(run_dir: str | Path | None, *, resuming: bool) -> Path:
             f"run_dir: {folder} holds a run already; pass resume=True to continue it, or another "
             "folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run_dir: {folder} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"run_dir: {folder} cannot be written")
     return folder
+
+
+def lock(folder: Path) -> FolderLock:
+    """The folder's lock, held. Raises ValueError where another run holds it, or cannot be taken."""
+    held = FolderLock(folder)
+    try:
+        free = held.acquire()
+    except OSError as error:
+        raise ValueError(f"run_dir: {folder} cannot be written: {error.strerror}") from error
+    if not free:
+        raise ValueError(
+            f"run_dir: another run is writing into {folder}; wait for its end or take another "
+            "folder"
+        )
+    return held
 
 
 def describe(folder: Path, run: "Run", model: str) -> None:

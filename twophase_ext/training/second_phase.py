@@ -15,6 +15,7 @@ from ..guarantee import Guarantee, guarantee, smoothness
 from ..losses import CROSS_ENTROPY, SQUARED_ERROR
 from .audit import premises
 from .engine import Run
+from .faults import Diverged
 from .features import BATCH
 from .gradient import Rounding, full_gradient, row_norms
 from .head import HeadStep
@@ -55,13 +56,18 @@ class HeadRun(Run):
         last = len(bounds) - 1
         while self.batch < last and not (interrupt.requested and self.batch):
             started = time.perf_counter()
-            steps = slice(self.batch, min(self.batch + at_once, last))
+            now = self.cadence.most(min(at_once, last - self.batch))
+            steps = slice(self.batch, self.batch + now)
             part = bounds[steps.start : steps.stop + 1]
             with torch.no_grad():
                 losses = head.run(features, order, part, rates and rates[steps], count)
             for loss, begin, end in zip(losses, part[:-1], part[1:], strict=True):
+                if not math.isfinite(loss):
+                    raise Diverged(self.batch, loss, order[begin:end] % self.train.n)
                 self.sums[0] += loss * (end - begin)
-            self.batch = steps.stop
+                self.batch += 1
+            if self.cadence.step(len(losses)) and self.batch < last:
+                self._save_within()
             self.progress.advance(f"epoch {self.epoch}", len(losses))
             # Ctrl-C is looked at a few times a second.
             if features.mode != "none" and time.perf_counter() - started < ONE_CALL:
@@ -159,6 +165,8 @@ class GradientDescentRun(TheoremRun):
                 self.sums[0] = loss * self.train.n
             self.batch += 1
             self.progress.advance(f"epoch {self.epoch}")
+            if self.cadence.step() and self.batch < self._steps():
+                self._save_within()
         if self.batch < self._steps():
             return False
         assert self.train_features is not None
@@ -178,6 +186,8 @@ class GradientDescentRun(TheoremRun):
         assert features is not None and settings is not None
         layer, step = self.network.last.module, 1 / known["smoothness"]
         loss, *gradients = full_gradient(features, layer, self.loss)
+        if not math.isfinite(loss):
+            raise Diverged(self.batch, loss, None)
         objective = self._objective(loss)
         moving = self._moving()
         squares = 0.0

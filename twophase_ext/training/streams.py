@@ -43,3 +43,26 @@ def host_stream(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
         generator.set_state(states[2])
+
+
+def states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of torch's global generators of the CPU and of `device`."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+@contextmanager
+def global_stream(
+    device: torch.device, seed: int, state: dict[str, torch.Tensor] | None = None
+) -> Iterator[None]:
+    """Within it torch's global generators start from `seed`, or from `state`; then as before."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        if state is not None:
+            torch.set_rng_state(state["cpu"])
+            if devices:
+                torch.cuda.set_rng_state(state["cuda"], device)
+        yield

@@ -17,6 +17,7 @@ from ..network import Network
 from ..ops.perturb import checked_tensors
 from . import batchnorm, checkpoint, runfolder
 from .branches import branch
+from .cadence import Cadence
 from .checks import check_runs, model_device, unchanged_on_error
 from .config import SETTINGS, Config, resolve
 from .data import Augment, Samples
@@ -26,7 +27,7 @@ from .lazy import LazyRun
 from .progress import Progress
 from .result import Result
 from .second_phase import GradientDescentRun, HeadRun, StochasticRun
-from .settings import GradientDescent, Lazy, StochasticDescent, integer
+from .settings import GradientDescent, Lazy, StochasticDescent
 
 RUNS: dict[str, type[Run]] = {
     "none": Run,
@@ -75,7 +76,9 @@ class Trainer:
         or "float64", to which model and data are converted.
     verify: method of `verify_expressivity` at w^tau ("auto", "separation", ...), or False.
     run_dir: the run's folder; None makes a new one under runs/, False writes nothing.
-    checkpoint_every: epochs between checkpoints, default 1.
+    checkpoint_every: epochs between checkpoints, or a text: "500 steps", "90 seconds", "10
+        minutes", within epochs too. Default: every epoch, and every ten minutes within one. There
+        is always one at tau, behind the verification, and one at the end.
     callbacks: objects with any of on_fit_start(run), on_perturb(run), on_epoch_end(run, record).
     progress: False prints nothing.
 
@@ -107,7 +110,7 @@ class Trainer:
         precision: str = "float32",
         verify: str | bool = "auto",
         run_dir: str | Path | bool | None = None,
-        checkpoint_every: int | None = None,
+        checkpoint_every: int | str | None = None,
         callbacks: Iterable[Any] = (),
         progress: bool = True,
     ) -> None:
@@ -140,8 +143,8 @@ class Trainer:
         self.optimizer = optimizer or paper_optimizer
         self.augment, self.device = augment, model_device(model, device)
         self.run_dir = run_dir
-        every = 1 if checkpoint_every is None else checkpoint_every
-        self.checkpoint_every = integer("checkpoint_every", every, 1)
+        self.checkpoint_every = checkpoint_every
+        Cadence(checkpoint_every)  # or an error now
         self.callbacks, self.progress = tuple(callbacks), progress
         self._arguments = {
             **settings,
@@ -207,6 +210,8 @@ class Trainer:
     def _execute(self, run: Run, epochs: int | None = None) -> Result:
         """Train a prepared run to its end, or to an epoch; see `fit`."""
         modes = {module: module.training for module in self.model.modules()}
+        if run.lock is not None and not run.lock.acquire():
+            raise RuntimeError(f"another run has taken the folder {run.folder} meanwhile")
         try:
             status = run.execute(epochs)
             final = run.measure_all() if status == "completed" else {}
@@ -214,6 +219,8 @@ class Trainer:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            if run.lock is not None:
+                run.lock.release()
         result = Result(
             model=self.model,
             history=run.history,
@@ -223,6 +230,7 @@ class Trainer:
             final=final,
             timings=run.timings,
             guarantee=found,
+            divergence=run.fault,
             # in the lazy phase the hidden layers move: no claim that they did not
             hidden_hash=None if isinstance(run, LazyRun) else run.hidden_hash,
             feature_cache=run.cache_mode if run.hidden_hash else None,
@@ -233,6 +241,7 @@ class Trainer:
                 run.folder / "result.json",
                 {
                     "status": status,
+                    "divergence": run.fault,
                     "epochs_done": run.epoch,
                     "final": result.final,
                     "timings": result.timings,
@@ -288,12 +297,13 @@ class Trainer:
             mode,
             progress,
             self.callbacks,
-            self.checkpoint_every,
+            Cadence(self.checkpoint_every),
         )
         state, source = None, None
         if resume:
             state, source = checkpoint.load(self._checkpoint_path(resume))
         run.folder = self._open_folder(source)
+        run.lock = runfolder.lock(run.folder) if run.folder else None
         if state is not None:
             run.restore(state)
         if run.folder is not None:
