@@ -112,7 +112,8 @@ def train(
     device: str = "auto",
     seed: int = 1,
     run_dir: str | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
+    checkpoint_every: int | str | None = None,
     logger: Literal["tensorboard", "wandb"] | None = None,
     progress: bool = True,
     callbacks: tuple = (),
@@ -150,7 +151,8 @@ def train(
         device: auto is CUDA where there is one, else the CPU.
         seed: seed of every random stream.
         run_dir: the run's folder; a new one under runs/ by default.
-        resume: continue the run in run_dir.
+        resume: continue the run in run_dir; auto begins it where there is none yet.
+        checkpoint_every: epochs, or for example "500 steps" or "10 minutes".
         logger: log each epoch there too, beside metrics.csv; wandb is offline unless WANDB_MODE
             says otherwise.
         progress: print what happens.
@@ -194,6 +196,7 @@ def train(
         device=device,
         seed=seed,
         run_dir=run_dir,
+        checkpoint_every=checkpoint_every,
         progress=progress,
         callbacks=callbacks if log is None else (*callbacks, log),
     )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint import exists
 from .config import resolve_tau
 from .result import Result
 from .runfolder import create
@@ -117,7 +118,7 @@ def _checkpoint(trainer: "Trainer", resume: bool) -> Path | None:
     if not resume or trainer.run_dir is False:
         return None
     folder = Path(str(trainer.run_dir))
-    return folder if any(folder.glob("checkpoint*.pt*")) else None
+    return folder if exists(folder) else None
 
 
 def _under(root: Any, name: str) -> Any:

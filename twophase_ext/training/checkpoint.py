@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -47,10 +47,25 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     current, previous = folder / CURRENT, folder / PREVIOUS
     fresh = folder / FRESH
     whole = {"format": FORMAT, "sha256": _digest(state), **state}
-    write_atomically(fresh, lambda file: torch.save(whole, file))
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(whole, file)
+        except RuntimeError as error:
+            # torch ends its archive all the same, and hides the system's error behind its own
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+    write_atomically(fresh, write)
     if current.exists():
         os.replace(current, previous)
     os.replace(fresh, current)
+
+
+def exists(folder: Path) -> bool:
+    """Whether the run folder holds a checkpoint, readable or not."""
+    return any((folder / name).exists() for name in (FRESH, CURRENT, PREVIOUS))
 
 
 def _read(path: Path) -> dict[str, Any]:

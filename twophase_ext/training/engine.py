@@ -22,7 +22,7 @@ from .cadence import Cadence
 from .config import Config
 from .data import Samples
 from .faults import Diverged, LossWatch
-from .features import BATCH, Features
+from .features import BATCH, Features, smaller_mode
 from .freeze import tensors_hash
 from .interrupt import Interrupt
 from .measure import measure
@@ -158,8 +158,22 @@ class Run:
 
     def _cache_features(self) -> None:
         """Fill the caches of the frozen network's features, or take a branch's with the same."""
-        network, config, mode = self.network, self.config, self.cache_mode
-        network.model.train(config.batch_norm == "batch")
+        self.network.model.train(self.config.batch_norm == "batch")
+        while True:
+            try:
+                return self._fill_caches(self.cache_mode)
+            except (MemoryError, RuntimeError) as error:
+                self.train_features = self.val_features = None
+                self.cache_mode = smaller_mode(
+                    self.cache_mode,
+                    error,
+                    network=self.network,
+                    device=self.device,
+                    copies=self.config.augment_copies,
+                )
+
+    def _fill_caches(self, mode: str) -> None:
+        config = self.config
         shared = {} if self.shared is None else self.shared
         with self._timed("features"):
             held_out = self.val if config.batch_norm == "frozen" else None
@@ -176,7 +190,7 @@ class Run:
                     exact = "hidden" if mode == "hidden-bfloat16" else mode
                     kept = mode if samples is self.train else exact
                     self.train.epoch = config.tau_epoch
-                    shared[key] = Features(samples, network, kept, advance, copies)
+                    shared[key] = Features(samples, self.network, kept, advance, copies)
                 setattr(self, name, shared[key])
             self.progress.end("features")
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,28 @@ def plan_cache(
     if copies is not None:
         raise ValueError(f"augment_copies: {copies} copies fit nowhere: {'; '.join(tried)}")
     return CachePlan("none", "; ".join(tried))
+
+
+def smaller_mode(
+    mode: str, error: BaseException, *, network: Network, device: torch.device, copies: int | None
+) -> str:
+    """The mode to go on with where memory ran out in `mode`; raises `error` where it is another."""
+    out = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if not (out or "can't allocate memory" in str(error)):
+        raise error
+    modes = ["hidden"]  # from the largest to nothing
+    modes += ["backbone"] if network.wide is not None else []
+    modes += ["disk"] if free_disk(device) else []
+    modes += ["none"] if copies is None else []
+    smaller = modes[modes.index(mode) + 1 :] if mode in modes else modes[1:]
+    if not smaller:
+        raise error
+    warnings.warn(
+        f"feature_cache: memory ran out in mode {mode!r} ({str(error).splitlines()[0]}); going on "
+        f"with {smaller[0]!r}",
+        stacklevel=2,
+    )
+    return smaller[0]
 
 
 def free_disk(device: torch.device) -> int:

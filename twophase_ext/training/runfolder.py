@@ -128,9 +128,9 @@ def lock(folder: Path) -> FolderLock:
     return held
 
 
-def describe(folder: Path, run: "Run", model: str) -> None:
+def describe(folder: Path, run: "Run", model: str, *, new: bool) -> None:
     """What the folder tells about a run before its first epoch; model: its class's name."""
-    if not (folder / "config.json").exists():
+    if new or not (folder / "config.json").exists():
         network = run.network
         resolved = {
             **run.identity(),

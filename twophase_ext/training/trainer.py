@@ -173,7 +173,8 @@ class Trainer:
         scaled to [0, 1]), a map-style Dataset, or a DataLoader over one (its dataset, collate
         function and batch size are used; the order of samples comes from the seed, and no sample
         is dropped). Every sample of a Dataset is fetched once before training, to be checked.
-        resume: True continues the run in run_dir, a path the run in that folder or checkpoint file.
+        resume: True continues the run in run_dir, "auto" continues it where there is a checkpoint
+        and begins where there is none, a path continues the run in that folder or checkpoint file.
         A run resumed on the CPU ends with the same bits as one that was never interrupted; a
         callback's own state is not saved, but what it sets in the optimizer is.
 
@@ -300,14 +301,15 @@ class Trainer:
             Cadence(self.checkpoint_every),
         )
         state, source = None, None
-        if resume:
-            state, source = checkpoint.load(self._checkpoint_path(resume))
-        run.folder = self._open_folder(source)
+        path = self._checkpoint_path(resume) if resume else None
+        if path is not None and not (resume == "auto" and not checkpoint.exists(path)):
+            state, source = checkpoint.load(path)
+        run.folder = self._open_folder(source, resume == "auto")
         run.lock = runfolder.lock(run.folder) if run.folder else None
         if state is not None:
             run.restore(state)
         if run.folder is not None:
-            runfolder.describe(run.folder, run, type(self.model).__name__)
+            runfolder.describe(run.folder, run, type(self.model).__name__, new=state is None)
         if source is not None:
             progress.say(f"resumed from {source}: {run.epoch} epochs done")
         return run
@@ -381,18 +383,18 @@ class Trainer:
         return optimizer
 
     def _checkpoint_path(self, resume: bool | str | Path) -> Path:
-        if resume is not True:
+        if resume is not True and resume != "auto":
             return Path(str(resume))
         if not isinstance(self.run_dir, str | Path):
-            raise ValueError("resume: True needs run_dir, the folder of the run to continue")
+            raise ValueError(f"resume: {resume} needs run_dir, the folder of the run to continue")
         return Path(self.run_dir)
 
-    def _open_folder(self, source: Path | None) -> Path | None:
-        """The run folder, reopened where the checkpoint `source` comes from it."""
+    def _open_folder(self, source: Path | None, reopen: bool) -> Path | None:
+        """The run folder, reopened where the checkpoint `source` comes from it or as asked."""
         if self.run_dir is False:
             return None
         run_dir = None if self.run_dir is True else self.run_dir
         if run_dir is None and source is not None:
             run_dir = source.parent
         same = source is not None and source.parent.resolve() == Path(str(run_dir)).resolve()
-        return runfolder.create(run_dir, resuming=same)
+        return runfolder.create(run_dir, resuming=same or (reopen and source is None))
