@@ -4,12 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .names import WRAPPERS, canonical_name
 from .nn.softplus import Softplus
-from .probing import Call, input_of, record, unchanged, unwrap
+from .probing import Call, input_of, record, unchanged, untouched, unwrap
 
 _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -232,7 +233,48 @@ def _check_parameters(model: nn.Module, names: dict[nn.Module, str], module: nn.
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    return a is b or (not is_lazy(a) and a.numel() > 0 and a.data_ptr() == b.data_ptr() != 0)
+    if a is b or is_lazy(a) or is_lazy(b):
+        return a is b
+    (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
+    return a.device == b.device and max(a_begin, b_begin) < min(a_end, b_end)
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first to behind its last byte; empty where it has none."""
+    begin = t.data_ptr()
+    if begin == 0 or t.numel() == 0:
+        return begin, begin
+    reach = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+    return begin, begin + (reach + 1) * t.element_size()
+
+
+def check_hidden_layers(model: nn.Module, example: Tensor, last: LastLayer) -> None:
+    """ValueError where h itself depends on the last layer's weights, however it reads them.
+
+    A decoder tied to its embedding does, by a function instead of a module. Runs the model twice
+    up to the last layer, as `find_last_layer` does; the weights are other ones meanwhile.
+    """
+
+    def h() -> Tensor:
+        with untouched(model):
+            return input_of(model, last.module, example)
+
+    own = list(last.module.parameters(recurse=False))
+    kept = [p.detach().clone() for p in own]
+    before = h()
+    try:
+        for p in own:
+            p.data.add_(1)
+        after = h()
+    finally:
+        for p, value in zip(own, kept, strict=True):
+            p.data.copy_(value)
+    # not bit for bit: some kernels of a GPU add in another order each time
+    if not torch.allclose(before, after, rtol=1e-4, atol=1e-6, equal_nan=True):
+        raise ValueError(
+            f"last_layer: the hidden layers read the weights of {last.name!r} too, so it cannot be "
+            "trained while they stay fixed; give it weights of its own"
+        )
 
 
 def _not_affine(

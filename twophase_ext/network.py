@@ -19,12 +19,14 @@ class Network:
     def __init__(self, model: nn.Module, example: Tensor, last_layer: Any = None) -> None:
         """Find the layers by running `example` (a few samples) through the model once.
 
-        Raises ValueError where the last layer is not found, not affine or ambiguous.
+        Raises ValueError where the last layer is not found, not affine or ambiguous, or where the
+        hidden layers read its weights too.
         """
         self.model = model
         self.last = layers.find_last_layer(model, example, last_layer)
         self.wide = layers.find_wide_layer(model, example, self.last)
         self._split = layers.split(model, self.last, self.wide)
+        layers.check_hidden_layers(model, example, self.last)
 
     @property
     def outputs(self) -> int:

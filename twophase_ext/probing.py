@@ -90,7 +90,7 @@ def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], 
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
     try:
-        with _untouched(model), _eager():
+        with untouched(model), _eager():
             output = model(example)
     finally:
         for handle in handles:
@@ -110,7 +110,7 @@ def _version(value: Any) -> int:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; modes, buffers and torch's random state come back after it."""
     modes = {module: module.training for module in model.modules()}
     buffers = {module: dict(module._buffers) for module in modes}

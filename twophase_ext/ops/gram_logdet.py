@@ -47,16 +47,23 @@ def gram_logdet(features: Any, append_ones: bool = True) -> tuple[Tensor, Tensor
         return rank[0], logabsdet[0], info[0]
     if features.shape[1] <= SMALL:
         return _ops.gram_logdet(features, append_ones)
-    rank = torch.empty(len(features), dtype=torch.int64, device=features.device)
-    logabsdet = torch.empty(len(features), dtype=torch.float64, device=features.device)
-    info = torch.empty_like(rank)
+    return _by_blas(features, append_ones)
+
+
+@torch.library.custom_op("twophase::gram_logdet_by_blas", mutates_args=())
+def _by_blas(features: Tensor, append_ones: bool) -> tuple[Tensor, Tensor, Tensor]:
+    # An operator, so that torch.compile does not look into it: its steps depend on the values.
+    rank, logabsdet, info = _empty(features, append_ones)
     for i, matrix in enumerate(features):
         rank[i], logabsdet[i], info[i] = gram_logdet_large(matrix, append_ones)
     return rank, logabsdet, info
 
 
-@torch.library.register_fake("twophase::gram_logdet")
-def _(features: Tensor, append_ones: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _empty(features: Tensor, append_ones: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch = features.shape[0]
     rank = features.new_empty(batch, dtype=torch.int64)
     return rank, features.new_empty(batch, dtype=torch.float64), torch.empty_like(rank)
+
+
+torch.library.register_fake("twophase::gram_logdet", _empty)
+_by_blas.register_fake(_empty)

@@ -40,10 +40,16 @@ def perturb_(
     Raises TypeError for something that is no tensor, for float16 and bfloat16 tensors (the noise
     would round away beside the weight: keep float32 master weights) and other dtypes; ValueError
     for a sigma out of range, a name without sigma or a sigma without tensor, two tensors of one
-    name or of one memory. Everything is checked before any tensor is changed.
+    name or of one memory. Everything is checked before any tensor is changed. In a graph of
+    torch.compile a seed may be symbolic, and of shared memory only the same tensor is noticed.
     """
     tensors = checked_tensors(named_tensors)
     sigmas = _sigmas(std, tensors)
+    if torch.compiler.is_compiling():  # hashes cannot be traced, and the seed may be symbolic
+        signed = seed - 2**64 if seed >= 2**63 else seed
+        with torch.no_grad():
+            _by_name(list(tensors.values()), list(tensors), signed, list(sigmas.values()))
+        return
     stream = _seed_bytes(seed)
 
     by_device: dict[torch.device, list[str]] = {}
@@ -116,10 +122,12 @@ def _shared_tensor(name: str, value: Any) -> Tensor:
 
 def _check_memory(tensors: Mapping[str, Tensor]) -> None:
     """Refuse tied tensors: their noise would be added twice, and at the same time."""
-    owners: dict[tuple[torch.device, int], str] = {}
+    owners: dict[Any, str] = {}
+    in_graph = torch.compiler.is_compiling()  # addresses are not known there
     for name, tensor in tensors.items():
         if tensor.numel():
-            owner = owners.setdefault((tensor.device, tensor.data_ptr()), name)
+            memory = tensor if in_graph else (tensor.device, tensor.data_ptr())
+            owner = owners.setdefault(memory, name)
             if owner != name:
                 raise ValueError(f"{name}: expected memory of its own, got that of {owner!r}")
 
@@ -153,4 +161,19 @@ def _sigmas(std: float | Mapping[str, float], tensors: Mapping[str, Tensor]) -> 
 
 @torch.library.register_fake("twophase::perturb_")
 def _(tensors: list[Tensor], keys: list[int], stds: list[float]) -> None:
+    return None
+
+
+@torch.library.custom_op(
+    "twophase::perturb_by_name_",
+    mutates_args={"tensors"},
+    schema="(Tensor(a!)[] tensors, str[] names, SymInt seed, float[] stds) -> ()",
+)
+def _by_name(tensors: list[Tensor], names: list[str], seed: int, stds: list[float]) -> None:
+    """`perturb_` as an operator of a graph."""
+    perturb_(zip(names, tensors, strict=True), dict(zip(names, stds, strict=True)), seed=seed)
+
+
+@_by_name.register_fake
+def _(tensors: list[Tensor], names: list[str], seed: int, stds: list[float]) -> None:
     return None

@@ -1,14 +1,18 @@
 """The Trainer's arguments, checked and resolved."""
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..expressivity.verify import METHODS
 from ..names import canonical_name
 from .features import MODES
+from .schedule import INTERVALS
 from .settings import GradientDescent, Lazy, Settings, StochasticDescent, integer
 
 SETTINGS: dict[str, type[Settings]] = {
@@ -18,7 +22,13 @@ SETTINGS: dict[str, type[Settings]] = {
 }
 SECOND_PHASES = ("base", "none", *SETTINGS)
 _SIGMAS = torch.finfo(torch.float32)
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+# of weights and data, and of autocast in the first phase
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "float32": (torch.float32, None),
+    "float64": (torch.float64, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "fp16-mixed": (torch.float32, torch.float16),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,8 @@ class Config:
     noise_seed: int | None = None  # None: the noise comes from `seed`
     augment: str | None = None  # its repr
     augment_copies: int | None = None
+    accumulate: int = 1
+    scheduler_interval: str = "epoch"
     # settings of these second phases, None in the others
     gd: GradientDescent | None = None
     sgd: StochasticDescent | None = None
@@ -46,8 +58,18 @@ class Config:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The training precision as torch names it."""
-        return PRECISIONS[self.precision]
+        """The dtype of weights and data."""
+        return PRECISIONS[self.precision][0]
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The 16-bit dtype of the first phase's products, where the precision is mixed."""
+        return PRECISIONS[self.precision][1]
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The context in which the first phase runs the model."""
+        dtype = self.autocast_dtype
+        return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
     def as_dict(self) -> dict[str, Any]:
         """For config.json and for the comparison with a checkpoint's."""
@@ -109,6 +131,8 @@ def resolve(
     noise_seed: Any = None,
     augment: Any = None,
     augment_copies: Any = None,
+    accumulate: Any = 1,
+    scheduler_interval: Any = "epoch",
     gd: Any = None,
     sgd: Any = None,
     lazy: Any = None,
@@ -137,6 +161,8 @@ def resolve(
         augment_copies=(
             None if augment_copies is None else integer("augment_copies", augment_copies, 1)
         ),
+        accumulate=integer("accumulate", accumulate, 1),
+        scheduler_interval=_choice("scheduler_interval", scheduler_interval, INTERVALS),
         **_settings(second_phase, {"gd": gd, "sgd": sgd, "lazy": lazy}),
     )
     _check_combination(config)
@@ -155,9 +181,25 @@ def _settings(second_phase: str, given: dict[str, Any]) -> dict[str, Any]:
     return {second_phase: SETTINGS[second_phase].of(second_phase, given[second_phase])}
 
 
+def compile_options(value: Any, model: nn.Module) -> dict[str, Any] | None:
+    """torch.compile's arguments for the Trainer's `compile`; None where nothing is compiled."""
+    if value is False:
+        return None
+    if value is not True and not isinstance(value, Mapping):
+        raise TypeError(f"compile: expected a bool or a dict of options, got {value!r}")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("compile: the model is compiled already; expected False")
+    return {} if value is True else dict(value)
+
+
 def _check_combination(config: Config) -> None:
     """ValueError for arguments that contradict each other."""
     mode = config.second_phase
+    if config.accumulate > config.batch_size:
+        raise ValueError(
+            f"accumulate: expected at most batch_size = {config.batch_size} micro-batches, got "
+            f"{config.accumulate}"
+        )
     if mode in SETTINGS and config.batch_norm == "batch":
         raise ValueError(
             f"batch_norm: second_phase={mode!r} needs 'frozen' statistics, got 'batch'"

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from .config import Config
 from .data import Samples
 from .faults import Diverged, LossWatch
 from .features import BATCH, Features, smaller_mode
+from .first_step import FirstStep
 from .freeze import tensors_hash
 from .interrupt import Interrupt
 from .measure import measure
 from .progress import Progress
+from .schedule import Schedule
 from .streams import epoch_order, stream_seed
 
 
@@ -47,8 +49,12 @@ class Run:
         progress: Progress,
         callbacks: tuple[Any, ...],
         cadence: Cadence,
+        schedule: Schedule,
+        compile_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Nothing runs yet."""
+        self.schedule, self.compiled = schedule, compile_options
+        self.first_step = FirstStep(network, loss, optimizer, config, schedule, compile_options)
         self.network, self.loss, self.optimizer, self.config = network, loss, optimizer, config
         self.train, self.val, self.cache_mode = train, val, cache_mode
         self.progress, self.callbacks = progress, callbacks
@@ -237,12 +243,8 @@ class Run:
     def _first_step(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """The base algorithm on all parameters."""
         x, y = self.train.fetch(index)
-        self.optimizer.zero_grad(set_to_none=True)
-        outputs = self.network.model(x)
-        loss = self.loss(outputs, y)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach(), self._correct(outputs.detach(), y)
+        loss, outputs = self.first_step(x, y)
+        return loss, self._correct(outputs, y)
 
     def _second(self, interrupt: Interrupt) -> bool:
         """The rest of an epoch of the second phase."""
@@ -270,6 +272,7 @@ class Run:
         record = self._record(seconds, train_loss, accuracy, *measured)
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums, self.rng = torch.zeros(2, dtype=torch.float64), None
+        self.schedule.end_epoch(phase, train_loss)
         # Before the checkpoint, so that it holds what a callback sets (a learning rate, say).
         self._call("on_epoch_end", record)
         if self.cadence.epoch(self.epoch) or self.epoch == self.config.epochs:
@@ -400,6 +403,7 @@ class Run:
             **self.config.as_dict(),
             "n": self.train.n,
             "optimizer": type(self.optimizer).__name__,
+            "scheduler": self.schedule.name,
         }
 
     def _save(self) -> None:

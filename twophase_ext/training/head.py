@@ -28,8 +28,12 @@ class HeadStep:
     ) -> None:
         """layer: the last layer; optimizer: holds its parameters, state carried over at tau."""
         self.layer, self.loss, self.optimizer = layer, loss, optimizer
-        self.group = self._fused_group()
+        self.look_again()
         self._fresh = False
+
+    def look_again(self) -> None:
+        """Choose the kernel anew, after the optimizer's groups have changed."""
+        self.group = self._fused_group()
 
     @property
     def fused(self) -> bool:

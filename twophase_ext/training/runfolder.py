@@ -140,6 +140,7 @@ def describe(folder: Path, run: "Run", model: str, *, new: bool) -> None:
             "outputs": network.outputs,
             "optimizer": describe_optimizer(run.optimizer),
             "statistics_batch": BATCH,
+            "compile": run.compiled is not None,
         }
         write_json(folder / "config.json", resolved)
         write_json(folder / "environment.json", environment(run.device, run.config.seed))

@@ -29,6 +29,8 @@ def state(run: "Run") -> dict[str, Any]:
     return {
         "model": run.network.state(),
         "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.schedule.state(),
+        "scaler": run.first_step.state(),
         "config": run.identity(),
         **{name: getattr(run, name) for name in SAVED},
         "verdict": None if run.verdict is None else run.verdict.as_dict(),
@@ -52,6 +54,8 @@ def restore(run: "Run", state: dict[str, Any]) -> None:
         run.optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
         raise ValueError(f"resume: the checkpoint's optimizer does not fit: {error}") from error
+    run.schedule.load(state["scheduler"])
+    run.first_step.load(state["scaler"])
     model.load_state(state["model"])
     for name in SAVED:
         setattr(run, name, state[name])
@@ -61,8 +65,8 @@ def restore(run: "Run", state: dict[str, Any]) -> None:
 def adopt(run: "Run", trunk: "Run") -> None:
     """Let `run` go on from where `trunk` stands, before its tau; the models are the same.
 
-    The optimizer keeps its own hyper-parameters and takes over the other's state, where it is of
-    the same class and has the same groups.
+    The optimizer keeps its own hyper-parameters, under its own schedule, and takes over the other's
+    state, where it is of the same class and has the same groups.
     """
     run.epoch, run.history = trunk.epoch, [dict(row) for row in trunk.history]
     run.timings = dict(trunk.timings)
@@ -71,3 +75,5 @@ def adopt(run: "Run", trunk: "Run") -> None:
     groups = [[group["params"] for group in d["param_groups"]] for d in (theirs, own)]
     if type(trunk.optimizer) is type(run.optimizer) and groups[0] == groups[1]:
         run.optimizer.load_state_dict({**theirs, "param_groups": own["param_groups"]})
+    run.schedule.follow(trunk.schedule, run.history)
+    run.first_step.load(trunk.first_step.state())

@@ -47,7 +47,8 @@ class HeadRun(Run):
         """The rest of an epoch's mini-batch steps of the last layer, many a call."""
         features = self.train_features
         assert features is not None
-        at_once = 1 if features.mode == "none" else 8
+        one_by_one = features.mode == "none" or (self.schedule.per_step and rates is None)
+        at_once = 1 if one_by_one else 8
 
         def count(h: Tensor, y: Tensor) -> None:
             correct = self._correct(self.network.logits(h), y)
@@ -69,8 +70,11 @@ class HeadRun(Run):
             if self.cadence.step(len(losses)) and self.batch < last:
                 self._save_within()
             self.progress.advance(f"epoch {self.epoch}", len(losses))
+            if one_by_one and rates is None:
+                self.schedule.end_step()
+                head.look_again()  # the groups' rates may differ from now on
             # Ctrl-C is looked at a few times a second.
-            if features.mode != "none" and time.perf_counter() - started < ONE_CALL:
+            if not one_by_one and time.perf_counter() - started < ONE_CALL:
                 at_once *= 2
         return self.batch == last
 

@@ -1,7 +1,7 @@
 """tp.Trainer: Algorithm 1 of the paper around any torch model and first-order optimizer."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,23 +9,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import optim
 from ..files import write_json
 from ..losses import ConvexLoss, resolve_loss
 from ..memory import available_memory
 from ..network import Network
-from ..ops.perturb import checked_tensors
 from . import batchnorm, checkpoint, runfolder
 from .branches import branch
 from .cadence import Cadence
 from .checks import check_runs, model_device, unchanged_on_error
-from .config import SETTINGS, Config, resolve
+from .config import SETTINGS, Config, compile_options, resolve
 from .data import Augment, Samples
 from .engine import Run
 from .features import free_disk, plan_cache
+from .first_step import check_autocast
 from .lazy import LazyRun
+from .optimizers import OptimizerFactory, make_optimizer, paper_optimizer
 from .progress import Progress
 from .result import Result
+from .schedule import SchedulerFactory, make_schedule
 from .second_phase import GradientDescentRun, HeadRun, StochasticRun
 from .settings import GradientDescent, Lazy, StochasticDescent
 
@@ -36,12 +37,6 @@ RUNS: dict[str, type[Run]] = {
     "sgd": StochasticRun,
     "lazy": LazyRun,
 }
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
-
-def paper_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD with the paper's settings: lr 0.01, momentum 0.9, weight decay 1e-5 (section 7.2)."""
-    return optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-5)
 
 
 class Trainer:
@@ -72,8 +67,15 @@ class Trainer:
         measured losses are those of the data as given.
     augment_copies: data transformed at random are visited so many times at tau and these copies
         cached, an approximation of new transforms in every epoch.
-    batch_size, seed; device: "auto" (where the model is) or that same device; precision: "float32"
-        or "float64", to which model and data are converted.
+    batch_size: samples a step; accumulate: micro-batches that it goes through the model in, during
+        the first phase, for less memory: the same gradient, but for BatchNorm's statistics.
+    seed; device: "auto" (where the model is) or that same device.
+    precision: "float32" or "float64", to which model and data are converted; "bf16-mixed" and
+        "fp16-mixed": float32, the first phase under autocast (float16 with a gradient scaler).
+    compile: True, or a dict of torch.compile's arguments: the first phase runs the compiled model.
+    scheduler: callable optimizer -> LRScheduler, stepped after every epoch of the base algorithm,
+        or with scheduler_interval="step" after every update; ReduceLROnPlateau gets the epoch's
+        training loss. It goes on in second_phase "base" and stops at tau in "gd", "sgd", "lazy".
     verify: method of `verify_expressivity` at w^tau ("auto", "separation", ...), or False.
     run_dir: the run's folder; None makes a new one under runs/, False writes nothing.
     checkpoint_every: epochs between checkpoints, or a text: "500 steps", "90 seconds", "10
@@ -108,6 +110,10 @@ class Trainer:
         seed: int = 1,
         device: str | torch.device = "auto",
         precision: str = "float32",
+        compile: bool | Mapping[str, Any] = False,
+        accumulate: int = 1,
+        scheduler: SchedulerFactory | None = None,
+        scheduler_interval: str = "epoch",
         verify: str | bool = "auto",
         run_dir: str | Path | bool | None = None,
         checkpoint_every: int | str | None = None,
@@ -119,6 +125,8 @@ class Trainer:
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         if optimizer is not None and not callable(optimizer):
             raise TypeError("optimizer: expected a callable parameters -> Optimizer")
+        if scheduler is not None and not callable(scheduler):
+            raise TypeError("scheduler: expected a callable optimizer -> LRScheduler")
         self.loss = resolve_loss(loss)
         settings: dict[str, Any] = {
             "epochs": epochs,
@@ -136,11 +144,14 @@ class Trainer:
             "batch_size": batch_size,
             "seed": seed,
             "precision": precision,
+            "accumulate": accumulate,
+            "scheduler_interval": scheduler_interval,
             "verify": verify,
         }
         self.config = resolve(loss=self.loss.name, **settings)
         self.model, self.last_layer = model, last_layer
-        self.optimizer = optimizer or paper_optimizer
+        self.optimizer, self.scheduler = optimizer or paper_optimizer, scheduler
+        self.compile = compile_options(compile, model)
         self.augment, self.device = augment, model_device(model, device)
         self.run_dir = run_dir
         self.checkpoint_every = checkpoint_every
@@ -150,6 +161,8 @@ class Trainer:
             **settings,
             "loss": loss,
             "optimizer": optimizer,
+            "scheduler": scheduler,
+            "compile": compile,
             "last_layer": last_layer,
             "device": device,
             "run_dir": run_dir,
@@ -262,6 +275,7 @@ class Trainer:
 
     def _build(self, train: Any, val: Any, resume: bool | str | Path | None) -> Run:
         config = self.config
+        check_autocast(config, self.device)
         progress = Progress(self.progress)
         self.model.to(config.dtype)
         samples = Samples.of(train, name="train", device=self.device, dtype=config.dtype)
@@ -280,14 +294,18 @@ class Trainer:
                 part.seed = config.seed
                 if part is samples and self.augment is not None:
                     part.augment, part.random = self.augment, True
-                check_runs(self.model, part)
+                with config.autocast(self.device):
+                    check_runs(self.model, part)
         network = Network(self.model, next(samples.in_order(2))[0][:2], self.last_layer)
         for part in (samples, held_out):
             if part is not None:
                 part.prepare(self.loss, network.outputs)
         self._describe(network, samples, progress)
         mode = self._plan(network, samples, held_out, config, progress)
-        optimizer = self._make_optimizer(network)
+        optimizer = make_optimizer(self.optimizer, network, config.noise_std)
+        schedule = make_schedule(
+            self.scheduler, optimizer, config.scheduler_interval, config.second_phase
+        )
         run = RUNS[config.second_phase](
             network,
             self.loss,
@@ -299,6 +317,8 @@ class Trainer:
             progress,
             self.callbacks,
             Cadence(self.checkpoint_every),
+            schedule,
+            self.compile,
         )
         state, source = None, None
         path = self._checkpoint_path(resume) if resume else None
@@ -353,34 +373,6 @@ class Trainer:
         )
         progress.say(f"feature cache in phase 2: {plan.mode} ({plan.reason})")
         return plan.mode
-
-    def _make_optimizer(self, network: Network) -> torch.optim.Optimizer:
-        parameters = network.parameters()
-        if not network.last.module.weight.requires_grad:
-            raise ValueError(
-                f"last_layer: {network.last.name}.weight does not require a gradient, but the "
-                "second phase trains it"
-            )
-        hidden = checked_tensors(network.hidden_parameters())  # what perturb_ refuses at tau
-        if isinstance(self.config.noise_std, dict):
-            given = self.config.noise_std
-            missing = [name for name in hidden if name not in given]
-            unknown = [name for name in given if name not in hidden]
-            if missing or unknown:
-                problem = f"missing {missing[:3]}" if missing else f"unknown {unknown[:3]}"
-                raise ValueError(f"noise_std: expected one sigma per hidden parameter, {problem}")
-        optimizer = self.optimizer(list(parameters.values()))
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
-            )
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError("optimizer: LBFGS needs a closure and is not a mini-batch algorithm")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        absent = [name for name, p in parameters.items() if id(p) not in held]
-        if absent:
-            raise ValueError(f"optimizer: lacks {absent[0]} ({len(absent)} such parameters)")
-        return optimizer
 
     def _checkpoint_path(self, resume: bool | str | Path) -> Path:
         if resume is not True and resume != "auto":

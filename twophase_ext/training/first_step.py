@@ -1,0 +1,97 @@
+"""One step of the base algorithm on all parameters: compiled, in mixed precision, accumulated."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..losses import ConvexLoss
+from ..network import Network
+from .batchnorm import batch_norms
+from .config import Config
+from .schedule import Schedule
+
+
+class FirstStep:
+    """Forward, loss, backward and update; what is kept from step to step is the loss scale.
+
+    Under "bf16-mixed" and "fp16-mixed" the model runs under autocast, loss, weights and update stay
+    in float32. float16 gradients are scaled (torch.amp.GradScaler): where they overflow, the step
+    is skipped and the scale halved.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        loss: ConvexLoss,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        schedule: Schedule,
+        compile_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """compile_options: torch.compile's arguments; None runs the model as it is."""
+        self.forward, self.loss, self.optimizer = network.model, loss, optimizer
+        self.config, self.schedule = config, schedule
+        if compile_options is not None:
+            # One graph for each size: which kernels a size gets does not depend on what ran before.
+            self.forward = torch.compile(network.model, **{"dynamic": False, **compile_options})  # type: ignore[assignment]
+        self.device = network.last.module.weight.device
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=config.autocast_dtype is torch.float16
+        )
+        # BatchNorm has no variance over one sample.
+        self.least = 2 if batch_norms(network.model) else 1
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean loss before the update, outputs [b, m_y]) of a batch x [b, ...], y [b, ...].
+
+        The batch goes through in config.accumulate parts as equal as can be, each weighted by its
+        number of samples: the gradient is that of the whole batch.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = max(1, min(self.config.accumulate, len(y) // self.least))
+        total, outputs = torch.zeros((), device=self.device, dtype=torch.float64), []
+        for inputs, targets in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+            with self.config.autocast(self.device):
+                output = self.forward(inputs)
+            output = output.to(self.config.dtype)
+            share = len(targets) / len(y)
+            loss = self.loss(output, targets) * share if parts > 1 else self.loss(output, targets)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+            outputs.append(output.detach())
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= scale:  # the step was not skipped
+            self.schedule.end_step()
+        return total, torch.cat(outputs)
+
+    def state(self) -> dict[str, Any]:
+        """The scaler's state, plain data; empty without one."""
+        return self.scaler.state_dict()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state()`."""
+        if state:
+            self.scaler.load_state_dict(state)
+
+
+def check_autocast(config: Config, device: torch.device) -> None:
+    """ValueError where torch has no such mixed precision on the device."""
+    if config.autocast_dtype is None:
+        return
+    reason = "autocast leaves a product in float32"
+    try:
+        with warnings.catch_warnings(), config.autocast(device):
+            warnings.simplefilter("ignore")  # torch says there that it does nothing
+            a = torch.ones(2, 2, device=device, requires_grad=True)
+            product = a @ a
+            product.sum().backward()
+        if product.dtype == config.autocast_dtype:
+            return
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+    raise ValueError(f"precision: torch has no {config.precision!r} on {device}: {reason}")

@@ -1,0 +1,114 @@
+"""The base algorithm's learning rate schedule: any scheduler of torch.optim.lr_scheduler."""
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
+INTERVALS = ("epoch", "step")
+
+
+class Schedule:
+    """A scheduler, or none, stepped once an epoch or once an update of the base algorithm.
+
+    It goes on in the second phases that are the base algorithm's ("base", "none"). "gd", "sgd" and
+    "lazy" have their rates from theorems: there it stops at tau.
+    """
+
+    def __init__(
+        self,
+        scheduler: LRScheduler | None = None,
+        interval: str = "epoch",
+        second_phase: str = "base",
+    ) -> None:
+        """Use `make_schedule`."""
+        self.scheduler, self.count = scheduler, 0
+        self.per_step = scheduler is not None and interval == "step"
+        self.goes_on = second_phase in ("base", "none")
+
+    @property
+    def name(self) -> str | None:
+        """The scheduler's class."""
+        return None if self.scheduler is None else type(self.scheduler).__name__
+
+    def end_step(self) -> None:
+        """An update was made."""
+        if self.per_step:
+            self._advance(None)
+
+    def end_epoch(self, phase: int, train_loss: float) -> None:
+        """An epoch of this phase is over; ReduceLROnPlateau looks at its training loss."""
+        if self.scheduler is not None and not self.per_step and (phase == 1 or self.goes_on):
+            self._advance(train_loss)
+
+    def _advance(self, train_loss: float | None) -> None:
+        plateau = isinstance(self.scheduler, ReduceLROnPlateau)
+        assert self.scheduler is not None
+        self.scheduler.step(*([train_loss] if plateau else []))  # type: ignore[arg-type]
+        self.count += 1
+
+    def follow(self, other: "Schedule", history: list[dict[str, Any]]) -> None:
+        """Make the steps that `other` has made, on this optimizer; history: of these epochs."""
+        if self.scheduler is None:
+            return
+        with warnings.catch_warnings():  # torch: this optimizer has made no step yet
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for k in range(other.count):
+                self._advance(None if self.per_step else history[k]["train_loss"])
+
+    def state(self) -> dict[str, Any] | None:
+        """Tensors and plain data for a checkpoint."""
+        if self.scheduler is None:
+            return None
+        return {"count": self.count, "scheduler": self.scheduler.state_dict()}
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        """Go on from a `state()`; ValueError where it is another scheduler's."""
+        if self.scheduler is None or state is None:
+            return
+        try:
+            self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"resume: the checkpoint's scheduler does not fit: {error}") from error
+        self.count = state["count"]
+
+
+def make_schedule(
+    factory: SchedulerFactory | None,
+    optimizer: torch.optim.Optimizer,
+    interval: str,
+    second_phase: str,
+) -> Schedule:
+    """The schedule of an optimizer.
+
+    TypeError for what is no LRScheduler, ValueError for one of another optimizer, for
+    ReduceLROnPlateau after every step, and for a state that a checkpoint cannot hold.
+    """
+    if factory is None:
+        return Schedule()
+    scheduler = factory(optimizer)
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(f"scheduler: expected an LRScheduler, got {type(scheduler).__name__}")
+    if scheduler.optimizer is not optimizer:
+        raise ValueError("scheduler: expected one of the optimizer that it was given")
+    if isinstance(scheduler, ReduceLROnPlateau) and interval == "step":
+        raise ValueError(
+            "scheduler_interval: ReduceLROnPlateau needs an epoch's training loss, expected "
+            "'epoch', got 'step'"
+        )
+    schedule = Schedule(scheduler, interval, second_phase)
+    written = io.BytesIO()
+    try:
+        torch.save(schedule.state(), written)
+        torch.load(io.BytesIO(written.getvalue()), weights_only=True)
+    except Exception as error:  # of pickle or torch, of many types
+        raise ValueError(
+            f"scheduler: {schedule.name} keeps what a checkpoint cannot hold, expected tensors and "
+            f"plain data: {str(error).splitlines()[0]}"
+        ) from error
+    return schedule
