@@ -171,7 +171,8 @@ class Trainer:
         function and batch size are used; the order of samples comes from the seed, and no sample
         is dropped). Every sample of a Dataset is fetched once before training, to be checked.
         resume: True continues the run in run_dir, a path the run in that folder or checkpoint file.
-        A run resumed on the CPU ends with the same bits as one that was never interrupted; a
+        A run resumed on the CPU, with the number of threads, instruction set and torch of before,
+        ends with the same bits as one that was never interrupted (docs/determinism.md). A
         callback's own state is not saved, but what it sets in the optimizer is.
 
         Ctrl-C finishes the step, saves, and returns status "interrupted". Raises ValueError or
