@@ -1,4 +1,4 @@
-"""Files that a kill never leaves half written."""
+"""Files that a kill never leaves half written, and that lie in the folder where they belong."""
 
 import csv
 import io
@@ -10,9 +10,13 @@ from typing import Any, BinaryIO
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Call write(file) on a temporary file beside `path`, flush it to disk, and rename it."""
+    """Call write(file) on a temporary file beside `path`, flush it to disk, and rename it.
+
+    A symbolic link of either name is replaced, not followed.
+    """
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "xb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
@@ -22,6 +26,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """folder / name; ValueError where ".." or a symbolic link leads out of the folder.
+
+    `folder` itself may be a link.
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path}: leads out of {folder}, to {path.resolve()}")
+    return path
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
