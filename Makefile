@@ -35,6 +35,7 @@ lint: $(STAMPS)/package $(STAMPS)/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
+	$(BIN)/python .ci/audit.py constraints.txt
 
 format: $(STAMPS)/venv $(STAMPS)/lint
 	$(BIN)/ruff check --fix .

@@ -61,7 +61,8 @@ def test_a_model_and_data_of_ones_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["verify", "--model", "own_model:build", "--x", "x.npy", "--out", "v.json"]
     assert run(*arguments) == 0
-    assert run("verify", "--recheck", "v.json") == 0
+    assert "--recheck v.json --model own_model:build\n" in capsys.readouterr().out
+    assert run("verify", "--recheck", "v.json", "--model", "own_model:build") == 0
     assert run("doctor", "--model", "own_model:build", "--x", "x.npy") == 0
     assert "expressivity" in capsys.readouterr().out
 

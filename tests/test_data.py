@@ -237,12 +237,12 @@ def test_downloads_are_verified_and_kept(tmp_path, monkeypatch, small):
     write_mnist(tmp_path / "server", *small)
     url = (tmp_path / "server").as_uri() + "/"
     sums = [
-        hashlib.md5((tmp_path / "server" / file).read_bytes()).hexdigest()
+        hashlib.sha256((tmp_path / "server" / file).read_bytes()).hexdigest()
         for file in data._IDX.values()
     ]
     root = tmp_path / "root"
     monkeypatch.setattr("pooch.core.choose_downloader", lambda *_, **__: copy_local)
-    monkeypatch.setitem(data._IDX_SETS, "kmnist", (url, ("0" * 32,) * 4))
+    monkeypatch.setitem(data._IDX_SETS, "kmnist", (url, ("0" * 64,) * 4))
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz: damaged download"):
         data.load("kmnist", "train", root)
     assert not list(root.rglob("*.gz"))

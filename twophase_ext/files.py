@@ -1,4 +1,4 @@
-"""Files that a kill never leaves half written."""
+"""Files that a kill never leaves half written, and that lie in the folder where they belong."""
 
 import contextlib
 import csv
@@ -18,11 +18,13 @@ except ImportError:  # not on Windows
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Call write(file) on a temporary file beside `path`, flush it to disk, and rename it.
 
-    Raises OSError where that fails (a full disk): `path` is as it was, the temporary file is gone.
+    A symbolic link of either name is replaced, not followed. Raises OSError where writing fails (a
+    full disk): `path` is as it was, the temporary file is gone.
     """
     temporary = path.with_name(path.name + ".part")
+    temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -36,6 +38,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """folder / name; ValueError where ".." or a symbolic link leads out of the folder.
+
+    `folder` itself may be a link.
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path}: leads out of {folder}, to {path.resolve()}")
+    return path
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -69,7 +82,8 @@ class FolderLock:
         """Take the lock, or keep it; False where another run has it."""
         if fcntl is None or self._file is not None:
             return True
-        file = open(self._path, "ab")  # noqa: SIM115  open as long as the lock is held
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # no link leads out of the folder
+        file = os.fdopen(os.open(self._path, flags, 0o666), "r+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,7 +1,7 @@
 """Image data sets in their own file formats: MNIST and its kin, CIFAR, SVHN, digits.
 
 Files are looked for in `root`, else in the folder that TWOPHASE_DATA names, else in the user's
-cache folder, to which missing ones are downloaded with their checksums verified.
+cache folder, to which missing ones are downloaded with their SHA-256 verified.
 """
 
 import gzip
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Checksums (MD5) and addresses are those that torchvision's data sets publish.
+# SHA-256, in the order of _IDX. Of MNIST and Fashion-MNIST computed from the files, which have the
+# MD5 sums that torchvision publishes; of the others as TensorFlow Datasets or Keras publish them.
 _MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 _KMNIST_URL = "http://codh.rois.ac.jp/kmnist/dataset/kmnist/"
@@ -33,28 +34,28 @@ _IDX_SETS = {
     "mnist": (
         _MNIST_URL,
         (
-            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            "d53e105ee54ea40749a09fcbcd1e9432",
-            "9fb629c4189551a2d022fa330f9573f3",
-            "ec29112dd5afa0611ce80d1b7f02629c",
+            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
         ),
     ),
     "fashion-mnist": (
         _FASHION_URL,
         (
-            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            "25c81989df183df01b3e8a0aad5dffbe",
-            "bef4ecab320f06d8554ea6380940ec79",
-            "bb300cfdad3c16e7a12a480ee83cd310",
+            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
         ),
     ),
     "kmnist": (
         _KMNIST_URL,
         (
-            "bdb82020997e1d708af4cf47b453dcf7",
-            "e144d726b3acfaa3e44228e80efcd344",
-            "5c965bf0a639b31b8f53240b1b52f4d7",
-            "7320c461ea6c1c855c0b718fb2a4b134",
+            "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
+            "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
+            "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
+            "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c",
         ),
     ),
 }
@@ -62,12 +63,12 @@ _IDX_SETS = {
 _CIFAR = {
     "cifar10": (
         "cifar-10-python.tar.gz",
-        "c58f30108f718f92721af3b95e74349a",
+        "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
         "cifar-10-batches-py",
     ),
     "cifar100": (
         "cifar-100-python.tar.gz",
-        "eb9058c3a382ffc7106e4002c42a8d85",
+        "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
         "cifar-100-python",
     ),
 }
@@ -80,8 +81,14 @@ _CIFAR_BATCHES = {
 _CIFAR_SIZES = {"train": 50_000, "test": 10_000}
 _CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 _SVHN = {
-    "train": ("train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),
-    "test": ("test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),
+    "train": (
+        "train_32x32.mat",
+        "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
+    ),
+    "test": (
+        "test_32x32.mat",
+        "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
+    ),
 }
 _SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
 
@@ -129,7 +136,7 @@ def _folders(root: str | Path | None) -> list[Path]:
 
 
 def _find(
-    folders: list[Path], names: list[str], url: str, md5: str, download: bool, data_set: str
+    folders: list[Path], names: list[str], url: str, sha256: str, download: bool, data_set: str
 ) -> Path:
     """The first of the files `names` that a folder holds; names[0] is downloaded where none is."""
     for folder in folders:
@@ -148,7 +155,7 @@ def _find(
         return Path(
             pooch.retrieve(
                 url + names[0],
-                known_hash=f"md5:{md5}",
+                known_hash=f"sha256:{sha256}",
                 fname=names[0],
                 path=folders[-1] / data_set,
                 progressbar=False,
@@ -195,10 +202,10 @@ def read_idx(path: Path) -> np.ndarray:
 def _load_idx(name: str, split: str, folders: list[Path], download: bool) -> tuple[Tensor, Tensor]:
     url, sums = _IDX_SETS[name]
     arrays = {}
-    for (part, kind), md5 in zip(_IDX, sums, strict=True):
+    for (part, kind), sha256 in zip(_IDX, sums, strict=True):
         if part == split:
             file = _IDX[part, kind]
-            path = _find(folders, [file, file.removesuffix(".gz")], url, md5, download, name)
+            path = _find(folders, [file, file.removesuffix(".gz")], url, sha256, download, name)
             arrays[kind] = (path, read_idx(path))
     path, images = arrays["images"]
     _, labels = arrays["labels"]
@@ -243,7 +250,7 @@ def read_cifar_batch(raw: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
 def _load_cifar(
     name: str, split: str, folders: list[Path], download: bool
 ) -> tuple[Tensor, Tensor]:
-    archive, md5, unpacked = _CIFAR[name]
+    archive, sha256, unpacked = _CIFAR[name]
     wanted = _CIFAR_BATCHES[name, split]
     for folder in folders:
         here = folder / name
@@ -255,7 +262,7 @@ def _load_cifar(
                 return _join([read_cifar_batch(p.read_bytes(), str(p)) for p in paths])
         for path in sorted(here.glob("*.npz")):
             return _load_npz(path, split)
-    path = _find(folders, [archive], _CIFAR_URL, md5, download, name)
+    path = _find(folders, [archive], _CIFAR_URL, sha256, download, name)
     members = _read_tar(path, wanted)
     return _join([read_cifar_batch(members[b], f"{path}: {b}") for b in wanted])
 
@@ -305,8 +312,8 @@ def _load_npz(path: Path, split: str) -> tuple[Tensor, Tensor]:
 def _load_svhn(split: str, folders: list[Path], download: bool) -> tuple[Tensor, Tensor]:
     from scipy.io import loadmat
 
-    file, md5 = _SVHN[split]
-    path = _find(folders, [file], _SVHN_URL, md5, download, "svhn")
+    file, sha256 = _SVHN[split]
+    path = _find(folders, [file], _SVHN_URL, sha256, download, "svhn")
     try:
         content = loadmat(path)
         images = content["X"].transpose(3, 2, 0, 1)

@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from twophase_ext.files import write_atomically
+from twophase_ext.files import inside, write_atomically
 
 # Okabe and Ito's colours, told apart by colour-blind readers and, with the dashes, in print
 MEASURED, BOUND, BASE, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -34,11 +34,12 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 def read_run(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]], dict[str, Any]]:
     """(rows of metrics.csv, rows of guarantee.csv or [], result.json) of a run folder.
 
-    Numbers as floats, what is not measured or not a number left out. Raises FileNotFoundError.
+    Numbers as floats, what is not measured or not a number left out. Raises FileNotFoundError, and
+    ValueError where the name of a file leads out of the folder.
     """
-    curve = folder / "guarantee.csv"
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    history = read_rows(folder / "metrics.csv")
+    curve = inside(folder, "guarantee.csv")
+    result = json.loads(inside(folder, "result.json").read_text(encoding="utf-8"))
+    history = read_rows(inside(folder, "metrics.csv"))
     return history, read_rows(curve) if curve.exists() else [], result
 
 

@@ -8,6 +8,7 @@ import yaml
 from torch import Tensor, nn
 
 import twophase_ext as tp
+from twophase_ext.files import inside
 
 from .assembly import DataName, build_model, load_inputs
 from .pictures import culprit_picture
@@ -37,7 +38,8 @@ def verify(
 
     Args:
         data_name: data set; read from TWOPHASE_DATA or downloaded.
-        model: mlp, small, preactresnet18, or package.module:callable of your own.
+        model: mlp, small, preactresnet18, or package.module:callable of your own. With recheck or
+            run, a callable that the file names is only called where it is given here, too.
         n: the first n samples only.
         width: channels (or units) of the built-in models' hidden layers.
         ratio: the wide last hidden layer has ceil(ratio * n) units; 0 adds none.
@@ -66,9 +68,9 @@ def verify(
     }
     if recheck is not None:
         verdict = tp.Verdict.load(recheck)
-        network, inputs = _problem(verdict.source or {"run": str(Path(recheck).parent)})
+        network, inputs = _problem(verdict.source or {"run": str(Path(recheck).parent)}, model)
         return 0 if verdict.recheck(network, inputs, folder=folder) else 1
-    network, inputs = _problem(source)
+    network, inputs = _problem(source, model)
     verdict = tp.verify_expressivity(
         network,
         inputs,
@@ -85,7 +87,8 @@ def verify(
     if out is not None:
         verdict.save(out)
         if progress:
-            print(f"certificate: {out}; prove it again with: twophase verify --recheck {out}")
+            own = f" --model {model}" if ":" in model else ""
+            print(f"certificate: {out}; prove it again with: twophase verify --recheck {out}{own}")
         draw_culprits(verdict, inputs, Path(out).with_suffix(".png"))
     return 0 if verdict.status == "proved" else 1
 
@@ -98,15 +101,25 @@ def draw_culprits(verdict: tp.Verdict, inputs: Tensor, path: Path) -> bool:
     return True
 
 
-def _problem(source: dict[str, Any]) -> tuple[nn.Module, Tensor]:
-    """Model and inputs of a certificate's `source`, or of a run folder."""
+def _problem(source: dict[str, Any], trusted: str) -> tuple[nn.Module, Tensor]:
+    """Model and inputs of a certificate's `source`, or of a run folder.
+
+    trusted: the model that the command line names. ValueError where the file names a callable, that
+    is code to run, and it is not that one.
+    """
     run = source.get("run")
     if run is not None:
-        if not (Path(run) / OPTIONS).exists():
+        path = inside(Path(run), OPTIONS)
+        if not path.exists():
             raise FileNotFoundError(f"run: {run} holds no {OPTIONS} of twophase train")
-        options = yaml.safe_load((Path(run) / OPTIONS).read_text(encoding="utf-8"))
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
         keys = ("data_name", "model", "n", "width", "ratio", "seed")
         source = {key: options[key] for key in keys} | {"run": run}
+    if ":" in source["model"] and source["model"] != trusted:
+        raise ValueError(
+            f"model: the file names {source['model']!r}, code that would run; where you trust it, "
+            "name it by --model too"
+        )
     inputs, classes = load_inputs(source["data_name"], source["n"], source.get("x"))
     wide = tp.nn.wide_units(len(inputs), source["ratio"]) if source["ratio"] > 0 else 0
     network = build_model(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..files import write_atomically
+from ..files import inside, write_atomically
 from ..linalg.progress import Stage
 from ..names import canonical_name
 from ..network import Network
@@ -175,7 +175,7 @@ class Problem:
                 if sum(map(len, chunk)) >= CHUNK or k == len(batches):
                     # "auto" needs both backbones, each with files of its own
                     stem = "damped" if self.damped else "features"
-                    path = folder / f"{stem}{len(parts)}.pt"
+                    path = inside(folder, f"{stem}{len(parts)}.pt")
                     parts.append(self._kept(stop, chunk, stage, path))
                     chunk = []
         found = BoundedFeatures(

@@ -38,7 +38,7 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not str(data.get("schema", "")).startswith("twophase-verdict"):
         raise ValueError(f"path: {path} is not a verdict file")
     if data["schema"] != SCHEMA:
-        raise ValueError(f"path: {path} has schema {data['schema']}, expected {SCHEMA}")
+        raise ValueError(f"path: {path} has schema {data['schema']!r}, expected {SCHEMA}")
     checksum = data.pop("checksum", None)
     if checksum != _checksum(data):
         raise ValueError(f"path: {path} has been changed since it was written (checksum)")

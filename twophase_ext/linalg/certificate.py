@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import inside
 from .bounds import UNDERFLOW, above, below, power_of_two
 from .cholesky_tiles import expected_e_C, factor
 from .gram_tiles import PANEL, PanelSource, accumulate, e_G, row_exponents
@@ -213,9 +214,9 @@ class _Run:
                 "scale_rows": scale_rows,
                 "shift": shift,
             }
-            self.journal = Journal(folder / "tiles.journal", header, resume)
+            self.journal = Journal(inside(folder, "tiles.journal"), header, resume)
             try:
-                self.file = TileFile(folder / "tiles.bin", self.grid, regions=2)
+                self.file = TileFile(inside(folder, "tiles.bin"), self.grid, regions=2)
             except BaseException:
                 self.journal.close()
                 raise

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import inside
 from .checkpoint import exists
 from .config import resolve_tau
 from .result import Result
@@ -122,4 +123,4 @@ def _checkpoint(trainer: "Trainer", resume: bool) -> Path | None:
 
 
 def _under(root: Any, name: str) -> Any:
-    return False if root is False else root / name
+    return False if root is False else inside(root, name)

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..files import write_atomically
+from ..files import inside, write_atomically
 
 FORMAT = 3
 _COLUMNS = 4096  # of the matrices whose sums are kept
@@ -117,7 +117,7 @@ def load(path: Path) -> tuple[dict[str, Any], Path]:
     failures = []
     for candidate in existing:
         try:
-            state = _read(candidate)
+            state = _read(path if candidate == path else inside(folder, candidate.name))
         except Exception as error:  # torch raises many types for a damaged file
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             failures.append(f"{candidate.name}: {first_line}")

@@ -125,9 +125,10 @@ def free_disk(device: torch.device) -> int:
 class Features:
     """h(x_i) and y_i of samples under a frozen network, from the cache or recomputed.
 
-    Filled in index order in batches of BATCH samples; the same network gives the same bits again.
-    With copies, the samples are visited so many times, each with its own random transforms, and
-    `copy` says which visit `batch` and `rows` mean; `in_order` and `n` are of all.
+    Filled in index order in batches of BATCH samples; the same network and number of threads give
+    the same bits again. With copies, the samples are visited so many times, each with its own
+    random transforms, and `copy` says which visit `batch` and `rows` mean; `in_order` and `n` are
+    of all.
     """
 
     def __init__(

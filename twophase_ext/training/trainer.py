@@ -188,7 +188,8 @@ class Trainer:
         is dropped). Every sample of a Dataset is fetched once before training, to be checked.
         resume: True continues the run in run_dir, "auto" continues it where there is a checkpoint
         and begins where there is none, a path continues the run in that folder or checkpoint file.
-        A run resumed on the CPU ends with the same bits as one that was never interrupted; a
+        A run resumed on the CPU, with the number of threads, instruction set and torch of before,
+        ends with the same bits as one that was never interrupted (docs/determinism.md). A
         callback's own state is not saved, but what it sets in the optimizer is.
 
         Ctrl-C finishes the step, saves, and returns status "interrupted". Raises ValueError or

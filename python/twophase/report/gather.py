@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import yaml
 
 from twophase_ext import Verdict
+from twophase_ext.files import inside
 from twophase_ext.guarantee import Guarantee
 from twophase_ext.training.lazy import LazyGuarantee
 
@@ -67,7 +68,7 @@ def read_folder(folder: Path) -> RunRecord:
             "before its first epoch"
         )
     try:
-        config = _json(config_path)
+        config = _json(inside(folder, config_path.name))
     except ValueError as error:
         raise ValueError(f"runs: {config_path} cannot be read: {error}") from error
     missing = [key for key in REQUIRED if key not in config]
@@ -80,7 +81,7 @@ def read_folder(folder: Path) -> RunRecord:
         if not path.exists():
             return None
         try:
-            return reader(path)
+            return reader(inside(folder, name))
         except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
             problems[name] = str(error) or type(error).__name__
             return None

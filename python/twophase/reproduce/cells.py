@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import twophase_ext as tp
-from twophase_ext.files import write_json
+from twophase_ext.files import inside, write_json
 from twophase_ext.training.runfolder import environment
 
 from .. import data
@@ -80,7 +80,7 @@ class Trunk:
 
     def finished(self, root: Path) -> dict[str, Any] | None:
         """What cell.json holds, None where the trunk is not finished."""
-        path = root / self.name / CELL
+        path = inside(root, f"{self.name}/{CELL}")
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def run(self, root: Path, device: torch.device) -> dict[str, Any]:
@@ -134,8 +134,9 @@ class Trunk:
             "spectrum": watch.spectrum,
         }
         write_json(folder / CELL, cell)
-        for checkpoint in folder.glob("*/checkpoint*"):  # hundreds of megabytes each at full scale
-            checkpoint.unlink()
+        for name in ("trunk", *self.branches):  # hundreds of megabytes each at full scale
+            for checkpoint in inside(folder, name).glob("checkpoint*"):
+                checkpoint.unlink()
         return cell
 
     def _data(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Compose | None]:

@@ -1,0 +1,100 @@
+"""Runs of the Trainer have the same bits: again, resumed, in every second phase and cache."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from determinism_cases import PHASES, SETTINGS, reference, trained
+from helpers import bits, quiet, same_bits, toy_convnet, toy_images
+from test_resume import StopAfter
+from twophase_ext.expressivity import verify
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", ["none", "lazy", "base hidden", "gd backbone", "sgd none"])
+def test_the_same_run_again(name):
+    weights, history, result = reference(name)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)  # what the caller's generator holds must not enter
+        again = trained(name)
+    assert same_bits(weights, again[0])
+    assert (history, result.final) == (again[1], again[2].final)
+    assert getattr(result.guarantee, "curve", None) == getattr(again[2].guarantee, "curve", None)
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_resumed_in_every_phase_and_cache(tmp_path, name):
+    weights, history, _ = reference(name)
+    trained(name, tmp_path, callbacks=[StopAfter(1)])
+    resumed = trained(name, tmp_path, seed=7, resume=True)
+    assert same_bits(weights, resumed[0]) and history == resumed[1]
+
+
+class Jitter(TensorDataset):
+    """Inputs with new noise at every visit, of all three generators."""
+
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x + 0.01 * torch.randn(x.shape) + 0.01 * float(np.random.randn()), y
+
+
+@pytest.mark.parametrize("stop", [0, 1])
+@pytest.mark.parametrize("kind", ["random data set", "copies", "augment", "batch statistics"])
+def test_resumed_with_random_inputs_and_moving_statistics(tmp_path, kind, stop):
+    data, settings = toy_images(33), {}
+    if kind in ("random data set", "copies"):
+        data = Jitter(*data)
+    if kind == "copies":
+        settings = {"augment_copies": 2}
+    if kind == "augment":
+        settings = {"augment": lambda x, g: x + 0.01 * torch.randn(x.shape, generator=g)}
+    if kind == "batch statistics":
+        settings = {"batch_norm": "batch"}
+    whole, again = toy_convnet(), toy_convnet(seed=7)
+    quiet(whole, **SETTINGS, **settings).fit(data)
+    stopped = quiet(toy_convnet(), tmp_path, callbacks=[StopAfter(stop)], **SETTINGS, **settings)
+    assert stopped.fit(data).status == "interrupted"
+    quiet(again, tmp_path, **SETTINGS, **settings).fit(data, resume=True)
+    assert same_bits(bits(whole), bits(again))
+
+
+@pytest.mark.parametrize("cache", ["hidden", "disk", "hidden-bfloat16"])
+@pytest.mark.parametrize("mode", ["base", "gd", "sgd"])
+def test_threads_of_the_second_phase_over_cached_features(mode, cache):
+    """From the same features, made by one thread."""
+
+    class Threads:
+        def on_fit_start(self, run):
+            own = run._second
+
+            def second(interrupt):
+                torch.set_num_threads(self.count)
+                done = own(interrupt)
+                torch.set_num_threads(1)
+                return done
+
+            run._second = second
+
+    callback = Threads()
+    callback.count = 3
+    found = trained(f"{mode} {cache}", callbacks=[callback])[0]
+    assert same_bits(reference(f"{mode} {cache}")[0], found)
+
+
+def test_phase_one_does_not_depend_on_what_comes_later():
+    """Noise, second phase, cache, verification: the first epochs have the same bits."""
+    first = reference("none")[1][:1]
+    assert all(reference(name)[1][:1] == first for name in PHASES)
+    assert trained("base hidden", verify="auto", noise_std=0.1)[1][:1] == first
+
+
+def test_the_lazy_phase_verifies_by_size_alone(monkeypatch):
+    """What it verifies decides about its steps: neither speed nor free memory may choose."""
+    first = trained("lazy", verify="auto")
+    monkeypatch.setattr(verify, "available_memory", lambda device: 0)
+    monkeypatch.setattr(verify, "_float64_rate", lambda device: 1.0)
+    again = trained("lazy", verify="auto")
+    assert same_bits(first[0], again[0]) and first[1] == again[1]
+    assert first[2].verdict.method == again[2].verdict.method == "svd"
