@@ -6,7 +6,7 @@ and sigma_min of the exact matrix is at least the difference.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, bound_text
-from ..linalg.certificate import certify_gram
+from ..linalg.certificate import GramCertificate, certify_gram
 from ..linalg.gram_tiles import PANEL, MatrixSource
 from ..linalg.norms import frobenius_upper
 from ..linalg.preconditioned import preconditioned_sigma_min
@@ -68,6 +68,10 @@ class WideSource:
                 softplus_(torch.addmm(self.bias[part], self.z, self.weight[part].T), self.beta)
             )
         return out
+
+    def block(self, i0: int, i1: int, j0: int, j1: int) -> Tensor:
+        """Rows i0..i1, columns j0..j1: what linalg's `certify_distributed` asks for."""
+        return replace(self, z=self.z[i0:i1]).panel(j0, j1)
 
 
 Source = WideSource | MatrixSource
@@ -210,9 +214,11 @@ def certify_matrix(
     constants: dict[str, Any],
     assumptions: list[str],
     key: str,
+    gram: GramCertificate | None = None,
 ) -> dict[str, Any]:
     """Verdict fields for M from a source: Gram + Cholesky, preconditioned where that is too weak.
 
+    gram: what was proved of M elsewhere, such as over MPI ranks (`certify_distributed`).
     spread: upper bound of the stored features' error before softplus is evaluated (in the Frobenius
     norm), None where there is none: then no promotion, and "full rank" at best.
     """
@@ -222,7 +228,8 @@ def certify_matrix(
     if factorization in ("auto", "gram"):
         # softplus features of one layer have rows of about one size
         scale = None if isinstance(source, MatrixSource) else False
-        gram = certify_gram(source, folder=folder, key=key, scale_rows=scale, stages=stages)
+        if gram is None:
+            gram = certify_gram(source, folder=folder, key=key, scale_rows=scale, stages=stages)
         assumptions += [a for a in gram.assumptions if a not in assumptions]
         constants |= {"gram": gram.constants()}
         sigma, used = gram.sigma_min_lower, "gram"

@@ -20,7 +20,9 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,7 +63,9 @@ def separate(z: Tensor, error: Tensor, *, seed: int = 0) -> Separation:
 
     z [n, d]: computed features, error [n] >= ||z_i - exact z_i||_2, both float64. seed: of the
     lines. Time O(n d + n log n) besides the pairs that come close on a line; past MAX_OVERLAPS or
-    MAX_PAIRS of them the answer is "not proved". Raises TypeError for other dtypes, ValueError for
+    MAX_PAIRS of them the answer is "not proved". z may be a mapped file: it is read in blocks, and
+    memory beside it is `working_bytes` (a copy
+    of z more where an entry is beyond 2^500). Raises TypeError for other dtypes, ValueError for
     other shapes, n = 0, NaN, infinity or a negative error.
     """
     started = time.perf_counter()
@@ -71,7 +75,7 @@ def separate(z: Tensor, error: Tensor, *, seed: int = 0) -> Separation:
     if twins:
         shown = [(i, j, 0.0, float(error[i] + error[j])) for i, j in twins[:SHOWN]]
         return Separation(False, -1.0, shown, len(twins), time.perf_counter() - started)
-    largest = float(z.abs().max()) if z.numel() else 0.0
+    largest = max(float(rows.abs().max()) for rows in _blocks(z)) if z.numel() else 0.0
     scale = 2.0**-523 if largest > 2.0**500 else 1.0  # no overflow; entries that vanish are tiny
     if scale < 1:
         z, error = z * scale, error * scale + 2.0**-1000
@@ -94,22 +98,39 @@ def _check(z: Tensor, error: Tensor) -> None:
     if z.dim() != 2 or len(z) == 0 or error.shape != z.shape[:1]:
         shapes = f"{tuple(z.shape)} and {tuple(error.shape)}"
         raise ValueError(f"z, error: expected shapes [n, d] and [n], n >= 1, got {shapes}")
-    if not bool(z.isfinite().all()):
+    if not all(bool(rows.isfinite().all()) for rows in _blocks(z)):
         raise ValueError("z: expected finite numbers, got NaN or infinity")
     if not bool((error.isfinite() & (error >= 0)).all()):
         raise ValueError("error: expected finite bounds >= 0, got NaN, infinity or less than 0")
 
 
+def working_bytes(n: int, d: int) -> int:
+    """Memory that `separate` needs beside z [n, d], but for pairs that come close on a line.
+
+    For each sample: on each line an interval, a place, an order and a count, and what sorting
+    takes. Eight blocks of numbers: pairs of rows, their difference and its scaling. The subsample
+    that says where the features spread, with its copies.
+    """
+    return 8 * (n * (5 * LINES + 10) + 8 * BLOCK_NUMBERS + 4 * SUBSAMPLE * d)
+
+
+def _blocks(z: Tensor) -> Iterator[Tensor]:
+    """Its rows, BLOCK_NUMBERS numbers at a time."""
+    yield from z.split(max(1, BLOCK_NUMBERS // max(1, z.shape[1])))
+
+
 def _equal_rows(z: Tensor) -> list[tuple[int, int]]:
     """(first, other) for every row that equals an earlier one, by hashing."""
-    first: dict[bytes, int] = {}
-    twins = []
-    rows = (z + 0.0).contiguous().numpy()  # -0 and 0 are equal
-    for i, row in enumerate(rows):
-        j = first.setdefault(hashlib.blake2b(row, digest_size=16).digest(), i)
-        if j != i:
-            twins.append((j, i))
-    return twins
+    hashes = b"".join(
+        hashlib.blake2b(row, digest_size=16).digest()
+        for rows in _blocks(z)
+        for row in (rows + 0.0).contiguous().numpy()  # -0 and 0 are equal
+    )
+    digests = np.frombuffer(hashes, np.int64).reshape(-1, 2)
+    order = np.lexsort(digests.T)  # stable: equal ones in the order of the rows
+    again = np.append(False, (digests[order[1:]] == digests[order[:-1]]).all(1))
+    first = order[np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))]
+    return sorted(zip(first[again].tolist(), order[again].tolist(), strict=True), key=itemgetter(1))
 
 
 def _lines(z: Tensor, seed: int) -> Tensor:

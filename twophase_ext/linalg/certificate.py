@@ -11,6 +11,7 @@ import math
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .journal import Journal, RecordedTiles
 from .logdet import log_det_lower, log_det_shift
 from .plan import Plan, plan
 from .progress import Stages
-from .shift import extrapolated, ladder, lambda_estimates
+from .shift import extrapolated, ladder, lambda_estimates, submatrix
 from .tiles import FileTiles, Grid, MemoryTiles, TileFile, Tiles
 
 VERSION = 1  # of the journal
@@ -307,7 +308,7 @@ class _Run:
             result.lambda_estimates = [(int(rows), float(value)) for rows, value in known[1]]
         else:
             with self.stages.stage("smallest eigenvalue, estimated", 0.0):
-                result.lambda_estimates = lambda_estimates(gram)
+                result.lambda_estimates = lambda_estimates(n, partial(submatrix, gram))
             if self.journal is not None:
                 self.journal.add("lambda", result.lambda_estimates)
         errors = e_G + expected_e_C(trace, self.grid) + UNDERFLOW
@@ -344,18 +345,30 @@ class _Run:
 
     def _settle(self, e_C: float, lower: Tiles, s: float, exponents: Tensor) -> None:
         result = self.result
-        result.failed_pivot, result.e_C = None, e_C
-        result.ell = below(below(s - above(result.e_G + result.e_C)) - UNDERFLOW)
-        if not result.ell > 0:
-            result.reason = f"the shift {s:.3g} does not exceed the rounding errors"
-            return
-        result.status, result.reason = "proved", ""
-        # beyond the largest double the product is inf, and that double is still a lower bound
-        sigma = below(math.sqrt(result.ell)) * 2.0 ** result.row_exponents[0]
-        result.sigma_min_lower = max(0.0, below(sigma))
-        rows = 2 * math.log(2) * int(exponents.sum())  # log det is of the rows as they came
-        logdet = log_det_lower(lower)
-        result.logdet_lower = below(logdet + rows - 2.0**-50 * (abs(logdet) + abs(rows)))
-        if self.sizes.factor != "file":
+        diagonal = torch.cat([lower.read(i, i).diagonal() for i in range(self.grid.count)])
+        settle(result, e_C, s, exponents, diagonal)
+        if result.logdet_lower is not None and self.sizes.factor != "file":
             with self.stages.stage("log det, estimated", 0.0):
-                result.logdet_estimate = logdet + rows + log_det_shift(lower, s)
+                result.logdet_estimate = result.logdet_lower + log_det_shift(lower, s)
+
+
+def settle(
+    result: GramCertificate, e_C: float, s: float, exponents: Tensor, diagonal: Tensor
+) -> None:
+    """Write down what a factor L of G - s I proves; row_exponents and e_G stand in the result.
+
+    e_C: bound of || L L^T - A ||_2, A <= G - s I. exponents: int64 [n], of the rows. diagonal:
+    float64 [n], of L.
+    """
+    result.failed_pivot, result.e_C = None, e_C
+    result.ell = below(below(s - above(result.e_G + result.e_C)) - UNDERFLOW)
+    if not result.ell > 0:
+        result.reason = f"the shift {s:.3g} does not exceed the rounding errors"
+        return
+    result.status, result.reason = "proved", ""
+    # beyond the largest double the product is inf, and that double is still a lower bound
+    sigma = below(math.sqrt(result.ell)) * 2.0 ** result.row_exponents[0]
+    result.sigma_min_lower = max(0.0, below(sigma))
+    rows = 2 * math.log(2) * int(exponents.sum())  # log det is of the rows as they came
+    logdet = log_det_lower(diagonal)
+    result.logdet_lower = below(logdet + rows - 2.0**-50 * (abs(logdet) + abs(rows)))

@@ -79,8 +79,13 @@ def row_exponents(source: PanelSource, panel: int, always: bool) -> Tensor | Non
     if not bool(largest.isfinite().all()):
         return None
     exponents = exponents_of(largest)
+    return exponents if always else moderate(exponents)
+
+
+def moderate(exponents: Tensor) -> Tensor:
+    """Zeros where they lie within MODERATE of each other and not far from 0, else themselves."""
     low, high = int(exponents.min()), int(exponents.max())
-    if not always and high - low <= MODERATE and max(-low, high) <= 25 * MODERATE:
+    if high - low <= MODERATE and max(-low, high) <= 25 * MODERATE:
         return torch.zeros_like(exponents)
     return exponents
 

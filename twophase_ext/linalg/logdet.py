@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch import Tensor
 
 from .bounds import UNIT_ROUNDOFF, below
 from .tiles import Tiles
@@ -10,10 +11,12 @@ from .tiles import Tiles
 PROBES, STEPS = 4, 8
 
 
-def log_det_lower(factor: Tiles) -> float:
-    """A lower bound of 2 sum log |l_ii|; a log is taken to be within 4 ulp. -inf where one is 0."""
-    grid = factor.grid
-    logarithms = torch.cat([factor.read(i, i).diagonal() for i in range(grid.count)]).abs().log()
+def log_det_lower(diagonal: Tensor) -> float:
+    """A lower bound of 2 sum log |l_ii|; a log is taken to be within 4 ulp. -inf where one is 0.
+
+    diagonal: float64 [n], of a triangular factor.
+    """
+    logarithms = diagonal.abs().log()
     total = math.fsum(logarithms.tolist())
     error = 16 * UNIT_ROUNDOFF * float(logarithms.abs().sum())
     return below(2 * (total - error)) if math.isfinite(total) else -math.inf
@@ -42,7 +45,7 @@ def log_det_shift(factor: Tiles, shift: float) -> float:
     return float((vectors[:, 0, :].square() * values.clamp_min(0).log1p()).sum(1).mean()) * n
 
 
-def _solve(factor: Tiles, x: torch.Tensor) -> torch.Tensor:
+def _solve(factor: Tiles, x: Tensor) -> Tensor:
     """(L L^T)^-1 x, x [n, k]."""
     grid, x = factor.grid, x.clone()
     for i in range(grid.count):

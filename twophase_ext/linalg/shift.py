@@ -1,6 +1,7 @@
 """The shift s, chosen before factoring: too high costs a factorization, too low only slack."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,19 +13,20 @@ SMALLEST, LARGEST = 512, 4096  # rows of a subsample
 ATTEMPTS = 4
 LOWER = 8.0  # by this factor after each failed attempt
 VECTORS, STEPS = 4, 20  # of inverse iteration
+Submatrix = Callable[[int], Tensor]
 
 
-def lambda_estimates(gram: Tiles) -> list[tuple[int, float]]:
-    """(rows, about lambda_min) of principal submatrices of G: n/16 and n/8 rows, taken evenly.
+def lambda_estimates(n: int, submatrix: Submatrix) -> list[tuple[int, float]]:
+    """(rows, about lambda_min) of principal submatrices of G [n, n]: n/16 and n/8 rows.
 
+    submatrix(k): k rows of G taken evenly, and the same columns.
     SMALLEST to LARGEST rows for the greater one; G itself where it is no larger than SMALLEST. An
     estimate: it proves nothing.
     """
-    n = gram.grid.n
     if n <= SMALLEST:
-        return [(n, _smallest(submatrix(gram, n)))]
+        return [(n, _smallest(submatrix(n)))]
     k = min(max(n // 8, SMALLEST), LARGEST)
-    return [(rows, _smallest(submatrix(gram, rows))) for rows in (k // 2, k)]
+    return [(rows, _smallest(submatrix(rows))) for rows in (k // 2, k)]
 
 
 def submatrix(gram: Tiles, count: int) -> Tensor:
