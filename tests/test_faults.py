@@ -291,9 +291,11 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path):
 
 def test_a_run_that_fails_to_start_leaves_the_folder_free(tmp_path):
     quiet(toy_mlp(), tmp_path).fit(toy_data())
+    kept = []  # with its traceback, as a notebook keeps it
     for _ in range(2):
-        with pytest.raises(ValueError, match="made with seed=1"):
+        with pytest.raises(ValueError, match="made with seed=1") as caught:
             quiet(toy_mlp(), tmp_path, seed=2).fit(toy_data(), resume=True)
+        kept.append(caught.value)
     quiet(toy_mlp(), tmp_path).fit(toy_data(), resume=True)
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -326,11 +327,15 @@ class Trainer:
         if path is not None and not (resume == "auto" and not checkpoint.exists(path)):
             state, source = checkpoint.load(path)
         run.folder = self._open_folder(source, resume == "auto")
-        run.lock = runfolder.lock(run.folder) if run.folder else None
-        if state is not None:
-            run.restore(state)
-        if run.folder is not None:
-            runfolder.describe(run.folder, run, type(self.model).__name__, new=state is None)
+        with ExitStack() as on_error:  # a kept traceback would keep the lock
+            if run.folder is not None:
+                run.lock = runfolder.lock(run.folder)
+                on_error.callback(run.lock.release)
+            if state is not None:
+                run.restore(state)
+            if run.folder is not None:
+                runfolder.describe(run.folder, run, type(self.model).__name__, new=state is None)
+            on_error.pop_all()
         if source is not None:
             progress.say(f"resumed from {source}: {run.epoch} epochs done")
         return run
