@@ -12,7 +12,6 @@ from torch import nn
 from .. import optim
 from ..files import write_json
 from ..losses import ConvexLoss, resolve_loss
-from ..memory import available_memory
 from ..network import Network
 from ..ops.perturb import checked_tensors
 from . import batchnorm, checkpoint, runfolder
@@ -21,7 +20,7 @@ from .checks import check_runs, model_device, unchanged_on_error
 from .config import SETTINGS, Config, resolve
 from .data import Augment, Samples
 from .engine import Run
-from .features import free_disk, plan_cache
+from .features import plan_for
 from .lazy import LazyRun
 from .progress import Progress
 from .result import Result
@@ -323,21 +322,14 @@ class Trainer:
         config: Config,
         progress: Progress,
     ) -> str:
-        wide = network.wide
         if config.second_phase in ("lazy", "none"):
             return "none"
-        copies = config.augment_copies
-        plan = plan_cache(
+        plan = plan_for(
+            network,
+            [samples] if held_out is None else [samples, held_out],
             config.feature_cache,
-            n=samples.n * (copies or 1) + (held_out.n if held_out is not None else 0),
-            width=network.width,
-            backbone_width=None if wide is None else wide.linear.in_features,
-            itemsize=config.dtype.itemsize,
-            available=available_memory(self.device),
-            disk=free_disk(self.device),
-            copies=copies,
-            random=samples.random or bool(held_out is not None and held_out.random),
             fixed_features=config.batch_norm == "frozen",
+            copies=config.augment_copies,
         )
         progress.say(f"feature cache in phase 2: {plan.mode} ({plan.reason})")
         return plan.mode
