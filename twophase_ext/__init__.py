@@ -10,18 +10,26 @@ from .ntk import NtkRank, ntk_rank
 from .ops import gram_logdet, perturb_, softplus, softplus_
 from .training import (
     ConvexLoss,
+    EpochSampler,
+    FeatureCache,
+    Frozen,
     GradientDescent,
     Lazy,
     LazyGuarantee,
     Result,
     StochasticDescent,
     Trainer,
+    fit_last_layer,
+    freeze,
     stream_seed,
 )
 
 __all__ = [
     "Assumptions",
     "ConvexLoss",
+    "EpochSampler",
+    "FeatureCache",
+    "Frozen",
     "GradientDescent",
     "Guarantee",
     "Lazy",
@@ -34,6 +42,8 @@ __all__ = [
     "Verdict",
     "build_info",
     "check_assumptions",
+    "fit_last_layer",
+    "freeze",
     "gram_logdet",
     "guarantee",
     "nn",

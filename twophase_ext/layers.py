@@ -181,6 +181,18 @@ def hidden_parameters(model: nn.Module, last: LastLayer) -> dict[str, nn.Paramet
     return {n: p for n, p in trainable_parameters(model).items() if not _belongs(p, last.module)}
 
 
+def hidden_state(model: nn.Module, last: LastLayer, *, buffers: bool = True) -> dict[str, Tensor]:
+    """Parameters, trainable or not, and buffers of everything but the last layer."""
+    state = {
+        canonical_name(n): p.detach()
+        for n, p in model.named_parameters()
+        if not _belongs(p, last.module)
+    }
+    if buffers:
+        state |= {canonical_name(n): b for n, b in model.named_buffers()}
+    return state
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every trainable parameter by canonical name; ValueError where two names become one."""
     found: dict[str, nn.Parameter] = {}

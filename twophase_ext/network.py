@@ -72,15 +72,7 @@ class Network:
 
     def hidden_state(self, *, buffers: bool = True) -> dict[str, Tensor]:
         """Parameters, trainable or not, and buffers of everything but the last layer."""
-        own = {id(p) for p in self.last.module.parameters()}
-        state = {
-            canonical_name(n): p.detach()
-            for n, p in self.model.named_parameters()
-            if id(p) not in own
-        }
-        if buffers:
-            state |= {canonical_name(n): b for n, b in self.model.named_buffers()}
-        return state
+        return layers.hidden_state(self.model, self.last, buffers=buffers)
 
     def state(self) -> dict[str, Tensor]:
         """The whole state dict under canonical names."""

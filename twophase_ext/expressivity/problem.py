@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..files import inside, write_atomically
+from ..holding import trainable
 from ..linalg.progress import Stage
 from ..names import canonical_name
 from ..network import Network
@@ -95,7 +96,7 @@ class Problem:
         others = [p for m in self._names if m is not wide for p in m._parameters.values()]
         if any(p is q for p in own for q in others):
             return "the wide layer shares its weights with another layer"
-        if not all(p.requires_grad for p in own):
+        if not (trainable(wide, "weight") and trainable(wide, "bias")):
             return "the wide layer is frozen (requires_grad=False)"
         return ""
 

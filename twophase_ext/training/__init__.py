@@ -4,22 +4,30 @@ trainer.py (the public class) and branches.py (many second phases from one first
 (Algorithm 1's stages) -> second_phase.py (Theorem 1's), lazy.py (Theorem 3's), audit.py (what
 held) -> head.py (mini-batch steps), gradient.py (full gradients), features.py (the cache), data.py,
 measure.py, batchnorm.py, freeze.py, saved.py, checkpoint.py, runfolder.py, settings.py, streams.py.
+own_loop.py gives the pieces to a loop that is not the Trainer's.
 """
 
 from ..losses import ConvexLoss
+from .freeze import Frozen, freeze
 from .lazy import LazyGuarantee
+from .own_loop import FeatureCache, fit_last_layer
 from .result import Result
 from .settings import GradientDescent, Lazy, StochasticDescent
-from .streams import stream_seed
+from .streams import EpochSampler, stream_seed
 from .trainer import Trainer
 
 __all__ = [
     "ConvexLoss",
+    "EpochSampler",
+    "FeatureCache",
+    "Frozen",
     "GradientDescent",
     "Lazy",
     "LazyGuarantee",
     "Result",
     "StochasticDescent",
     "Trainer",
+    "fit_last_layer",
+    "freeze",
     "stream_seed",
 ]

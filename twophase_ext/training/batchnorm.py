@@ -7,6 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..network import Network
+from .data import Samples
+from .features import BATCH
+
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """The BatchNorm layers of the model by name."""
@@ -40,6 +44,23 @@ def recalibrate(model: nn.Module, forward: Any, batches: Iterable[tuple[Tensor, 
             layer.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
+
+
+def recalibrate_over(network: Network, samples: Samples) -> None:
+    """`recalibrate` over the samples in index order, BATCH at a time: what happens at tau."""
+    forward = network.backbone if network.wide is not None else network.hidden
+    recalibrate(network.model, forward, samples.in_order(BATCH))
+
+
+def batch_bounds(model: nn.Module, n: int, size: int) -> list[int]:
+    """Step s of an epoch takes the samples bounds[s] to bounds[s + 1] - 1 of its order.
+
+    BatchNorm has no variance over one sample: with it a last batch of one joins the one before.
+    """
+    starts = list(range(0, n, size))
+    if len(starts) > 1 and n - starts[-1] == 1 and batch_norms(model):
+        starts.pop()
+    return [*starts, n]
 
 
 def check_freezable(model: nn.Module) -> None:

@@ -77,9 +77,6 @@ class Run:
         self.shared: dict[tuple[str | None, str], Any] | None = None
         self.train_features: Features | None = None
         self.val_features: Features | None = None
-        single = train.n % config.batch_size == 1 and train.n > 1
-        # BatchNorm has no variance over one sample: a last batch of one joins the batch before it.
-        self.joined = single and bool(batchnorm.batch_norms(network.model))
 
     # --- the algorithm -----------------------------------------------------------------------
 
@@ -129,8 +126,7 @@ class Run:
                 ops.perturb_(hidden, config.noise_std, seed=seed)
         if config.batch_norm == "frozen":
             with self._timed("batch_norm"):
-                forward = network.backbone if network.wide is not None else network.hidden
-                batchnorm.recalibrate(network.model, forward, self.train.in_order(BATCH))
+                batchnorm.recalibrate_over(network, self.train)
             network.model.eval()
         self.optimizer.zero_grad(set_to_none=True)  # no stale hidden gradient survives tau
         self.hidden_hash = self._hash()
@@ -372,11 +368,7 @@ class Run:
 
     def _bounds(self) -> list[int]:
         """Step s takes samples bounds[s] to bounds[s + 1] - 1 of the epoch's order."""
-        size, n = self.config.batch_size, self.train.n
-        starts = list(range(0, n, size))
-        if self.joined and len(starts) > 1:
-            starts.pop()
-        return [*starts, n]
+        return batchnorm.batch_bounds(self.network.model, self.train.n, self.config.batch_size)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -4,13 +4,14 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..memory import available_memory
 from ..network import Network
 from .data import Samples
 
@@ -40,6 +41,7 @@ def plan_cache(
     random: bool,
     fixed_features: bool,
     copies: int | None = None,
+    name: str = "feature_cache",
 ) -> CachePlan:
     """Choose what to cache for n rows (training, times its augmented copies, and validation).
 
@@ -52,10 +54,10 @@ def plan_cache(
     Features that change from visit to visit (random transforms without `copies`, BatchNorm on batch
     statistics) cannot be cached: asking for it is a ValueError. So are "backbone" without a wide
     softplus layer, "hidden-bfloat16" for other than float32, "disk" on an accelerator, and copies
-    of data that do not change.
+    of data that do not change. `name` is the argument that errors name.
     """
     if requested not in MODES:
-        raise ValueError(f"feature_cache: expected one of {MODES}, got {requested!r}")
+        raise ValueError(f"{name}: expected one of {MODES}, got {requested!r}")
     if copies is not None and not random:
         raise ValueError(
             f"augment_copies: expected None, got {copies}: the training data do not change from "
@@ -64,17 +66,17 @@ def plan_cache(
     if not fixed_features or (random and copies is None):
         cause = "the training data change from visit to visit" if random else "batch_norm='batch'"
         if requested not in ("auto", "none"):
-            raise ValueError(f"feature_cache: {requested!r} needs fixed features, but {cause}")
+            raise ValueError(f"{name}: {requested!r} needs fixed features, but {cause}")
         return CachePlan("none", f"{cause}: features are recomputed every step")
     if requested == "backbone" and backbone_width is None:
         raise ValueError(
-            "feature_cache: 'backbone' needs a last hidden layer that is affine + "
+            f"{name}: 'backbone' needs a last hidden layer that is affine + "
             "twophase_ext.nn.Softplus (tp.nn.widen adds one); use 'hidden' or 'none'"
         )
     if requested == "hidden-bfloat16" and itemsize != 4:
-        raise ValueError("feature_cache: 'hidden-bfloat16' needs precision='float32'")
+        raise ValueError(f"{name}: 'hidden-bfloat16' needs precision='float32'")
     if requested == "disk" and not disk:
-        raise ValueError("feature_cache: 'disk' needs a model on the CPU and free disk space")
+        raise ValueError(f"{name}: 'disk' needs a model on the CPU and free disk space")
     if requested != "auto":
         return CachePlan(requested, "as asked")
     tried: list[str] = []
@@ -115,6 +117,32 @@ def smaller_mode(
         stacklevel=2,
     )
     return smaller[0]
+
+
+def plan_for(
+    network: Network,
+    sets: Sequence[Samples],
+    requested: str,
+    *,
+    fixed_features: bool = True,
+    copies: int | None = None,
+    name: str = "feature_cache",
+) -> CachePlan:
+    """`plan_cache` for the training samples, the first of `sets`, and those measured beside."""
+    train, device = sets[0], sets[0].device
+    return plan_cache(
+        requested,
+        n=train.n * (copies or 1) + sum(samples.n for samples in sets[1:]),
+        width=network.width,
+        backbone_width=None if network.wide is None else network.wide.linear.in_features,
+        itemsize=train.dtype.itemsize,
+        available=available_memory(device),
+        disk=free_disk(device),
+        copies=copies,
+        random=any(samples.random for samples in sets),
+        fixed_features=fixed_features,
+        name=name,
+    )
 
 
 def free_disk(device: torch.device) -> int:

@@ -1,10 +1,19 @@
-"""Proof that the hidden layers did not move: a hash of every parameter and buffer."""
+"""Hidden layers that do not move any more, and the proof of it: a hash of their whole state."""
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .. import layers
+from ..holding import hold, is_held, release
+from ..network import Network
+from ..probing import unwrap
+from . import batchnorm
+from .checks import check_runs, model_device
+from .data import Samples
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -16,3 +25,97 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def samples_of(model: nn.Module, source: Any, name: str) -> Samples:
+    """`source` as `Trainer.fit` takes it, on the model's device and in its dtype; checked to run.
+
+    Raises ValueError or TypeError that name the argument `name`.
+    """
+    device = model_device(model, "auto")
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    samples = Samples.of(source, name=name, device=device, dtype=dtype)
+    check_runs(model, samples)
+    return samples
+
+
+class Frozen:
+    """A model whose hidden layers are frozen, from `freeze`.
+
+    As a context manager it ends by `verify`, where the block did not raise, and `unfreeze`.
+    hash: SHA-256 of every parameter and buffer of the hidden layers as they were frozen.
+    """
+
+    def __init__(self, model: nn.Module, last: layers.LastLayer) -> None:
+        """Use `freeze`."""
+        self.model, self.last_layer = model, last.module
+        self._last = last
+        hold(model, last.module.parameters())
+        self.hash = self._hash()
+
+    def _hash(self) -> str:
+        return tensors_hash(layers.hidden_state(self.model, self._last))
+
+    def verify(self) -> None:
+        """Raise RuntimeError where the hidden layers moved, or a module is in training mode."""
+        awake = [name or "the model" for name, m in self.model.named_modules() if m.training]
+        if awake:
+            raise RuntimeError(
+                f"the model was frozen, but {awake[0]} is in training mode ({len(awake)} such "
+                "modules): something set `training` itself"
+            )
+        if self._hash() != self.hash:
+            raise RuntimeError(
+                "the hidden layers changed since they were frozen: another owner of the model "
+                "wrote to them"
+            )
+
+    def unfreeze(self) -> None:
+        """Modes and requires_grad as before `freeze`; BatchNorm keeps its new statistics.
+
+        The last layer was trained on those. What has been unfrozen stays as it is.
+        """
+        release(self.model)
+
+    def __enter__(self) -> Self:
+        """The model is frozen already."""
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Unfreeze; verify first, unless the block raised."""
+        try:
+            if kind is None:
+                self.verify()
+        finally:
+            self.unfreeze()
+
+
+def freeze(
+    model: nn.Module, *, train: Any = None, last_layer: nn.Module | str | None = None
+) -> Frozen:
+    """Freeze all layers but the last: what the Trainer does at tau, after the noise.
+
+    train: the training data, as `Trainer.fit` takes them; BatchNorm's statistics are recomputed
+    once over their inputs, by the Trainer's rule. None leaves the statistics as they are.
+    last_layer: module or its name; with `train` found as the Trainer finds it.
+
+    From then on the model is in evaluation mode and stays there, whoever calls model.train():
+    statistics do not move, dropout is off. Hidden parameters do not require gradients and have
+    none, so that no optimizer moves them; the last layer trains as before.
+
+    Raises ValueError for a model that is frozen already, that does not run on `train`, whose
+    BatchNorm has no running statistics, or without `train` and last_layer; TypeError where the last
+    layer is not affine. The arguments are checked before the model changes.
+    """
+    model = unwrap(model)
+    if is_held(model):
+        raise ValueError("model: it is frozen already; unfreeze it first")
+    batchnorm.check_freezable(model)
+    if train is None:
+        if last_layer is None:
+            raise ValueError("last_layer: expected a module or a name where train is None")
+        return Frozen(model, layers.named_last_layer(model, last_layer))
+    samples = samples_of(model, train, "train")
+    network = Network(model, next(samples.in_order(2))[0][:2], last_layer)
+    batchnorm.recalibrate_over(network, samples)
+    return Frozen(model, network.last)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy
 import torch
+from torch.utils.data import Sampler
 
 
 def stream_seed(seed: int, name: str, *position: int) -> int:
@@ -24,6 +25,30 @@ def epoch_order(seed: int, epoch: int, n: int) -> torch.Tensor:
     """The order in which epoch `epoch` visits the n samples: int64 [n], on the CPU."""
     generator = torch.Generator().manual_seed(stream_seed(seed, "shuffle", epoch))
     return torch.randperm(n, generator=generator)
+
+
+class EpochSampler(Sampler[int]):
+    """The Trainer's order of samples for a DataLoader: that of epoch e comes from (seed, e) alone.
+
+    Call set_epoch(epoch) before each epoch, as for torch's DistributedSampler; Lightning and
+    transformers do it themselves.
+    """
+
+    def __init__(self, n: int, *, seed: int = 1) -> None:
+        """n: the number of samples."""
+        self.n, self.seed, self.epoch = n, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch whose order is asked for next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return self.n
+
+    def __iter__(self) -> Iterator[int]:
+        """The indices of the epoch's samples."""
+        return iter(epoch_order(self.seed, self.epoch, self.n).tolist())
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from torch import nn
 
 from ..files import write_json
 from ..losses import ConvexLoss, resolve_loss
-from ..memory import available_memory
 from ..network import Network
 from . import batchnorm, checkpoint, runfolder
 from .branches import branch
@@ -21,7 +20,7 @@ from .checks import check_runs, model_device, unchanged_on_error
 from .config import SETTINGS, Config, compile_options, resolve
 from .data import Augment, Samples
 from .engine import Run
-from .features import free_disk, plan_cache
+from .features import plan_for
 from .first_step import check_autocast
 from .lazy import LazyRun
 from .optimizers import OptimizerFactory, make_optimizer, paper_optimizer
@@ -361,21 +360,14 @@ class Trainer:
         config: Config,
         progress: Progress,
     ) -> str:
-        wide = network.wide
         if config.second_phase in ("lazy", "none"):
             return "none"
-        copies = config.augment_copies
-        plan = plan_cache(
+        plan = plan_for(
+            network,
+            [samples] if held_out is None else [samples, held_out],
             config.feature_cache,
-            n=samples.n * (copies or 1) + (held_out.n if held_out is not None else 0),
-            width=network.width,
-            backbone_width=None if wide is None else wide.linear.in_features,
-            itemsize=config.dtype.itemsize,
-            available=available_memory(self.device),
-            disk=free_disk(self.device),
-            copies=copies,
-            random=samples.random or bool(held_out is not None and held_out.random),
             fixed_features=config.batch_norm == "frozen",
+            copies=config.augment_copies,
         )
         progress.say(f"feature cache in phase 2: {plan.mode} ({plan.reason})")
         return plan.mode
