@@ -355,8 +355,8 @@ class Run:
         self.unchanged = self.hidden_hash is None or self._hash() == self.hidden_hash
         if not self.unchanged:
             raise RuntimeError(
-                "the hidden layers changed during the second phase: a callback or another owner "
-                "of the model wrote to them. The run's claim is void"
+                "the hidden layers changed during the second phase: a callback, the optimizer or "
+                "another owner of the model wrote to them. The run's claim is void"
             )
 
     def _own_rng(self) -> AbstractContextManager[None]:
