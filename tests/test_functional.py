@@ -1,4 +1,4 @@
-"""torch.func over tp.softplus and tp.nn.Softplus inside a model, against torch's float64 formula."""
+"""torch.func over tp.softplus and a model with tp.nn.Softplus, against torch in float64."""
 
 import pytest
 import torch

@@ -33,8 +33,8 @@ class Schedule:
 
     @property
     def name(self) -> str | None:
-        """The scheduler's class."""
-        return None if self.scheduler is None else type(self.scheduler).__name__
+        """The scheduler's class, with those of the schedulers that it is made of."""
+        return None if self.scheduler is None else _describe(self.scheduler)
 
     def end_step(self) -> None:
         """An update was made."""
@@ -68,14 +68,15 @@ class Schedule:
         return {"count": self.count, "scheduler": self.scheduler.state_dict()}
 
     def load(self, state: dict[str, Any] | None) -> None:
-        """Go on from a `state()`; ValueError where it is another scheduler's."""
-        if self.scheduler is None or state is None:
-            return
-        try:
-            self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"resume: the checkpoint's scheduler does not fit: {error}") from error
-        self.count = state["count"]
+        """Go on from a `state()` of a scheduler of the same name."""
+        if self.scheduler is not None and state is not None:
+            self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))  # which empties it
+            self.count = state["count"]
+
+
+def _describe(scheduler: Any) -> str:
+    parts = ", ".join(_describe(part) for part in getattr(scheduler, "_schedulers", ()))
+    return type(scheduler).__name__ + (f"({parts})" if parts else "")
 
 
 def make_schedule(
