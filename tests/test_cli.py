@@ -52,6 +52,28 @@ def test_train_saves_its_options_and_reads_them_back(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_train_takes_torchs_optimizers_and_schedulers(tmp_path):
+    """Classes by name with their arguments, in the options that are saved, too."""
+    options = [
+        *("--precision=bf16-mixed", "--accumulate=2", "--optimizer=AdamW", "--optimizer.lr=1e-3"),
+        *("--scheduler=StepLR", "--scheduler.step_size=1", "--scheduler.gamma=0.5"),
+    ]
+    assert run("train", *TRAIN, *options, "--run_dir", str(tmp_path / "first")) == 0
+    saved = ["--config", str(tmp_path / "first" / "options.yaml")]
+    assert run("train", *saved, "--run_dir", str(tmp_path / "again")) == 0
+    tables = []
+    for name in ("first", "again"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["optimizer"]["class"].endswith("AdamW") and config["scheduler"] == "StepLR"
+        assert (config["precision"], config["accumulate"]) == ("bf16-mixed", 2)
+        rows = csv.DictReader((tmp_path / name / "metrics.csv").read_text().splitlines())
+        tables.append([(row["learning_rate"], row["train_loss"]) for row in rows])
+    assert tables[0] == tables[1] and [float(r) for r, _ in tables[0]][:2] == [1e-3, 5e-4]
+    with pytest.raises(SystemExit) as stop:
+        run("train", *TRAIN, "--scheduler", "NoSuchLR")
+    assert stop.value.code == 2
+
+
 def test_a_report_that_cannot_be_written_costs_one_line(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError("no space left\non the device")

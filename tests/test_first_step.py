@@ -70,12 +70,10 @@ def test_mixed_precision_is_torchs_recipe(precision, accumulate):
     tau = watch.dtypes.index(None)
     assert DTYPES[precision] in watch.dtypes[:tau]
     assert set(watch.dtypes[tau + 1 :]) == {torch.float32, torch.float64}
-    assert result.verdict.status == "proved" and result.hidden_hash
-    assert math.isclose(
-        result.final["train_loss"],
-        nn.functional.cross_entropy(model(DATA[0]), DATA[1]),
-        rel_tol=1e-5,
-    )
+    assert result.verdict.status == "full rank" and result.hidden_hash  # no proof through a hook
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(model(DATA[0]), DATA[1])
+    assert math.isclose(result.final["train_loss"], loss, rel_tol=1e-5)
 
 
 def first_phase(precision: str) -> dict[str, torch.Tensor]:
@@ -197,6 +195,15 @@ def test_the_scaler_is_saved(tmp_path, batch):
             quiet(toy_mlp(classes=2), tmp_path, **{**settings, name: value}).fit(
                 overflowing(), resume=True
             )
+
+
+def test_a_branch_goes_on_with_the_scale():
+    settings = {"loss": "squared_error", "optimizer": tiny_steps, "precision": "fp16-mixed"}
+    base = {"second_phase": "none"}
+    branch = quiet(toy_mlp(classes=2), **settings).branch({"none": base}, overflowing())["none"]
+    model = toy_mlp(classes=2)
+    quiet(model, **settings, **base).fit(overflowing())
+    assert same_bits(bits(model), bits(branch.model))
 
 
 @pytest.mark.parametrize("compile_it", [False, {"backend": "aot_eager"}])

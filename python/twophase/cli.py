@@ -164,7 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
     options: Namespace = parser.parse_args(arguments)
     name = options.subcommand
     chosen = options[name]
-    keywords = {key: value for key, value in chosen.as_dict().items() if key != "config"}
+    # classes with their arguments become callables; older versions have the other name only
+    build = getattr(parts[name], "instantiate", None) or parts[name].instantiate_classes
+    keywords = {key: value for key, value in build(chosen).as_dict().items() if key != "config"}
     if name in ("demo", "train"):
         keywords["callbacks"] = (SaveOptions(parts[name].dump(chosen)),)
     try:

@@ -1,11 +1,14 @@
 """twophase demo and train: a run of the Trainer, its folder, picture and report."""
 
 import sys
+from collections.abc import Callable
 from contextlib import closing, nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 import twophase_ext as tp
 from twophase_ext.files import write_atomically
@@ -108,7 +111,12 @@ def train(
         "auto", "hidden", "backbone", "disk", "hidden-bfloat16", "none"
     ] = "auto",
     verify: Literal["auto", "separation", "certificate", "svd", "off"] = "auto",
-    precision: Literal["float32", "float64"] = "float32",
+    precision: Literal["float32", "float64", "bf16-mixed", "fp16-mixed"] = "float32",
+    compile: bool = False,
+    accumulate: int = 1,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    scheduler_interval: Literal["epoch", "step"] = "epoch",
     device: str = "auto",
     seed: int = 1,
     run_dir: str | None = None,
@@ -147,7 +155,13 @@ def train(
         batch_norm: frozen statistics in the second phase, or batch statistics.
         feature_cache: what the second phase keeps in memory.
         verify: check the expressivity condition after the perturbation.
-        precision: of training.
+        precision: of training; mixed is float32 with the first phase under autocast.
+        compile: run the first phase through torch.compile.
+        accumulate: micro-batches that a step of the first phase goes through the model in.
+        optimizer: a class of torch.optim (and --optimizer.lr ...) in the place of SGD with lr,
+            momentum and weight_decay.
+        scheduler: a class of torch.optim.lr_scheduler (and --scheduler.T_max ...).
+        scheduler_interval: the scheduler is stepped after every epoch, or every step.
         device: auto is CUDA where there is one, else the CPU.
         seed: seed of every random stream.
         run_dir: the run's folder; a new one under runs/ by default.
@@ -180,9 +194,8 @@ def train(
     trainer = tp.Trainer(
         network,
         loss=loss,
-        optimizer=lambda parameters: tp.optim.SGD(
-            parameters, lr=lr, momentum=momentum, weight_decay=weight_decay
-        ),
+        optimizer=optimizer
+        or partial(tp.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay),
         epochs=epochs,
         tau=tau,
         noise_std=noise_std,
@@ -193,6 +206,10 @@ def train(
         feature_cache=feature_cache,
         verify=False if verify == "off" else verify,
         precision=precision,
+        compile=compile,
+        accumulate=accumulate,
+        scheduler=scheduler,
+        scheduler_interval=scheduler_interval,
         device=device,
         seed=seed,
         run_dir=run_dir,
