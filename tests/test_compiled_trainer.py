@@ -1,5 +1,7 @@
 """The Trainer over compiled models: eager's bits, names without wrappers, checkpoints for both."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -37,6 +39,7 @@ def test_a_wrapped_model_trains_as_the_model_itself(tmp_path, way):
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
     assert list(state) == list(plain.state_dict())
     assert same_bits(state, bits(plain))
+    assert json.loads((tmp_path / "config.json").read_text())["model"] == "ToyConvNet"
     assert (result.feature_cache, result.hidden_hash) == ("hidden", expected.hidden_hash)
     known = {"proved"} if way != "compiled inside" else {"proved", "full rank"}
     assert expected.verdict.status == "proved" and result.verdict.status in known

@@ -167,7 +167,7 @@ def test_at_tau(second_phase, interval):
     ends = [1, 2, 3, *([4, 5, 6] if goes_on else [3, 3, 3])]
     assert kept == [steps * e for e in ends]
     expected = [0.02 * 0.8**count for count in [0, *kept[:-1]]]
-    # an epoch's row tells the rate of its last update where it changes in between
+    # an epoch's row tells the rate at its end
     rows = [0.02 * 0.8**count for count in kept] if interval == "step" else expected
     assert rates(result) == pytest.approx(rows)
     if second_phase == "lazy":  # without L its step is the base algorithm's rate at tau

@@ -2,15 +2,10 @@
 
 trainer.py (the public class) and branches.py (many second phases from one first one) -> engine.py
 (Algorithm 1's stages) -> second_phase.py (Theorem 1's), lazy.py (Theorem 3's), audit.py (what
-<<<<<<< HEAD
-held) -> head.py (mini-batch steps), gradient.py (full gradients), features.py (the cache), data.py,
-measure.py, batchnorm.py, freeze.py, saved.py, checkpoint.py, runfolder.py, settings.py, streams.py.
-own_loop.py gives the pieces to a loop that is not the Trainer's.
-=======
 held) -> first_step.py (the base algorithm's step), optimizers.py, schedule.py, head.py (mini-batch
 steps), gradient.py (full gradients), features.py (the cache), data.py, measure.py, batchnorm.py,
 freeze.py, saved.py, checkpoint.py, runfolder.py, settings.py, streams.py.
->>>>>>> b077b2b (Command line: torch's optimizers and schedulers by name, mixed precision, accumulation, compile; docs/torch.md)
+own_loop.py gives the pieces to a loop that is not the Trainer's.
 """
 
 from ..losses import ConvexLoss

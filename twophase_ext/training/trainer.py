@@ -13,6 +13,7 @@ from torch import nn
 from ..files import write_json
 from ..losses import ConvexLoss, resolve_loss
 from ..network import Network
+from ..probing import unwrap
 from . import batchnorm, checkpoint, runfolder
 from .branches import branch
 from .cadence import Cadence
@@ -333,7 +334,9 @@ class Trainer:
             if state is not None:
                 run.restore(state)
             if run.folder is not None:
-                runfolder.describe(run.folder, run, type(self.model).__name__, new=state is None)
+                runfolder.describe(
+                    run.folder, run, type(unwrap(self.model)).__name__, new=state is None
+                )
             on_error.pop_all()
         if source is not None:
             progress.say(f"resumed from {source}: {run.epoch} epochs done")
