@@ -277,10 +277,12 @@ def test_messages_of_wrong_arguments():
 
 
 def test_memory_of_a_rank():
-    # blocks of G, 2 x 2 ranks: 20 x 20 blocks of 100 rows, 10 x 10 of them on each
-    assert rank_bytes(2000, 500, (2, 2), block=100, panel=500) >= 8 * (1000**2 + 500 * 3000)
-    exact = 8 * (900 * 600 + 5 * 1800**2 + 100 * 600)
-    assert rank_bytes(1800, 2000, (2, 3), block=100, panel=10) == exact
+    # 2 x 3 ranks: 18 x 18 blocks of 100 rows, 9 x 6 of them on each; parts of 300 rows
+    shared = 900 * 600 + 4 * 100 * (900 + 600)
+    by_panels = 8 * (shared + 2000 * (2 * 900 + 600 + 2 * 300))
+    assert rank_bytes(1800, 2000, (2, 3), block=100, panel=3000) == by_panels
+    by_subsample = 8 * (shared + 5 * 512**2)
+    assert rank_bytes(1800, 2000, (2, 3), block=100, panel=10) == by_subsample
 
 
 # --- the library

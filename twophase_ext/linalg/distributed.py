@@ -43,8 +43,7 @@ from .certificate import GramCertificate, settle
 from .gram_tiles import PANEL, e_G, moderate
 from .progress import Stages
 from .scalapack import LARGEST, Scalapack
-from .shift import LARGEST as SUBSAMPLE
-from .shift import extrapolated, ladder, lambda_estimates
+from .shift import extrapolated, ladder, lambda_estimates, subsample
 
 BLOCK = 256  # rows of a block
 SCALED = 50  # binary exponents; rows are scaled no further: no underflow that counts
@@ -60,14 +59,15 @@ BlockSource = Callable[[int, int, int, int], Tensor | np.ndarray]
 def rank_bytes(
     n: int, columns: int, grid: tuple[int, int], block: int = BLOCK, panel: int = PANEL
 ) -> int:
-    """Memory of the largest rank: blocks of G, then three panels or a subsample, a product.
+    """Memory of the largest rank: its blocks of G; then panels, or a subsample of G; strips.
 
-    Beside it: what block_of needs, and the workspace of the library, of the size of a product.
+    A panel of its rows is made while another one is used, whose rows for the columns come in P
+    parts. Beside it: what block_of needs.
     """
     blocks = math.ceil(n / block)
     rows, others = (block * math.ceil(blocks / side) for side in grid)
-    panels = min(panel, columns) * (2 * rows + others)
-    return 8 * (rows * others + max(panels, 5 * min(n, SUBSAMPLE) ** 2) + block * others)
+    panels = min(panel, columns) * (2 * rows + others + 2 * math.ceil(others / grid[0]))
+    return 8 * (rows * others + max(panels, 5 * subsample(n) ** 2) + 4 * block * (rows + others))
 
 
 def certify_distributed(
