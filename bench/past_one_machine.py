@@ -182,18 +182,16 @@ def show_gram(found: dict[str, Any]) -> None:
         print(f"| {stage}, s | " + " | ".join(f"{t:.1f}" if t else "-" for t in times) + " |")
     print(f"| in all, s | {single['seconds']:.1f} | {many['seconds']:.1f} |")
     taken, formula = many["taken_bytes"] / 2**20, found["formula_bytes"] / 2**20
-    print(
-        f"a rank took {taken:.0f} MiB, {formula:.0f} MiB by its formula; load {found['load']:.0f}"
-    )
+    print(f"a rank took {taken:.0f} MiB, {formula:.0f} MiB by its formula")
+    print(f"load of the machine: {found['load']:.0f}")
 
 
 def show_separation(found: dict[str, Any]) -> None:
     print(f"separation, n = {found['n']:,}, d = {found['d']}: proved {found['proved']}")
     print(f"margin {found['margin']:.3g}; pairs that no line separates: {found['overlapping']}")
-    print(
-        f"{found['seconds']:.1f} s at a load of {found['load']:.0f}; a file of {found['file_bytes'] / 2**30:.2f} GiB; beside it"
-    )
-    print(f"{found['peak_bytes'] / 2**20:.0f} MiB of {found['formula_bytes'] / 2**20:.0f} MiB")
+    print(f"{found['seconds']:.1f} s at a load of {found['load']:.0f}")
+    print(f"a file of {found['file_bytes'] / 2**30:.2f} GiB; beside it", end=" ")
+    print(f"{found['peak_bytes'] / 2**20:.0f} MiB, {found['formula_bytes'] / 2**20:.0f} by the formula")
 
 
 def show_plan(arguments: argparse.Namespace) -> None:
