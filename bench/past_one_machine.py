@@ -191,7 +191,8 @@ def show_separation(found: dict[str, Any]) -> None:
     print(f"margin {found['margin']:.3g}; pairs that no line separates: {found['overlapping']}")
     print(f"{found['seconds']:.1f} s at a load of {found['load']:.0f}")
     print(f"a file of {found['file_bytes'] / 2**30:.2f} GiB; beside it", end=" ")
-    print(f"{found['peak_bytes'] / 2**20:.0f} MiB, {found['formula_bytes'] / 2**20:.0f} by the formula")
+    peak, formula = found["peak_bytes"] / 2**20, found["formula_bytes"] / 2**20
+    print(f"{peak:.0f} MiB, {formula:.0f} MiB by the formula")
 
 
 def show_plan(arguments: argparse.Namespace) -> None:

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from liars import CASES, LIARS, duplicated, normal, off_by, smallest
+from twophase_ext.expressivity.certify import WideSource, certify_matrix
 from twophase_ext.linalg import distributed, scalapack
 from twophase_ext.linalg.bounds import gamma
 from twophase_ext.linalg.certificate import certify_gram
 from twophase_ext.linalg.distributed import certify_distributed, rank_bytes
 from twophase_ext.linalg.gram_tiles import MatrixSource
 from twophase_ext.linalg.in_place import potrf_in_place
+from twophase_ext.linalg.progress import Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,16 +94,15 @@ class ThreadRanks:
         return self._whole(local, n, block, self.shared.potrf)
 
 
-def certify(m, *, grid=(2, 2), potrf=potrf_in_place, ones=False, **more):
-    """Every rank's certificate of [m] or [m, 1]."""
+def certify(m, *, block_of=None, grid=(2, 2), potrf=potrf_in_place, ones=False, **more):
+    """Every rank's certificate of [m] or [m, 1]; block_of: instead of m's own blocks."""
+    block_of = block_of or (lambda i0, i1, j0, j1: m[i0:i1, j0:j1])
     shared, results, errors = Shared(grid, potrf), {}, []
 
     def work(place):
         try:
             ranks = ThreadRanks(shared, place)
-            results[place] = certify_distributed(
-                lambda i0, i1, j0, j1: m[i0:i1, j0:j1], *m.shape, ranks, ones=ones, **more
-            )
+            results[place] = certify_distributed(block_of, *m.shape, ranks, ones=ones, **more)
         except Exception as error:
             errors.append(error)
             for barrier in shared.barriers.values():
@@ -152,6 +153,22 @@ def test_the_ones_column_counts():
     assert c.proved and c.columns == 40 and c.ell <= smallest(whole)
     assert c.ell == pytest.approx(certify_gram(MatrixSource(whole)).ell, rel=1e-9)
     assert certify(m[:, :0][:1], ones=True, block=8).proved  # M = [1]
+
+
+def test_a_wide_layer_and_its_exact_function():
+    weight, bias = 3 * normal(60, 8, 1), normal(60, 1, 2)[:, 0]
+    source = WideSource(normal(40, 8), weight, bias, 10.0, True)
+    h = source.panel(0, 60)
+    proof = certify(h, block_of=source.block, ones=True, block=8, panel=11, scale_rows=False)
+    single = certify_gram(source, panel=11, scale_rows=False)
+    assert proof.proved and proof.ell == pytest.approx(single.ell, rel=1e-6)
+    common = {"factorization": "gram", "folder": None, "stages": Stages(False, None)}
+    common |= {"assumptions": [], "key": "", "constants": {}}
+    fields = certify_matrix(source, 1e-6, gram=proof, **common)
+    assert fields["status"] == "proved" and fields["constants"]["gram"]["storage"] == proof.storage
+    assert fields["sigma_min_lower"] == pytest.approx(math.sqrt(proof.ell) - 1e-6, abs=1e-9)
+    assert "messages between ranks arrive unchanged" in fields["assumptions"]
+    assert certify_matrix(source, 1e9, gram=proof, **common)["status"] == "full rank"
 
 
 def test_each_entry_is_asked_for_once_and_none_keeps_them_all():
