@@ -22,6 +22,12 @@ from twophase_ext.linalg.gram_tiles import MatrixSource
 from twophase_ext.linalg.in_place import potrf_in_place
 from twophase_ext.linalg.progress import Stages
 
+MPI_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    # containers have no ssh, and forbid processes to read one another's memory
+    "OMPI_MCA_plm": "isolated",
+    "OMPI_MCA_btl_vader_single_copy_mechanism": "none",
+}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -337,7 +343,7 @@ def mpirun(tmp_path, m, *more, ranks=4):
     launch = [command, *root, "--oversubscribe", "-n", str(ranks), *module]
     done = subprocess.run(
         [*launch, "--out", tmp_path / "result.json", *more],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | MPI_ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=120,
