@@ -90,7 +90,7 @@ def certify_distributed(
     shift: as of `certify_gram`. scale_rows: by powers of two, where their sizes are far apart.
     block: rows of a block; panel: columns of a panel. e_C of the result is the bound of the
     residual. Raises ValueError for a wrong argument or block, RuntimeError where the library
-    refuses the call.
+    refuses the call; an error on one rank alone leaves the others waiting (`Scalapack.abort`).
     """
     wanted = (("n", n, 1), ("columns", columns, 0), ("block", block, 1), ("panel", panel, 1))
     for name, value, least in wanted:
