@@ -109,16 +109,16 @@ def run_point(kind: str, path: Path) -> None:
     source, error = layer(path)
     m = len(source.weight)
     source.block(0, 9, 0, 9) @ source.block(0, 9, 0, 9).T
+    ranks = Scalapack() if kind == "rank" else None
     before = status("VmRSS")
     began = time.perf_counter()
-    if kind == "single":
+    if ranks is None:
         proof, count = certify_gram(source, scale_rows=False), 1
     else:
-        ranks = Scalapack()
         proof = certify_distributed(source.block, source.n, m, ranks, scale_rows=False)
         count = ranks.count
     seconds, taken = time.perf_counter() - began, status("VmHWM") - before
-    if kind == "rank":
+    if ranks is not None:
         ranks.close()
         if ranks.rank:
             return

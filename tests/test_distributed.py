@@ -301,7 +301,7 @@ def test_messages_of_wrong_arguments():
 
 def test_memory_of_a_rank():
     # 2 x 3 ranks: 18 x 18 blocks of 100 rows, 9 x 6 of them on each; parts of 300 rows
-    shared = 900 * 600 + 4 * 100 * (900 + 600)
+    shared = 900 * 600 + 4 * 100 * (900 + 600) + 2 * scalapack.PART
     by_panels = 8 * (shared + 2000 * (2 * 900 + 600 + 2 * 300))
     assert rank_bytes(1800, 2000, (2, 3), block=100, panel=3000) == by_panels
     by_subsample = 8 * (shared + 5 * 512**2)

@@ -42,7 +42,7 @@ from .bounds import SLACK, UNDERFLOW, bound_text, exponents_of, gamma, power_of_
 from .certificate import GramCertificate, settle
 from .gram_tiles import PANEL, e_G, moderate
 from .progress import Stages
-from .scalapack import LARGEST, Scalapack
+from .scalapack import LARGEST, PART, Scalapack
 from .shift import extrapolated, ladder, lambda_estimates, subsample
 
 BLOCK = 256  # rows of a block
@@ -62,12 +62,13 @@ def rank_bytes(
     """Memory of the largest rank: its blocks of G; then panels, or a subsample of G; strips.
 
     A panel of its rows is made while another one is used, whose rows for the columns come in P
-    parts. Beside it: what block_of needs.
+    parts. Two messages. Beside it: what block_of needs.
     """
     blocks = math.ceil(n / block)
     rows, others = (block * math.ceil(blocks / side) for side in grid)
     panels = min(panel, columns) * (2 * rows + others + 2 * math.ceil(others / grid[0]))
-    return 8 * (rows * others + max(panels, 5 * subsample(n) ** 2) + 4 * block * (rows + others))
+    stage = max(panels, 5 * subsample(n) ** 2) + 4 * block * (rows + others) + 2 * PART
+    return 8 * (rows * others + stage)
 
 
 def certify_distributed(
