@@ -92,6 +92,7 @@ def measure_separation(arguments: argparse.Namespace) -> dict[str, Any]:
             "file_bytes": path.stat().st_size,
             "peak_bytes": watch.stop(),
             "formula_bytes": working_bytes(n, d),
+            "load": os.getloadavg()[1],
             **asdict(found),
         }
 
@@ -107,17 +108,20 @@ def run_point(kind: str, path: Path) -> None:
     """One process: alone, or a rank of an mpirun; the first writes what was proved."""
     source, error = layer(path)
     m = len(source.weight)
+    source.block(0, 9, 0, 9) @ source.block(0, 9, 0, 9).T
+    ranks = Scalapack() if kind == "rank" else None
+    before = status("VmRSS")
     began = time.perf_counter()
-    if kind == "single":
+    if ranks is None:
         proof, count = certify_gram(source, scale_rows=False), 1
     else:
-        ranks = Scalapack()
         proof = certify_distributed(source.block, source.n, m, ranks, scale_rows=False)
         count = ranks.count
+    seconds, taken = time.perf_counter() - began, status("VmHWM") - before
+    if ranks is not None:
         ranks.close()
         if ranks.rank:
             return
-    seconds = time.perf_counter() - began
     fields = certify_matrix(
         source,
         preactivation_error(source.z, error, source.weight, source.bias),
@@ -130,7 +134,8 @@ def run_point(kind: str, path: Path) -> None:
         gram=proof,
     )
     exact = {k: fields[k] for k in ("status", "sigma_min_lower", "logabsdet_lower", "margin")}
-    result = {"ranks": count, "seconds": seconds, "peak_bytes": proof.peak_bytes, "exact": exact}
+    memory = {"peak_bytes": proof.peak_bytes, "taken_bytes": taken}
+    result = {"ranks": count, "seconds": seconds, "exact": exact} | memory
     stages = [{k: s[k] for k in ("name", "seconds")} for s in proof.stages]
     text = json.dumps(result | proof.constants() | {"stages": stages})
     (path / f"{kind}.json").write_text(text, encoding="utf-8")
@@ -157,7 +162,8 @@ def measure_gram(arguments: argparse.Namespace) -> dict[str, Any]:
             subprocess.run(command, env=environment, check=True)
             points[kind] = json.loads((path / f"{kind}.json").read_text(encoding="utf-8"))
     bytes_ = rank_bytes(n, source.columns, squarest(arguments.ranks))
-    return {"n": n, "columns": source.columns, "formula_bytes": bytes_, **points}
+    load = os.getloadavg()[1]
+    return {"n": n, "columns": source.columns, "formula_bytes": bytes_, "load": load, **points}
 
 
 def show_gram(found: dict[str, Any]) -> None:
@@ -175,13 +181,18 @@ def show_gram(found: dict[str, Any]) -> None:
         ]
         print(f"| {stage}, s | " + " | ".join(f"{t:.1f}" if t else "-" for t in times) + " |")
     print(f"| in all, s | {single['seconds']:.1f} | {many['seconds']:.1f} |")
+    taken, formula = many["taken_bytes"] / 2**20, found["formula_bytes"] / 2**20
+    print(f"a rank took {taken:.0f} MiB, {formula:.0f} MiB by its formula")
+    print(f"load of the machine: {found['load']:.0f}")
 
 
 def show_separation(found: dict[str, Any]) -> None:
     print(f"separation, n = {found['n']:,}, d = {found['d']}: proved {found['proved']}")
     print(f"margin {found['margin']:.3g}; pairs that no line separates: {found['overlapping']}")
-    print(f"{found['seconds']:.1f} s; a file of {found['file_bytes'] / 2**30:.2f} GiB; beside it")
-    print(f"{found['peak_bytes'] / 2**20:.0f} MiB of {found['formula_bytes'] / 2**20:.0f} MiB")
+    print(f"{found['seconds']:.1f} s at a load of {found['load']:.0f}")
+    print(f"a file of {found['file_bytes'] / 2**30:.2f} GiB; beside it", end=" ")
+    peak, formula = found["peak_bytes"] / 2**20, found["formula_bytes"] / 2**20
+    print(f"{peak:.0f} MiB, {formula:.0f} MiB by the formula")
 
 
 def show_plan(arguments: argparse.Namespace) -> None:

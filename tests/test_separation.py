@@ -1,9 +1,11 @@
 """Distinct rows within error bounds: proved, and never proved where rows may coincide."""
 
 import math
+import threading
 import time
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -229,3 +231,36 @@ def test_time():
 def test_wrong_arguments(z, error, kind, text):
     with pytest.raises(kind, match=text):
         separate(z, error)
+
+
+def test_a_mapped_file_is_read_in_blocks(tmp_path, monkeypatch):
+    """Memory beside the file is what working_bytes says: not a copy of the features."""
+    n, d = 40_000, 512
+    monkeypatch.setattr(separation, "BLOCK_NUMBERS", 1 << 16)
+    rows = np.lib.format.open_memmap(tmp_path / "z.npy", mode="w+", dtype=float, shape=(n, d))
+    rows[:, :3] = _random(n, 3).numpy()
+    z = torch.from_numpy(np.load(tmp_path / "z.npy", mmap_mode="c"))
+    separate(z[:9], _bounds(9))
+    before = peak = _anonymous_bytes()
+    ended = threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not ended.wait(1e-3):
+            peak = max(peak, _anonymous_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        assert separate(z, _bounds(n, 1e-12)).proved
+    finally:
+        ended.set()
+        thread.join()
+    allowed = separation.working_bytes(n, d)
+    assert peak - before <= allowed < z.nbytes / 3
+
+
+def _anonymous_bytes():
+    """Resident memory of this process that is not of a file."""
+    with open("/proc/self/status", encoding="ascii") as lines:
+        return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])

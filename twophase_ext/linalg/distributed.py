@@ -42,9 +42,8 @@ from .bounds import SLACK, UNDERFLOW, bound_text, exponents_of, gamma, power_of_
 from .certificate import GramCertificate, settle
 from .gram_tiles import PANEL, e_G, moderate
 from .progress import Stages
-from .scalapack import LARGEST, Scalapack
-from .shift import LARGEST as SUBSAMPLE
-from .shift import extrapolated, ladder, lambda_estimates
+from .scalapack import LARGEST, PART, Scalapack
+from .shift import extrapolated, ladder, lambda_estimates, subsample
 
 BLOCK = 256  # rows of a block
 SCALED = 50  # binary exponents; rows are scaled no further: no underflow that counts
@@ -60,14 +59,16 @@ BlockSource = Callable[[int, int, int, int], Tensor | np.ndarray]
 def rank_bytes(
     n: int, columns: int, grid: tuple[int, int], block: int = BLOCK, panel: int = PANEL
 ) -> int:
-    """Memory of the largest rank: blocks of G, then three panels or a subsample, a product.
+    """Memory of the largest rank: its blocks of G; then panels, or a subsample of G; strips.
 
-    Beside it: what block_of needs, and the workspace of the library, of the size of a product.
+    A panel of its rows is made while another one is used, whose rows for the columns come in P
+    parts. Two messages. Beside it: what block_of needs.
     """
     blocks = math.ceil(n / block)
     rows, others = (block * math.ceil(blocks / side) for side in grid)
-    panels = min(panel, columns) * (2 * rows + others)
-    return 8 * (rows * others + max(panels, 5 * min(n, SUBSAMPLE) ** 2) + block * others)
+    panels = min(panel, columns) * (2 * rows + others + 2 * math.ceil(others / grid[0]))
+    stage = max(panels, 5 * subsample(n) ** 2) + 4 * block * (rows + others) + 2 * PART
+    return 8 * (rows * others + stage)
 
 
 def certify_distributed(
@@ -90,7 +91,7 @@ def certify_distributed(
     shift: as of `certify_gram`. scale_rows: by powers of two, where their sizes are far apart.
     block: rows of a block; panel: columns of a panel. e_C of the result is the bound of the
     residual. Raises ValueError for a wrong argument or block, RuntimeError where the library
-    refuses the call.
+    refuses the call; an error on one rank alone leaves the others waiting (`Scalapack.abort`).
     """
     wanted = (("n", n, 1), ("columns", columns, 0), ("block", block, 1), ("panel", panel, 1))
     for name, value, least in wanted:

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 NAMES = ("scalapack-openmpi", "scalapack-mpich", "scalapack")
-PART = 1 << 24  # numbers a message: counts are 32-bit integers
+PART = 1 << 21  # numbers a message: BLACS buffers it
 LARGEST = 2**31 - 1  # numbers a rank: so are ScaLAPACK's offsets
 
 

@@ -25,8 +25,13 @@ def lambda_estimates(n: int, submatrix: Submatrix) -> list[tuple[int, float]]:
     """
     if n <= SMALLEST:
         return [(n, _smallest(submatrix(n)))]
-    k = min(max(n // 8, SMALLEST), LARGEST)
+    k = subsample(n)
     return [(rows, _smallest(submatrix(rows))) for rows in (k // 2, k)]
+
+
+def subsample(n: int) -> int:
+    """Rows of the greater one."""
+    return n if n <= SMALLEST else min(max(n // 8, SMALLEST), LARGEST)
 
 
 def submatrix(gram: Tiles, count: int) -> Tensor:
