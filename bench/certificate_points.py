@@ -35,7 +35,7 @@ REPEATS, ENOUGH = 5, 20.0  # the best of so many, but no further run after so ma
 
 def features(path: Path, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(z [n, 512], bounds of its errors [n]); what the file holds beyond n rows is not read."""
-    z = torch.from_numpy(np.load(path, mmap_mode="r")[:n].copy())
+    z = torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False)[:n].copy())
     if len(z) < n:
         raise ValueError(f"n: expected {len(z)} or less, the samples of the data, got {n}")
     return z, ERROR * z.norm(dim=1)

@@ -112,7 +112,10 @@ def _problem(source: dict[str, Any], trusted: str) -> tuple[nn.Module, Tensor]:
         path = inside(Path(run), OPTIONS)
         if not path.exists():
             raise FileNotFoundError(f"run: {run} holds no {OPTIONS} of twophase train")
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"run: {path} cannot be read: {error}") from error
         keys = ("data_name", "model", "n", "width", "ratio", "seed")
         source = {key: options[key] for key in keys} | {"run": run}
     if ":" in source["model"] and source["model"] != trusted:
@@ -128,6 +131,10 @@ def _problem(source: dict[str, Any], trusted: str) -> tuple[nn.Module, Tensor]:
     if run is not None:
         network.load_state_dict(tp.training.checkpoint.load(Path(run))[0]["model"])
     elif source.get("weights"):
-        state = torch.load(source["weights"], map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(source["weights"], map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many types for a damaged file
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"weights: {source['weights']} cannot be read: {reason}") from error
         network.load_state_dict(state)
     return network, inputs
