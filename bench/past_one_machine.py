@@ -79,7 +79,7 @@ def measure_separation(arguments: argparse.Namespace) -> dict[str, Any]:
         path = Path(folder) / "features.npy"
         synthetic(path, n, d)
         print(f"{time.strftime('%H:%M:%S')} written", file=sys.stderr, flush=True)
-        z = torch.from_numpy(np.load(path, mmap_mode="c"))
+        z = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
         error = ERROR * torch.linalg.vector_norm(z, dim=1)
         separate(z[:64], error[:64])
         watch = Peak()
@@ -99,8 +99,11 @@ def measure_separation(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def layer(path: Path) -> tuple[WideSource, torch.Tensor]:
     """(M, bounds of the errors of its backbone features) from a file, the features mapped."""
-    z = torch.from_numpy(np.load(path / "z.npy", mmap_mode="c"))
-    weight, bias = (torch.from_numpy(np.load(path / f"{name}.npy")) for name in ("weight", "bias"))
+    z = torch.from_numpy(np.load(path / "z.npy", mmap_mode="c", allow_pickle=False))
+    weight, bias = (
+        torch.from_numpy(np.load(path / f"{name}.npy", allow_pickle=False))
+        for name in ("weight", "bias")
+    )
     return WideSource(z, weight, bias, BETA, True), ERROR * z.norm(dim=1)
 
 

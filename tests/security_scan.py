@@ -4,7 +4,7 @@ import ast
 
 # Names that no file may use, whatever the arguments.
 BANNED = {
-    *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "tempfile.mktemp"),
+    *("eval", "exec", "__import__", "os.system", "os.popen", "tempfile.mktemp"),
     *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.FullLoader"),
     *("yaml.Loader", "yaml.UnsafeLoader", "torch.hub.load", "torch.jit.load", "markupsafe.Markup"),
     *("subprocess.getoutput", "subprocess.getstatusoutput", "shutil.unpack_archive"),
@@ -63,6 +63,8 @@ def offences(source: str) -> list[tuple[int, str]]:
                 constant is not None if wanted is None else constant is wanted
             ):
                 good.add(node.func)
+        if name == "compile":  # elsewhere a name like any other
+            found.append((node.lineno, name))
         if name == "importlib.import_module" and not isinstance(node.args[0], ast.Constant):
             found.append((node.lineno, name))
         shell = given.get("shell")

@@ -42,18 +42,23 @@ class Jitter(TensorDataset):
         return x + 0.01 * torch.randn(x.shape) + 0.01 * float(np.random.randn()), y
 
 
+KINDS = {
+    "random data set": {},
+    "copies": {"augment_copies": 2},
+    "augment": {"augment": lambda x, g: x + 0.01 * torch.randn(x.shape, generator=g)},
+    "batch statistics": {"batch_norm": "batch"},
+    "accumulate": {"accumulate": 2},
+    "autocast": {"precision": "bf16-mixed"},
+    "scheduler": {"scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5)},
+}
+
+
 @pytest.mark.parametrize("stop", [0, 1])
-@pytest.mark.parametrize("kind", ["random data set", "copies", "augment", "batch statistics"])
-def test_resumed_with_random_inputs_and_moving_statistics(tmp_path, kind, stop):
-    data, settings = toy_images(33), {}
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_resumed_with_every_other_setting(tmp_path, kind, stop):
+    data, settings = toy_images(33), KINDS[kind]
     if kind in ("random data set", "copies"):
         data = Jitter(*data)
-    if kind == "copies":
-        settings = {"augment_copies": 2}
-    if kind == "augment":
-        settings = {"augment": lambda x, g: x + 0.01 * torch.randn(x.shape, generator=g)}
-    if kind == "batch statistics":
-        settings = {"batch_norm": "batch"}
     whole, again = toy_convnet(), toy_convnet(seed=7)
     quiet(whole, **SETTINGS, **settings).fit(data)
     stopped = quiet(toy_convnet(), tmp_path, callbacks=[StopAfter(stop)], **SETTINGS, **settings)

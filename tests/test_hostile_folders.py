@@ -151,8 +151,8 @@ def test_a_file_is_not_written_through_a_link(tmp_path, outside, name):
 
 
 def test_a_report_reads_nothing_outside(folder, outside):
-    names = [f.name for f in folder.iterdir() if not f.name.startswith("checkpoint")]
-    names.remove("config.json")
+    others = ("checkpoint.pt", "checkpoint.previous.pt", "config.json", "lock")
+    names = [f.name for f in folder.iterdir() if f.name not in others]
     assert len(names) == 7
     shutil.copy(folder / "culprits.png", outside / "file")
     for name in names:
@@ -187,6 +187,13 @@ def test_a_checkpoint_that_is_a_link_is_not_read(tmp_path, outside):
     chosen.symlink_to(tmp_path / "other" / checkpoint.CURRENT)
     result = quiet(toy_mlp(), **settings).fit(data, resume=chosen)
     assert result.status == "completed"
+
+
+def test_the_lock_is_no_link(tmp_path, outside):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").symlink_to(outside / "file")
+    with pytest.raises((OSError, ValueError)):
+        quiet(toy_mlp(), tmp_path / "run").fit(toy_data())
 
 
 def test_branches_stay_in_their_folder(tmp_path, outside):

@@ -59,6 +59,7 @@ def test_no_source_runs_or_unpacks_what_it_reads():
         "import joblib as j",
         "eval(text)",
         "exec(text)",
+        "compile(text, 'x', 'exec')",
         "import yaml\nyaml.load(text, Loader=yaml.Loader)",
         "from yaml import unsafe_load as read\nread(text)",
         "import subprocess\nsubprocess.run('a', shell=True)",

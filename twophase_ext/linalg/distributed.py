@@ -274,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     ranks = Scalapack(None if options.grid is None else tuple(options.grid))
     first = ranks.rank == 0
     try:
-        h = np.load(options.features, mmap_mode="r")
+        h = np.load(options.features, mmap_mode="r", allow_pickle=False)
         if h.ndim != 2 or h.dtype != np.float64:
             raise ValueError(f"features: expected float64 [n, m], got {h.dtype} {list(h.shape)}")
         proof = certify_distributed(
