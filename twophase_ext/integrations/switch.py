@@ -10,7 +10,6 @@ from .. import layers, ops
 from ..expressivity import Verdict, verify_network
 from ..expressivity.verify import METHODS
 from ..network import Network
-from ..probing import unwrap
 from ..training.config import resolve_noise, resolve_tau
 from ..training.features import BATCH
 from ..training.freeze import Frozen, freeze, samples_of
@@ -46,7 +45,6 @@ class Switch:
 
         data: as of `tp.freeze`; None leaves the statistics as they are and verifies nothing.
         """
-        model = unwrap(model)
         network = None
         if data is None:
             if self.last_layer is None:
