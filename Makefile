@@ -73,6 +73,8 @@ $(STAMPS)/package: $(STAMPS)/torch $(SOURCES)
 	$(PIP) install -c constraints.txt .
 	touch $@
 
+$(STAMPS)/test: | $(STAMPS)/torch  # lightning asks for a torch: this one
+
 $(STAMPS)/test $(STAMPS)/lint: constraints.txt pyproject.toml $(STAMPS)/venv
 	$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*extras['$(@F)'], sep='\n')" > $@.txt
 	$(PIP) install -c constraints.txt -r $@.txt

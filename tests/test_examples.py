@@ -1,13 +1,11 @@
 """Every example runs with a small setting, and what it shows is so."""
 
-import copy
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_diabetes, load_digits
 from torch import nn
 
@@ -76,76 +74,57 @@ def test_regression(capsys):
     assert f"{losses[-1]:>9.5f}  {curve[-1]['bound']:>10.5f}" in capsys.readouterr().out
 
 
-def test_plain_loop_has_the_trainers_bits():
-    names = example("plain_loop")
-    model, verdict, at_tau = names["main"](n=200, epochs=30, tau=20)
-    assert (verdict.status, verdict.claim) == ("proved", "at w")
-    parameters = dict(model.named_parameters())
-    assert len(at_tau) == 4
-    assert all(torch.equal(parameters[name], value) for name, value in at_tau.items())
-    x, y = names["digits"](200)
-    assert (model(x).argmax(1) == y).float().mean() > 0.9
-
-    torch.manual_seed(1)
-    twin = nn.Sequential(*names["network"](200))
-    tp.Trainer(
-        twin,
+def trained(model: nn.Module, data) -> tp.Result:
+    """The Trainer's run with the settings of the two examples below."""
+    return tp.Trainer(
+        model,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-5),
         epochs=30,
         tau=20,
         verify=False,
         run_dir=False,
         progress=False,
-    ).fit((x, y))
-    assert all(torch.equal(parameters[name], p) for name, p in twin.named_parameters())
+    ).fit(data)
 
 
-def test_lightning_callback(tmp_path):
-    lightning = pytest.importorskip("lightning")
+def test_own_loop_has_the_trainers_bits(capsys):
+    names = example("own_loop")
+    model, frozen = names["main"](n=200, epochs=30, tau=20)
+    assert "proved at these weights" in capsys.readouterr().out
+    x, y = names["digits"](200)
+    assert (model.eval()(x).argmax(1) == y).float().mean() > 0.9
+    torch.manual_seed(1)
+    twin = names["network"](200)
+    assert trained(twin, (x, y)).hidden_hash == frozen
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in twin.state_dict().items())
+
+
+def test_own_loop_is_twenty_lines():
+    lines = (EXAMPLES / "own_loop.py").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("def main"))
+    body = [
+        line for line in lines[start + 2 : lines.index("    return model, frozen.hash")] if line
+    ]
+    assert 10 < len(body) <= 20 and all(line.startswith("    ") for line in body)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers
+def test_lightning_callback():
+    pytest.importorskip("lightning")
     names = example("lightning_callback")
-    seen: dict[str, dict[str, torch.Tensor]] = {}
-
-    class Record(lightning.Callback):
-        def on_train_epoch_end(self, trainer, module):
-            seen[f"end {trainer.current_epoch}"] = copy.deepcopy(module.state_dict())
-
-        def on_train_epoch_start(self, trainer, module):
-            seen[f"start {trainer.current_epoch}"] = copy.deepcopy(module.state_dict())
-
-    trainer = names["main"](n=200, epochs=30, tau=20, callbacks=[Record()])
-    module, callback = trainer.lightning_module, trainer.callbacks[0]
+    module, callback = names["main"](n=200, epochs=30, tau=20, cache=True)
     assert (callback.verdict.status, callback.verdict.claim) == ("proved", "at w")
-    hidden = module.hidden().keys()
-    last = seen["start 20"].keys() - hidden
-    assert len(hidden) == 4 and len(last) == 2
-    # the noise, and nothing else, at tau
-    noisy = {name: seen["end 19"][name].clone() for name in hidden}
-    tp.perturb_(noisy, 1e-3, seed=tp.stream_seed(1, "noise"))
-    assert all(torch.equal(noisy[name], seen["start 20"][name]) for name in hidden)
-    assert all(torch.equal(seen["end 19"][name], seen["start 20"][name]) for name in last)
-    # then the last layer moves alone
-    assert all(torch.equal(seen["end 29"][name], noisy[name]) for name in hidden)
-    assert not any(torch.equal(seen["end 29"][name], seen["start 20"][name]) for name in last)
-    x, y = trainer.train_dataloader.dataset.tensors
-    loss = [F.cross_entropy(module(x), y)]
-    assert (module(x).argmax(1) == y).float().mean() > 0.9
-
-    # a run resumed after tau adds no second noise and still moves the last layer alone
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
-    again = names["Classifier"](200)
-    more = lightning.Trainer(
-        max_epochs=32,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[names["TwoPhase"](20, x)],
-    )
-    more.fit(again, trainer.train_dataloader, ckpt_path=tmp_path / "run.ckpt")
-    state = again.state_dict()
-    assert all(torch.equal(state[name], noisy[name]) for name in hidden)
-    assert F.cross_entropy(again(x), y) < loss[0]
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels[:200] / 16, dtype=torch.float32), torch.tensor(labels[:200])
+    torch.manual_seed(1)
+    twin = names["Classifier"](200).net
+    assert trained(twin, (x, y)).hidden_hash == callback.hidden_hash
+    state = module.net.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in twin.state_dict().items())
+    plain, _ = names["main"](n=200, epochs=30, tau=20)
+    for name, value in plain.net.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_lightning_callback_says_what_to_install(monkeypatch):

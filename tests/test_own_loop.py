@@ -4,6 +4,8 @@ import copy
 import os
 import pickle
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -295,3 +297,12 @@ def test_bad_arguments():
     model.train()
     with pytest.raises(ValueError, match="model: expected evaluation mode"):
         tp.fit_last_layer(model, cache, epochs=1)
+
+
+def test_the_package_imports_no_other_trainer():
+    code = (
+        "import sys, twophase_ext, twophase_ext.integrations;"
+        "print({'lightning', 'pytorch_lightning', 'transformers'} & set(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "set()\n"

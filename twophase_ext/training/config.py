@@ -100,7 +100,8 @@ def resolve_tau(tau: Any, epochs: int) -> int:
     return min(max(round(tau * epochs), 1), epochs - 1)
 
 
-def _resolve_noise(noise_std: Any) -> float | dict[str, float]:
+def resolve_noise(noise_std: Any) -> float | dict[str, float]:
+    """One sigma, or one for each name, each > 0; TypeError or ValueError otherwise."""
     entries = noise_std.items() if isinstance(noise_std, dict) else [("noise_std", noise_std)]
     for name, sigma in entries:
         if isinstance(sigma, bool) or not isinstance(sigma, Real):
@@ -148,7 +149,7 @@ def resolve(
         loss=loss,
         epochs=epochs,
         tau_epoch=resolve_tau(tau, epochs),
-        noise_std=_resolve_noise(noise_std),
+        noise_std=resolve_noise(noise_std),
         second_phase=second_phase,
         batch_norm=_choice("batch_norm", batch_norm, ("frozen", "batch")),
         feature_cache=_choice("feature_cache", feature_cache, MODES),

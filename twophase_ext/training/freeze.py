@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .. import layers
 from ..holding import hold, is_held, release
 from ..network import Network
-from ..probing import unwrap
 from . import batchnorm
 from .checks import check_runs, model_device
 from .data import Samples
@@ -107,7 +106,6 @@ def freeze(
     BatchNorm has no running statistics, or without `train` and last_layer; TypeError where the last
     layer is not affine. The arguments are checked before the model changes.
     """
-    model = unwrap(model)
     if is_held(model):
         raise ValueError("model: it is frozen already; unfreeze it first")
     batchnorm.check_freezable(model)

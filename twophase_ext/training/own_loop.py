@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -81,6 +82,7 @@ def fit_last_layer(
     lr: float | None = None,
     momentum: float | None = None,
     weight_decay: float | None = None,
+    on_epoch: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train the last layer over cached features: second_phase="base" of the Trainer, its bits.
 
@@ -90,8 +92,9 @@ def fit_last_layer(
     hyper-parameters and its state (momentum) are used and updated. Without it SGD with lr, momentum
     and weight_decay, by default the paper's 0.01, 0.9 and 1e-5, momentum from 0.
 
-    Returns each epoch's mean loss, the losses being those before each update. Ctrl-C lets the epoch
-    in progress end and then raises KeyboardInterrupt; a second one raises at once.
+    Returns each epoch's mean loss, the losses being those before each update; on_epoch(epoch, loss)
+    is called as each one ends. Ctrl-C lets the epoch in progress end and then raises
+    KeyboardInterrupt; a second one raises at once.
 
     Raises ValueError or TypeError that name the argument, before anything has changed;
     RuntimeError where loss or weights are no longer finite.
@@ -125,6 +128,8 @@ def fit_last_layer(
                     f"epoch {epoch}: the training loss is {mean}, or the weights are not finite; "
                     "lower the learning rate"
                 )
+            if on_epoch is not None:
+                on_epoch(epoch, mean)
             if interrupt.requested:
                 raise KeyboardInterrupt
     return losses
