@@ -29,13 +29,8 @@ N = 61  # a prime: no number of ranks divides it
 
 def _child(rank, size, folder, timeout, function):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=timeout),
-    )
+    store, limit = dist.FileStore(str(folder / "store"), size), timedelta(seconds=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
     try:
         found = function()
     except BaseException as error:
@@ -306,12 +301,7 @@ def test_torchrun(tmp_path):
     script.write_text(TRAIN.format(tests=str(Path(__file__).parent)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     killed = subprocess.run(
-        [*command, "2", str(script)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        [*command, "2", str(script)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert killed.returncode != 0
     assert "epoch 2, step 0: another process ended or hung (seen by rank 0 of 2" in killed.stderr

@@ -16,7 +16,7 @@ from ..files import FolderLock
 from ..guarantee import Guarantee
 from ..losses import CROSS_ENTROPY, ConvexLoss
 from ..network import Network
-from . import batchnorm, caches, checkpoint, faults, runfolder, saved, streams
+from . import batchnorm, caches, faults, runfolder, saved, streams
 from .audit import premises
 from .cadence import Cadence
 from .config import Config
@@ -181,9 +181,8 @@ class Run:
             done = (self._first if self.phase == 1 else self._second)(interrupt)
             if not done:
                 self.rng = streams.states(self.device)
-        if self.phase == 1:  # on several ranks BatchNorm's running statistics are rank 0's
-            for buffer in self.network.model.buffers():
-                self.ranks.broadcast(buffer)
+        if self.phase == 1:
+            self.ranks.broadcast_buffers(self.network.model)
         self.progress.end(f"epoch {self.epoch}")
         return done
 
@@ -386,19 +385,10 @@ class Run:
         }
 
     def _save(self) -> None:
+        if self.folder is not None:
+            with self._timed("checkpoint"):
+                saved.write(self, self.folder)
         self.cadence.saved()
-        if self.folder is None:
-            return
-        with self._timed("checkpoint"):
-            try:
-                checkpoint.save(self.folder, saved.state(self))
-            except OSError as error:
-                error.add_note(
-                    f"The checkpoint of epoch {self.epoch}, step {self.batch} was not written; the "
-                    f"one before it is whole. Free some space, then fit(..., resume=True)"
-                )
-                raise
-        self.cadence.saved()  # the time that it took does not count
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint; see `saved.restore`."""

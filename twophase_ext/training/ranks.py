@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 # Rank 0 may verify the condition for hours; a process that ends closes its connections at once.
@@ -61,6 +61,11 @@ class Ranks:
             with self.together():
                 dist.broadcast(tensor, source, group=None if tensor.is_cuda else self._cpu)
         return tensor
+
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Rank 0's buffers everywhere: BatchNorm's running statistics are of its parts."""
+        for buffer in model.buffers():
+            self.broadcast(buffer)
 
     def columns(self, own: Tensor, total: int) -> Tensor:
         """[b, total] from everyone's [b, columns of `part(total)`]."""
