@@ -387,7 +387,7 @@ class Run:
     def _save(self) -> None:
         if self.folder is not None:
             with self._timed("checkpoint"):
-                saved.write(self, self.folder)
+                saved.store(self, self.folder)
         self.cadence.saved()
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ def state(run: "Run") -> dict[str, Any]:
     }
 
 
-def write(run: "Run", folder: Path) -> None:
+def store(run: "Run", folder: Path) -> None:
     """Save the run's state as the folder's checkpoint; an OSError says what is left."""
     try:
         checkpoint.save(folder, state(run))
