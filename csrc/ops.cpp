@@ -32,6 +32,14 @@ STABLE_TORCH_LIBRARY(twophase, m) {
   m.def(
       "last_layer_gradient(Tensor weight, Tensor? bias, Tensor h, Tensor target, int loss)"
       " -> (Tensor, Tensor, Tensor)");
+  // The two halves of a step over rows `index` of some columns of h. logits: float64 [b, k],
+  // without the bias; the caller adds up those of all columns and hands them to the update.
+  m.def("last_layer_logits(Tensor weight, Tensor h, Tensor index) -> Tensor");
+  m.def(
+      "last_layer_update_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!)? weight_buffer,"
+      " Tensor(d!)? bias_buffer, Tensor h, Tensor index, Tensor logits, Tensor target, int loss,"
+      " float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool fresh)"
+      " -> Tensor");
   // (certified rank [b], logabsdet [b], info [b]) of the Gram matrix of [features, 1], [b, n, m].
   m.def("gram_logdet(Tensor features, bool append_ones) -> (Tensor, Tensor, Tensor)");
 }

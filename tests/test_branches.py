@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
-from twophase_ext.training import engine, features
+from twophase_ext.training import columns, engine, features
 
 BRANCHES = {
     "paper": {},
@@ -64,7 +64,7 @@ def test_features_and_verdicts_are_made_once(monkeypatch):
             super().__init__(*arguments)
 
     own = engine.Run._verify
-    monkeypatch.setattr(engine, "Features", Counted)
+    monkeypatch.setattr(columns, "Features", Counted)
     monkeypatch.setattr(engine.Run, "_verify", lambda run: verified.append(1) or own(run))
     modes = {mode: {"second_phase": mode} for mode in ("base", "gd", "sgd")}
     quiet(toy_mlp(), verify="svd", **SETTINGS).branch(

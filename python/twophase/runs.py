@@ -1,5 +1,6 @@
 """twophase demo and train: a run of the Trainer, its folder, picture and report."""
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import twophase_ext as tp
 from twophase_ext.files import write_atomically
+from twophase_ext.training.ranks import joined
 
 from . import data
 from .assembly import DataName, build_model, first
@@ -172,7 +174,9 @@ def train(
         progress: print what happens.
         callbacks: passed to the Trainer (not on the command line).
     """
-    log = None if logger is None else make_logger(logger)
+    ranks = joined()
+    progress = progress and ranks.rank == 0
+    log = None if logger is None or ranks.rank else make_logger(logger)
     images, labels = data.load(data_name, "train")
     test_images, test_labels = data.load(data_name, "test")
     classes = int(labels.max()) + 1
@@ -180,7 +184,8 @@ def train(
     wide = tp.nn.wide_units(len(images), ratio) if ratio > 0 else 0
     network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        own = "cuda" if ranks.size == 1 else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = own if torch.cuda.is_available() else "cpu"
     network.to(device)
     if loss == "squared_error":
         labels, test_labels = (
@@ -219,6 +224,8 @@ def train(
     )
     with nullcontext() if log is None else closing(log):
         result = trainer.fit((images, labels), (test_images, test_labels), resume=resume or None)
+    if ranks.rank:  # rank 0 writes for all
+        return _exit_code(result.status)
     if result.verdict is not None and result.run_dir is not None:
         draw_culprits(result.verdict, images, result.run_dir / "culprits.png")
     if progress:

@@ -1,6 +1,7 @@
 """Typed wrappers of the compiled operators: autograd, fake kernels, argument checks."""
 
 from .gram_logdet import gram_logdet
+from .last_layer_columns import last_layer_logits, last_layer_update_
 from .last_layer_epoch import last_layer_epoch_
 from .last_layer_gradient import last_layer_gradient, logit_error_constant
 from .last_layer_step import last_layer_step_
@@ -12,7 +13,9 @@ __all__ = [
     "gram_logdet",
     "last_layer_epoch_",
     "last_layer_gradient",
+    "last_layer_logits",
     "last_layer_step_",
+    "last_layer_update_",
     "logit_error_constant",
     "perturb_",
     "sgd_",

@@ -6,6 +6,8 @@ held) -> first_step.py (the base algorithm's step), optimizers.py, schedule.py, 
 steps), gradient.py (full gradients), features.py (the cache), data.py, measure.py, batchnorm.py,
 freeze.py, saved.py, checkpoint.py, runfolder.py, settings.py, streams.py.
 own_loop.py gives the pieces to a loop that is not the Trainer's.
+On several processes: ranks.py (what they tell each other), data_parallel.py (first phase),
+columns.py (second phase).
 """
 
 from ..losses import ConvexLoss

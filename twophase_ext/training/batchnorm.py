@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..network import Network
 from .data import Samples
 from .features import BATCH
+from .ranks import Ranks
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -18,13 +19,16 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, forward: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+def recalibrate(
+    model: nn.Module, forward: Any, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks
+) -> None:
     """Set every BatchNorm's running statistics to the mean over `batches`.
 
     The rule of torch.optim.swa_utils.update_bn: statistics reset, momentum None (the plain mean of
     the batches' statistics), each batch passed once. Here only the BatchNorm layers are in training
     mode while it runs, so that dropout does not add noise to the statistics; the caller's modes and
-    momenta come back afterwards. `forward` is called on each batch's inputs.
+    momenta come back afterwards. `forward` is called on each batch's inputs. A batch's statistics
+    depend on no other batch: each rank passes its own, and the mean is over those of all ranks.
     """
     layers = list(batch_norms(model).values())
     if not layers:
@@ -39,6 +43,8 @@ def recalibrate(model: nn.Module, forward: Any, batches: Iterable[tuple[Tensor, 
             layer.train()
         for x, _ in batches:
             forward(x)
+        for layer in layers if ranks.size > 1 else []:
+            _mean_of_all(layer, ranks)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
@@ -46,10 +52,15 @@ def recalibrate(model: nn.Module, forward: Any, batches: Iterable[tuple[Tensor, 
             module.training = mode
 
 
-def recalibrate_over(network: Network, samples: Samples) -> None:
-    """`recalibrate` over the samples in index order, BATCH at a time: what happens at tau."""
+def recalibrate_over(network: Network, samples: Samples, ranks: Ranks | None = None) -> None:
+    """`recalibrate` over the samples in index order, BATCH at a time: what happens at tau.
+
+    With ranks, each passes every size-th batch, and all get the mean over all batches.
+    """
+    ranks = ranks or Ranks()
     forward = network.backbone if network.wide is not None else network.hidden
-    recalibrate(network.model, forward, samples.in_order(BATCH))
+    own = samples.batches(BATCH)[ranks.rank :: ranks.size]
+    recalibrate(network.model, forward, samples.visit(own), ranks)
 
 
 def batch_bounds(model: nn.Module, n: int, size: int) -> list[int]:
@@ -61,6 +72,18 @@ def batch_bounds(model: nn.Module, n: int, size: int) -> list[int]:
     if len(starts) > 1 and n - starts[-1] == 1 and batch_norms(model):
         starts.pop()
     return [*starts, n]
+
+
+def _mean_of_all(layer: _BatchNorm, ranks: Ranks) -> None:
+    count, statistics = layer.num_batches_tracked, (layer.running_mean, layer.running_var)
+    assert count is not None
+    for statistic in statistics:
+        assert statistic is not None
+        ranks.sum_(statistic.mul_(count))
+    ranks.sum_(count)
+    for statistic in statistics:
+        assert statistic is not None
+        statistic.div_(count)
 
 
 def check_freezable(model: nn.Module) -> None:

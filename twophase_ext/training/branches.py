@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import inside
+from . import ranks
 from .checkpoint import exists
 from .config import resolve_tau
 from .result import Result
@@ -39,6 +40,8 @@ def branch(
 ) -> dict[str, Result]:
     """See `Trainer.branch`."""
     _check(trainer, branches)
+    if ranks.joined().size > 1:
+        raise ValueError("branches: expected one process; on several, fit each branch by itself")
     root = trainer.run_dir
     if root is not False:
         root = create(None if root in (None, True) else Path(str(root)), resuming=resume)

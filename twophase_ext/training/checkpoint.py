@@ -132,6 +132,22 @@ def load(path: Path) -> tuple[dict[str, Any], Path]:
     raise ValueError(f"resume: no readable checkpoint in {path} ({'; '.join(failures)})")
 
 
+def find(resume: Any, run_dir: Any) -> tuple[dict[str, Any] | None, Path | None]:
+    """The checkpoint that `Trainer.fit(resume=...)` means and its file; (None, None) for none.
+
+    Raises as `load`, and ValueError where resume is True or "auto" and run_dir names no folder.
+    """
+    if not resume:
+        return None, None
+    by_folder = resume is True or resume == "auto"
+    if by_folder and not isinstance(run_dir, str | Path):
+        raise ValueError(f"resume: {resume} needs run_dir, the folder of the run to continue")
+    path = Path(run_dir if by_folder else str(resume))
+    if resume == "auto" and not exists(path):
+        return None, None
+    return load(path)
+
+
 def check_matches(state: dict[str, Any], model: dict[str, str], config: dict[str, Any]) -> None:
     """Raise ValueError where a checkpoint belongs to another model or another configuration."""
     theirs = describe(state["model"])

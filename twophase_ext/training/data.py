@@ -1,6 +1,7 @@
 """Training data in one form: batches by sample index, checked before anything is trained."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,14 +82,25 @@ class Samples:
         raise NotImplementedError
 
     def in_order(self, size: int, *, augmented: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of `size` in index order; a last single sample joins the batch before it.
+        """Batches of `size` in index order; see `batches`."""
+        yield from self.visit(self.batches(size), augmented=augmented)
 
-        (BatchNorm has no variance over one sample.)
+    def batches(self, size: int, part: slice = slice(None)) -> list[tuple[int, int]]:
+        """(start, end) of batches of `size` in index order, of the samples in `part`.
+
+        A last single sample joins the batch before it (BatchNorm has no variance over one sample).
         """
-        starts = list(range(0, self.n, size))
-        if len(starts) > 1 and self.n - starts[-1] == 1:
+        begin, end, _ = part.indices(self.n)
+        starts = list(range(begin, end, size))
+        if len(starts) > 1 and end - starts[-1] == 1:
             starts.pop()
-        for start, end in zip(starts, [*starts[1:], self.n], strict=True):
+        return list(pairwise([*starts, end]))
+
+    def visit(
+        self, batches: Iterable[tuple[int, int]], *, augmented: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The samples start to end - 1 of each batch."""
+        for start, end in batches:
             yield self.fetch(torch.arange(start, end), augmented=augmented)
 
     def _place(self, x: Tensor) -> Tensor:

@@ -16,18 +16,20 @@ from ..files import FolderLock
 from ..guarantee import Guarantee
 from ..losses import CROSS_ENTROPY, ConvexLoss
 from ..network import Network
-from . import batchnorm, checkpoint, faults, runfolder, saved, streams
+from . import batchnorm, caches, faults, runfolder, saved, streams
 from .audit import premises
 from .cadence import Cadence
 from .config import Config
 from .data import Samples
+from .data_parallel import DataParallelStep
 from .faults import Diverged, LossWatch
-from .features import BATCH, Features, smaller_mode
+from .features import BATCH, Features
 from .first_step import FirstStep
 from .freeze import tensors_hash
 from .interrupt import Interrupt
 from .measure import measure
 from .progress import Progress
+from .ranks import Ranks
 from .schedule import Schedule
 from .streams import epoch_order, stream_seed
 
@@ -50,9 +52,13 @@ class Run:
         callbacks: tuple[Any, ...],
         cadence: Cadence,
         schedule: Schedule,
+        ranks: Ranks,
         compile_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Nothing runs yet."""
+        self.ranks = ranks
+        ranks.where = lambda: f"epoch {self.epoch}, step {self.batch}"
+        self.parallel_step: DataParallelStep | None = None  # of the first phase, on several ranks
         self.schedule, self.compiled = schedule, compile_options
         self.first_step = FirstStep(network, loss, optimizer, config, schedule, compile_options)
         self.network, self.loss, self.optimizer, self.config = network, loss, optimizer, config
@@ -83,7 +89,7 @@ class Run:
     def execute(self, epochs: int | None = None) -> str:
         """Train to the end, or so far; the status: completed, interrupted or diverged."""
         epochs = self.config.epochs if epochs is None else epochs
-        with self.progress, Interrupt() as interrupt:
+        with self.progress, Interrupt(self.ranks) as interrupt:
             self._call("on_fit_start")
             self.progress.begin("training", epochs, self.epoch)
             while self.epoch < epochs:
@@ -126,10 +132,11 @@ class Run:
                 ops.perturb_(hidden, config.noise_std, seed=seed)
         if config.batch_norm == "frozen":
             with self._timed("batch_norm"):
-                batchnorm.recalibrate_over(network, self.train)
+                batchnorm.recalibrate_over(network, self.train, self.ranks)
             network.model.eval()
         self.optimizer.zero_grad(set_to_none=True)  # no stale hidden gradient survives tau
-        self.hidden_hash = self._hash()
+        self.hidden_hash, self.parallel_step = self._hash(), None
+        self.ranks.agree("hidden layers after the noise", self.hidden_hash)
         self.progress.say(
             f"epoch {self.epoch}: noise added to {len(hidden)} hidden tensors; "
             f"from here {self.moving} trained"
@@ -139,7 +146,7 @@ class Run:
             key = (self.hidden_hash, f"verdict {config.verify} {config.batch_norm}")
             known = {} if self.shared is None else self.shared
             if key not in known:
-                known[key] = self._verify()
+                known[key] = self.ranks.once(self._verify)
             self.verdict = known[key]
             self.progress.say(str(self.verdict).splitlines()[0])  # whole in the result's summary
             if self.folder is not None:
@@ -160,41 +167,11 @@ class Run:
 
     def _cache_features(self) -> None:
         """Fill the caches of the frozen network's features, or take a branch's with the same."""
-        self.network.model.train(self.config.batch_norm == "batch")
-        while True:
-            try:
-                return self._fill_caches(self.cache_mode)
-            except (MemoryError, RuntimeError) as error:
-                self.train_features = self.val_features = None
-                self.cache_mode = smaller_mode(
-                    self.cache_mode,
-                    error,
-                    network=self.network,
-                    device=self.device,
-                    copies=self.config.augment_copies,
-                )
+        caches.fill(self)
 
     def _fill_caches(self, mode: str) -> None:
-        config = self.config
-        shared = {} if self.shared is None else self.shared
         with self._timed("features"):
-            held_out = self.val if config.batch_norm == "frozen" else None
-            total = self.train.n * (config.augment_copies or 1)
-            self.progress.begin("features", total + (held_out.n if held_out is not None else 0))
-            advance = lambda rows: self.progress.advance("features", rows)  # noqa: E731
-            for samples, name in ((self.train, "train_features"), (held_out, "val_features")):
-                key = (self.hidden_hash, f"{name} {mode}")
-                if samples is None:
-                    continue
-                if key not in shared or mode == "none":
-                    copies = config.augment_copies if samples is self.train else None
-                    # what is measured on held-out samples is the network, not its rounded features
-                    exact = "hidden" if mode == "hidden-bfloat16" else mode
-                    kept = mode if samples is self.train else exact
-                    self.train.epoch = config.tau_epoch
-                    shared[key] = Features(samples, self.network, kept, advance, copies)
-                setattr(self, name, shared[key])
-            self.progress.end("features")
+            caches.fill_in(self, mode)
 
     def _train_epoch(self, interrupt: Interrupt) -> bool:
         """The rest of this epoch; False where it was interrupted (state at the next batch)."""
@@ -204,6 +181,8 @@ class Run:
             done = (self._first if self.phase == 1 else self._second)(interrupt)
             if not done:
                 self.rng = streams.states(self.device)
+        if self.phase == 1:
+            self.ranks.broadcast_buffers(self.network.model)
         self.progress.end(f"epoch {self.epoch}")
         return done
 
@@ -226,7 +205,7 @@ class Run:
                 sums[1] += correct
             self.batch += 1
             self.progress.advance(f"epoch {self.epoch}")
-            due = self.cadence.step() and self.batch < last
+            due = self._due() and self.batch < last
             if bad := watch.add(loss, due or self.batch == last or interrupt.requested):
                 step = self.batch - 1 - bad[0]
                 raise Diverged(step, bad[1], order[bounds[step] : bounds[step + 1]])
@@ -238,6 +217,9 @@ class Run:
 
     def _first_step(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """The base algorithm on all parameters."""
+        if self.ranks.size > 1:
+            self.parallel_step = self.parallel_step or DataParallelStep(self)
+            return self.parallel_step(index)
         x, y = self.train.fetch(index)
         loss, outputs = self.first_step(x, y)
         return loss, self._correct(outputs, y)
@@ -302,6 +284,10 @@ class Run:
             runfolder.write_metrics(self.folder, self.history)
         return record
 
+    def _due(self, steps: int = 1) -> bool:
+        """Whether a checkpoint is due within the epoch; rank 0's clock tells."""
+        return self.ranks.any(self.cadence.step(steps) and self.ranks.rank == 0)
+
     def _save_within(self) -> None:
         """A checkpoint inside an epoch, at the next batch; none of broken weights."""
         if self._weights_finite():
@@ -329,7 +315,7 @@ class Run:
     def _measure(self, features: Features | None, samples: Samples) -> tuple[float, float | None]:
         """Mean loss and accuracy over all samples, in evaluation mode."""
         with self._timed("evaluation"):
-            return measure(self.network, self.loss, samples if features is None else features)
+            return measure(self.network, self.loss, features or samples, self.ranks)
 
     def measure_all(self) -> dict[str, float | None]:
         """Losses and accuracies of the network as it stands, over the whole sets."""
@@ -399,17 +385,9 @@ class Run:
         }
 
     def _save(self) -> None:
-        if self.folder is None:
-            return
-        with self._timed("checkpoint"):
-            try:
-                checkpoint.save(self.folder, saved.state(self))
-            except OSError as error:
-                error.add_note(
-                    f"The checkpoint of epoch {self.epoch}, step {self.batch} was not written; the "
-                    f"one before it is whole. Free some space, then fit(..., resume=True)"
-                )
-                raise
+        if self.folder is not None:
+            with self._timed("checkpoint"):
+                saved.store(self, self.folder)
         self.cadence.saved()
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..memory import available_memory
 from ..network import Network
 from .data import Samples
+from .ranks import Ranks
 
 MODES = ("auto", "hidden", "backbone", "disk", "hidden-bfloat16", "none")
 # Samples a forward pass outside training; fixed, so that a resumed run has the same bits.
@@ -127,17 +128,22 @@ def plan_for(
     fixed_features: bool = True,
     copies: int | None = None,
     name: str = "feature_cache",
+    ranks: Ranks | None = None,
 ) -> CachePlan:
-    """`plan_cache` for the training samples, the first of `sets`, and those measured beside."""
+    """`plan_cache` for the training samples, the first of `sets`, and those measured beside.
+
+    ranks: each keeps its columns of h, in its share of the memory of the fullest machine.
+    """
+    ranks = ranks or Ranks()
     train, device = sets[0], sets[0].device
     return plan_cache(
         requested,
         n=train.n * (copies or 1) + sum(samples.n for samples in sets[1:]),
-        width=network.width,
+        width=-(-network.width // ranks.size),
         backbone_width=None if network.wide is None else network.wide.linear.in_features,
         itemsize=train.dtype.itemsize,
-        available=available_memory(device),
-        disk=free_disk(device),
+        available=ranks.least(available_memory(device)) // ranks.local_size,
+        disk=ranks.least(free_disk(device)) // ranks.local_size,
         copies=copies,
         random=any(samples.random for samples in sets),
         fixed_features=fixed_features,
@@ -175,10 +181,8 @@ class Features:
         self.targets: Tensor | None = None
         if mode == "none":
             return
-        function = network.backbone if mode == "backbone" else network.hidden
         done, targets = 0, []
-        for x, y in self._visits(copies):
-            rows = function(x)
+        for rows, y in self._computed(copies):
             if self.cache is None:
                 self.cache = self._empty(rows)
             self.cache[done : done + len(rows)] = rows
@@ -188,13 +192,26 @@ class Features:
                 on_batch(len(rows))
         self.targets = torch.cat(targets)
 
-    def _visits(self, copies: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _computed(self, copies: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows to keep and their targets, batch by batch."""
+        function = self.network.backbone if self.mode == "backbone" else self.network.hidden
+        for job in self._jobs():
+            x, y = self._visit(job, copies)
+            yield function(x), y
+
+    def _jobs(self) -> list[tuple[int, int, int]]:
+        """(copy, start, end) of the batches that fill the cache."""
+        batches = self.samples.batches(BATCH)
+        return [(copy, *batch) for copy in range(self.copies) for batch in batches]
+
+    def _visit(self, job: tuple[int, int, int], copies: int | None) -> tuple[Tensor, Tensor]:
+        copy, start, end = job
         epoch = self.samples.epoch
-        for copy in range(self.copies):
-            if copies is not None:
-                self.samples.epoch = epoch + copy
-            yield from self.samples.in_order(BATCH, augmented=True)
+        if copies is not None:
+            self.samples.epoch = epoch + copy
+        x, y = self.samples.fetch(torch.arange(start, end), augmented=True)
         self.samples.epoch = epoch
+        return x, y
 
     def _empty(self, rows: Tensor) -> Tensor:
         shape = (self.n, *rows.shape[1:])
@@ -242,6 +259,12 @@ class Features:
                 yield self.network.hidden(x), y
             else:
                 yield self._h(self.cache[start:end]), self.targets[start:end]
+
+    @torch.no_grad()
+    def outputs(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches (logits, y) of `size` in index order, under the last layer as it is."""
+        for h, y in self.in_order(size):
+            yield self.network.logits(h), y
 
     def _h(self, rows: Tensor) -> Tensor:
         if self.mode == "backbone":

@@ -1,7 +1,7 @@
 """One step of the base algorithm on all parameters: compiled, in mixed precision, accumulated."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,21 +44,32 @@ class FirstStep:
         # BatchNorm has no variance over one sample.
         self.least = 2 if batch_norms(network.model) else 1
 
-    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        forward: Callable[[Tensor], Tensor] | None = None,
+        weight: float = 1.0,
+        rows: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """(mean loss before the update, outputs [b, m_y]) of a batch x [b, ...], y [b, ...].
 
         The batch goes through in config.accumulate parts as equal as can be, each weighted by its
-        number of samples: the gradient is that of the whole batch.
+        number of samples: the gradient is that of the whole batch. On several processes, forward:
+        in place of the model; weight: a factor of the loss; rows: of the shortest of their parts.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        parts = max(1, min(self.config.accumulate, len(y) // self.least))
+        run = self.forward if forward is None else forward
+        parts = max(1, min(self.config.accumulate, (rows or len(y)) // self.least))
         total, outputs = torch.zeros((), device=self.device, dtype=torch.float64), []
         for inputs, targets in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
             with self.config.autocast(self.device):
-                output = self.forward(inputs)
+                output = run(inputs)
             output = output.to(self.config.dtype)
-            share = len(targets) / len(y)
-            loss = self.loss(output, targets) * share if parts > 1 else self.loss(output, targets)
+            share = weight * len(targets) / len(y)
+            loss = self.loss(output, targets)
+            loss = loss if share == 1 else loss * share
             self.scaler.scale(loss).backward()
             total += loss.detach()
             outputs.append(output.detach())

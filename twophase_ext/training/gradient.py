@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
+from .columns import Columns
 from .features import BATCH, Features
 
 
@@ -20,6 +21,8 @@ def full_gradient(
     by one call, anything else block by block.
     """
     weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    if isinstance(features, Columns):
+        return features.gradient(layer, loss)
     if features.hidden and loss in (CROSS_ENTROPY, SQUARED_ERROR):
         assert features.cache is not None and features.targets is not None
         value, by_weight, by_bias = ops.last_layer_gradient(

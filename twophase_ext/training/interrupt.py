@@ -1,31 +1,43 @@
-"""Ctrl-C as a request: the step in progress is finished and the state is saved."""
+"""Ctrl-C, or torchrun's SIGTERM, as a request: the step is finished and the state is saved."""
 
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
+from .ranks import Ranks
+
 
 class Interrupt:
-    """Within the context, the first SIGINT only sets `.requested`; a second one raises as usual."""
+    """Within the context, the first SIGINT only sets `.requested`; a second one raises as usual.
 
-    def __init__(self) -> None:
+    On several processes SIGTERM does so too, which torchrun sends when it stops.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
         """Not requested yet."""
-        self.requested = False
-        self._previous: Any = None
+        self.ranks, self._told = ranks, False
+        self._previous: dict[int, Any] = {}
 
-    def _handle(self, _: int, __: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, self._previous)
+    @property
+    def requested(self) -> bool:
+        """Whether any rank was told to stop: all ranks look, at the same step."""
+        return self.ranks.any(self._told)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self._told = True
+        signal.signal(number, self._previous[number])
 
     def __enter__(self) -> "Interrupt":
         """Install the handler (Python allows that in the main thread only)."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.getsignal(signal.SIGINT)
-            signal.signal(signal.SIGINT, self._handle)
+            numbers = [signal.SIGINT] + ([signal.SIGTERM] if self.ranks.size > 1 else [])
+            self._previous = {number: signal.getsignal(number) for number in numbers}
+            for number in numbers:
+                signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Put the former handler back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        """Put the former handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

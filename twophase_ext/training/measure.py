@@ -6,21 +6,32 @@ from ..losses import CROSS_ENTROPY, ConvexLoss
 from ..network import Network
 from .data import Samples
 from .features import BATCH, Features
+from .ranks import Ranks
 
 
 @torch.no_grad()
 def measure(
-    network: Network, loss: ConvexLoss, source: Samples | Features
+    network: Network, loss: ConvexLoss, source: Samples | Features, ranks: Ranks
 ) -> tuple[float, float | None]:
-    """(mean loss, accuracy) in evaluation mode; accuracy None for other than cross-entropy."""
+    """(mean loss, accuracy) in evaluation mode; accuracy None for other than cross-entropy.
+
+    Each rank passes its own part of Samples through the network: every sample counts once.
+    """
     model = network.model
     mode = model.training
     total, correct = 0.0, 0
     model.eval()
-    for inputs, y in source.in_order(BATCH):
-        outputs = network.logits(inputs) if isinstance(source, Features) else model(inputs)
+    if isinstance(source, Features):
+        batches = source.outputs(BATCH)
+    else:
+        own = source.batches(BATCH, ranks.part(source.n))
+        batches = ((model(x), y) for x, y in source.visit(own))
+    for outputs, y in batches:
         total += float(loss(outputs, y)) * len(y)
         if loss is CROSS_ENTROPY:
             correct += int((outputs.argmax(1) == y).sum())
     model.train(mode)
+    if not isinstance(source, Features):
+        sums = ranks.sum_(torch.tensor([total, correct], dtype=torch.float64))
+        total, correct = float(sums[0]), int(sums[1])
     return total / source.n, correct / source.n if loss is CROSS_ENTROPY else None

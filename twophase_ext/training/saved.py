@@ -1,6 +1,7 @@
 """What a run keeps in a checkpoint, and how another run takes it up."""
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..expressivity import Verdict
@@ -35,6 +36,18 @@ def state(run: "Run") -> dict[str, Any]:
         **{name: getattr(run, name) for name in SAVED},
         "verdict": None if run.verdict is None else run.verdict.as_dict(),
     }
+
+
+def store(run: "Run", folder: Path) -> None:
+    """Save the run's state as the folder's checkpoint; an OSError says what is left."""
+    try:
+        checkpoint.save(folder, state(run))
+    except OSError as error:
+        error.add_note(
+            f"The checkpoint of epoch {run.epoch}, step {run.batch} was not written; the one "
+            "before it is whole. Free some space, then fit(..., resume=True)"
+        )
+        raise
 
 
 def restore(run: "Run", state: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ base: the base algorithm's own steps. gd, sgd: Theorem 1 (i) and (ii).
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..guarantee import Guarantee, guarantee, smoothness
 from ..losses import CROSS_ENTROPY, SQUARED_ERROR
 from .audit import premises
+from .columns import ColumnStep, OwnColumns
 from .engine import Run
 from .faults import Diverged
 from .features import BATCH
@@ -28,23 +30,44 @@ ONE_CALL = 0.1  # seconds of steps without a look at Ctrl-C
 class HeadRun(Run):
     """second_phase="base": the base algorithm with eta_t = eta * nu; see `Run`."""
 
+    columns: OwnColumns | None = None  # of this epoch, on several ranks
+
     def _second(self, interrupt: Interrupt) -> bool:
         features = self.train_features
         assert features is not None
         features.copy = self.epoch % features.copies
         order = epoch_order(self.config.seed, self.epoch, self.train.n)
-        head = HeadStep(self.network.last.module, self.loss, self.optimizer)
-        return self._head_epoch(head, interrupt, order, self._bounds())
+        return self._head_epoch(self.optimizer, interrupt, order, self._bounds())
 
     def _head_epoch(
         self,
-        head: HeadStep,
+        optimizer: torch.optim.Optimizer,
         interrupt: Interrupt,
         order: Tensor,
         bounds: list[int],
         rates: list[float] | None = None,
     ) -> bool:
         """The rest of an epoch's mini-batch steps of the last layer, many a call."""
+        layer = self.network.last.module
+        if self.ranks.size == 1:
+            head = HeadStep(layer, self.loss, optimizer)
+            return self._head_steps(head, interrupt, order, bounds, rates)
+        with OwnColumns(layer, optimizer, self.ranks) as self.columns:
+            head = ColumnStep(layer, self.loss, optimizer)
+            return self._head_steps(head, interrupt, order, bounds, rates)
+
+    def _save_within(self) -> None:
+        with nullcontext() if self.columns is None else self.columns.whole():
+            super()._save_within()
+
+    def _head_steps(
+        self,
+        head: HeadStep,
+        interrupt: Interrupt,
+        order: Tensor,
+        bounds: list[int],
+        rates: list[float] | None,
+    ) -> bool:
         features = self.train_features
         assert features is not None
         one_by_one = features.mode == "none" or (self.schedule.per_step and rates is None)
@@ -70,11 +93,12 @@ class HeadRun(Run):
             if one_by_one and rates is None:
                 self.schedule.end_step()
                 head.look_again()  # the groups' rates may differ from now on
-            if self.cadence.step(len(losses)) and self.batch < last:
+            if self._due(len(losses)) and self.batch < last:
                 self._save_within()
             self.progress.advance(f"epoch {self.epoch}", len(losses))
             # Ctrl-C is looked at a few times a second.
-            if not one_by_one and time.perf_counter() - started < ONE_CALL:
+            slow = self.ranks.any(time.perf_counter() - started >= ONE_CALL)
+            if not one_by_one and not slow:
                 at_once *= 2
         return self.batch == last
 
@@ -169,7 +193,7 @@ class GradientDescentRun(TheoremRun):
                 self.sums[0] = loss * self.train.n
             self.batch += 1
             self.progress.advance(f"epoch {self.epoch}")
-            if self.cadence.step() and self.batch < self._steps():
+            if self._due() and self.batch < self._steps():
                 self._save_within()
         if self.batch < self._steps():
             return False
@@ -275,9 +299,8 @@ class StochasticRun(TheoremRun):
     def _second(self, interrupt: Interrupt) -> bool:
         order, bounds = self._draws()
         optimizer = torch.optim.SGD(self._moving(), lr=1.0)
-        head = HeadStep(self.network.last.module, self.loss, optimizer)
         if not self._head_epoch(
-            head, interrupt, order, bounds, self._rates(self.epoch, len(bounds) - 1)
+            optimizer, interrupt, order, bounds, self._rates(self.epoch, len(bounds) - 1)
         ):
             return False
         self.sums *= self.train.n / len(order)
@@ -290,8 +313,8 @@ class StochasticRun(TheoremRun):
         assert self.train_features is not None
         losses, squares, done = [], [], 0
         norms = self.descent["norms"]
-        for h, y in self.blocks():
-            outputs = self.network.logits(h).double().requires_grad_()
+        for outputs, y in self.train_features.outputs(BATCH):
+            outputs = outputs.double().requires_grad_()
             target = y.double() if y.is_floating_point() else y
             with torch.enable_grad():
                 loss = self.loss(outputs, target)

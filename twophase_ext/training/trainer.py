@@ -18,6 +18,7 @@ from . import batchnorm, checkpoint, runfolder
 from .branches import branch
 from .cadence import Cadence
 from .checks import check_runs, model_device, unchanged_on_error
+from .columns import check_several
 from .config import SETTINGS, Config, compile_options, resolve
 from .data import Augment, Samples
 from .engine import Run
@@ -26,6 +27,7 @@ from .first_step import check_autocast
 from .lazy import LazyRun
 from .optimizers import OptimizerFactory, make_optimizer, paper_optimizer
 from .progress import Progress
+from .ranks import Ranks, joined
 from .result import Result
 from .schedule import SchedulerFactory, make_schedule
 from .second_phase import GradientDescentRun, HeadRun, StochasticRun
@@ -193,6 +195,7 @@ class Trainer:
         ends with the same bits as one that was never interrupted (docs/determinism.md). A
         callback's own state is not saved, but what it sets in the optimizer is.
 
+        Under torchrun every process calls it with the same arguments (docs/several-processes.md).
         Ctrl-C finishes the step, saves, and returns status "interrupted". Raises ValueError or
         TypeError for unusable data, FileNotFoundError or ValueError for an unusable checkpoint,
         before the model has changed.
@@ -237,11 +240,13 @@ class Trainer:
                 module.training = mode
             if run.lock is not None:
                 run.lock.release()
+        told = run.ranks.once(lambda: (run.history, run.timings, run.folder))
+        run.history, run.timings, folder = told
         result = Result(
             model=self.model,
             history=run.history,
             status=status,
-            run_dir=run.folder,
+            run_dir=folder,
             verdict=run.verdict,
             final=final,
             timings=run.timings,
@@ -278,7 +283,8 @@ class Trainer:
     def _build(self, train: Any, val: Any, resume: bool | str | Path | None) -> Run:
         config = self.config
         check_autocast(config, self.device)
-        progress = Progress(self.progress)
+        ranks = joined()
+        progress = Progress(self.progress and ranks.rank == 0)
         self.model.to(config.dtype)
         samples = Samples.of(train, name="train", device=self.device, dtype=config.dtype)
         held_out = (
@@ -303,7 +309,7 @@ class Trainer:
             if part is not None:
                 part.prepare(self.loss, network.outputs)
         self._describe(network, samples, progress)
-        mode = self._plan(network, samples, held_out, config, progress)
+        mode = self._plan(network, samples, held_out, config, progress, ranks)
         optimizer = make_optimizer(self.optimizer, network, config.noise_std)
         schedule = make_schedule(
             self.scheduler, optimizer, config.scheduler_interval, config.second_phase
@@ -320,13 +326,13 @@ class Trainer:
             self.callbacks,
             Cadence(self.checkpoint_every),
             schedule,
+            ranks,
             self.compile,
         )
-        state, source = None, None
-        path = self._checkpoint_path(resume) if resume else None
-        if path is not None and not (resume == "auto" and not checkpoint.exists(path)):
-            state, source = checkpoint.load(path)
-        run.folder = self._open_folder(source, resume == "auto")
+        state, source = ranks.once(lambda: checkpoint.find(resume, self.run_dir))
+        check_several(run, mode if state is None else state["cache_mode"])
+        folder = ranks.once(lambda: self._open_folder(source, resume == "auto"))
+        run.folder = folder if ranks.rank == 0 else None
         with ExitStack() as on_error:  # a kept traceback would keep the lock
             if run.folder is not None:
                 run.lock = runfolder.lock(run.folder)
@@ -362,6 +368,7 @@ class Trainer:
         held_out: Samples | None,
         config: Config,
         progress: Progress,
+        ranks: Ranks,
     ) -> str:
         if config.second_phase in ("lazy", "none"):
             return "none"
@@ -369,18 +376,12 @@ class Trainer:
             network,
             [samples] if held_out is None else [samples, held_out],
             config.feature_cache,
+            ranks=ranks,
             fixed_features=config.batch_norm == "frozen",
             copies=config.augment_copies,
         )
         progress.say(f"feature cache in phase 2: {plan.mode} ({plan.reason})")
         return plan.mode
-
-    def _checkpoint_path(self, resume: bool | str | Path) -> Path:
-        if resume is not True and resume != "auto":
-            return Path(str(resume))
-        if not isinstance(self.run_dir, str | Path):
-            raise ValueError(f"resume: {resume} needs run_dir, the folder of the run to continue")
-        return Path(self.run_dir)
 
     def _open_folder(self, source: Path | None, reopen: bool) -> Path | None:
         """The run folder, reopened where the checkpoint `source` comes from it or as asked."""
