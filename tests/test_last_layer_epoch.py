@@ -145,6 +145,19 @@ def test_a_thousand_steps_are_as_accurate_as_torch():
             assert error <= max(allowed, 1e-12 * float(true.abs().max())), dtype
 
 
+def test_bfloat16_features_give_the_same_bits_for_any_number_of_threads():
+    problem, threads = Problem(70, 10, 1031, 16), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(problem.ours(h=problem.h.bfloat16(), **MOMENTUM))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_same_bits_as_step_by_step_split_and_for_any_number_of_threads(dtype):
     problem, threads = Problem(70, 10, 1031, 16, dtype=dtype), torch.get_num_threads()
@@ -186,13 +199,34 @@ def test_every_instruction_set(isa):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_features_are_those_widened():
-    for shape in SHAPES:
-        problem = Problem(*shape)
-        rounded = problem.h.bfloat16()
-        wide = problem.ours(h=rounded.float(), **MOMENTUM)
-        narrow = problem.ours(h=rounded, **MOMENTUM)
-        assert all(torch.equal(a, b) for a, b in zip(wide, narrow, strict=True))
+@pytest.mark.parametrize("isa", build_info()["isa_variants"])
+def test_bfloat16_features_are_those_widened(isa):
+    """As accurate as torch's float32 on the widened ones, for any remainder of a vector."""
+    before = build_info()["isa"]
+    _load._C.set_isa(isa)
+    try:
+        for shape in [*SHAPES, *((9, 3, m, 4) for m in (*range(2, 67), 515, 8209))]:
+            problem = Problem(*shape)
+            narrow = problem.h.bfloat16()
+            ours = problem.ours(h=narrow, **MOMENTUM)
+            problem.h = narrow.float()
+            exact = problem.by_twin(torch.float64, **MOMENTUM)
+            torchs = problem.by_twin(torch.float32, **MOMENTUM)
+            for a, b, c in zip(ours[:3], exact, torchs, strict=True):
+                allowed = 2 * float((c.double() - b).abs().max()) + 4e-7 * float(b.abs().max())
+                assert float((a.double() - b).abs().max()) <= allowed, shape
+    finally:
+        _load._C.set_isa(before)
+
+
+def test_bfloat16_features_read_no_further_than_their_rows():
+    for m in (1, 15, 33, 513, 1031):
+        problem = Problem(5, 3, m, 2)
+        expected = problem.ours(h=problem.h.bfloat16(), **MOMENTUM)
+        around = torch.full((5, m + 3), torch.nan, dtype=torch.bfloat16)
+        around[:, :m] = problem.h
+        ours = problem.ours(h=around[:, :m], **MOMENTUM)
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_rows_anywhere_and_files(tmp_path):

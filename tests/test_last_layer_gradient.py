@@ -70,9 +70,16 @@ def test_the_same_bits_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "h_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ],
+)
 @pytest.mark.parametrize("m", [1, 7, 255, 257, 3000, 9000])
-def test_a_logit_errs_by_less_than_its_constant(m, dtype):
+def test_a_logit_errs_by_less_than_its_constant(m, dtype, h_dtype):
     """In rational arithmetic; the logit of a squared error against 0 is its delta's half."""
     u = Fraction(torch.finfo(dtype).eps) / 2
     g = torch.Generator().manual_seed(m)
@@ -80,8 +87,8 @@ def test_a_logit_errs_by_less_than_its_constant(m, dtype):
     nasty[0] = 1.0
     rows = [torch.rand(m, generator=g, dtype=torch.float64), nasty, nasty.flip(0)]
     for row in rows:
-        h = row.to(dtype)[None]
-        for weight in (h.clone(), torch.randn(1, m, generator=g).to(dtype)):
+        h = row.to(h_dtype)[None]
+        for weight in (h.to(dtype, copy=True), torch.randn(1, m, generator=g).to(dtype)):
             zero = torch.zeros(1, 1, dtype=dtype)
             bias = torch.tensor([0.3], dtype=dtype)
             w, b = weight.clone(), bias.clone()

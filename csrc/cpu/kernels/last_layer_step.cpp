@@ -3,6 +3,8 @@
 // cache line.
 #include "last_layer_step.h"
 
+#include <utility>
+
 #include "sgd.h"
 #include "vector.h"
 
@@ -33,26 +35,47 @@ int64_t even_block(int64_t n, int64_t most) {
   return (n + blocks - 1) / blocks;
 }
 
-// n features of a row, as they are computed with: in place, or widened into `packed`.
+constexpr int kStrip = 2;  // vectors of a row that are read together
 template <class T>
-const T* widened(const T* row, T*, int64_t) {
-  return row;
+constexpr int kStripLanes = kStrip * kLanes<T>;
+
+// Vector s of a strip, as it is computed with. Of bfloat16 those are the even and the odd features:
+// a shift and a mask. The tiles that they meet are split alike.
+template <class T>
+TP_HD Vector<T> load_strip(const T* strip, int s) {
+  return load_vector(strip + s * kLanes<T>);
 }
-inline const float* widened(const BFloat16* row, float* packed, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) packed[i] = load(row[i]);
-  return packed;
+TP_HD FloatVector load_strip(const BFloat16* strip, int s) {
+  using Bits = uint32_t __attribute__((vector_size(kVectorBytes)));
+  Bits bits;
+  __builtin_memcpy(&bits, strip, sizeof(bits));
+  return reinterpret_cast<FloatVector>(s == 0 ? bits << 16 : bits & 0xffff0000u);
 }
-// Room for kRows widened rows of a chunk; none where rows are used in place.
-template <class T, class H, int kRows>
-struct Widened {
-  T rows[kRows][kChunk<T>];
-  T* operator[](int r) { return rows[r]; }
+// A strip of n features, then zeros; reads no further.
+template <class T, class H>
+struct Padded {
+  H features[kStripLanes<T>] = {};
+  Padded(const H* p, int64_t n) { __builtin_memcpy(features, p, n * sizeof(H)); }
 };
-template <class T, int kRows>
-struct Widened<T, T, kRows> {
-  T* operator[](int) { return nullptr; }
-};
+
+// Consecutive features of a strip to even and odd ones, and back
+template <class H>
+constexpr bool kSplit = sizeof(H) == 2;
+template <class T>
+using Lanes = std::make_integer_sequence<int, kLanes<T>>;
+template <class V, int... i>
+TP_HD void split(V (&x)[kStrip], std::integer_sequence<int, i...>) {
+  const V even = __builtin_shufflevector(x[0], x[1], (2 * i)...);
+  x[1] = __builtin_shufflevector(x[0], x[1], (2 * i + 1)...);
+  x[0] = even;
+}
+template <class V, int... i>
+TP_HD void merge(V (&x)[kStrip], std::integer_sequence<int, i...>) {
+  constexpr int n = sizeof...(i);
+  const V low = __builtin_shufflevector(x[0], x[1], (i / 2 + i % 2 * n)...);
+  x[1] = __builtin_shufflevector(x[0], x[1], (n / 2 + i / 2 + i % 2 * n)...);
+  x[0] = low;
+}
 
 // A vector that is used more than once: as a memory operand it would be loaded each time.
 template <class V>
@@ -63,55 +86,76 @@ TP_HD V in_register(V v) {
   return v;
 }
 
-// Asks for the cache lines of n features, one instruction a line.
+// Asks for the cache lines of a strip, one instruction a line.
+template <class T, class H>
+TP_HD void prefetch(const H* row, int64_t i) {
+  constexpr int64_t kBytes = kStripLanes<T> * sizeof(H);
+  if (kBytes < 64 && i * static_cast<int64_t>(sizeof(H)) % 64 != 0) return;
+  for (int64_t at = 0; at < kBytes; at += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(row + i) + at);
+}
+
+// Row r of the chunk at c; past the last row, the first ones of the chunk at `next`.
 template <class H>
-TP_HD void prefetch(const H* row, int64_t v, int64_t lanes) {
-  if (v * lanes * static_cast<int64_t>(sizeof(H)) % 64 == 0) __builtin_prefetch(row + v * lanes);
+const H* row_ahead(const H* const* rows, int64_t b, int64_t r, int64_t c, int64_t next) {
+  return r < b ? rows[r] + c : rows[smaller(r - b, b - 1)] + next;
 }
 
 template <class T, class H, int kOutputs>
 struct Logits {
   using V = Vector<T>;
-  static constexpr int N = kLanes<T>;
+  static constexpr int64_t N = kLanes<T>, S = kStripLanes<T>;
   static constexpr int kBlocks = (kOutputs + kLogitOutputs - 1) / kLogitOutputs;
   static constexpr int kBlock = (kOutputs + kBlocks - 1) / kBlocks;
   V weight[kChunkVectors<T>][kOutputs];
   V sums[kRowGroup / kLogitRows][kLogitRows][kOutputs];
-  Widened<T, H, kLogitRows> wide;
 
   void pack(const T* w, int64_t m, int64_t n) {
-    for (int j = 0; j < kOutputs; ++j) {
-      const T* row = w + j * m;
-      int64_t v = 0;
-      for (; (v + 1) * N <= n; ++v) weight[v][j] = load_vector(row + v * N);
-      if (v * N < n) weight[v][j] = load_vector(row + v * N, n - v * N);
-    }
+    for (int j = 0; j < kOutputs; ++j)
+      for (int64_t i = 0; i < n; i += S) {
+        V x[kStrip];
+        const auto load = [&](const T* strip) {
+          for (int s = 0; s < kStrip; ++s) x[s] = load_strip(strip, s);
+        };
+        const T* p = w + j * m + i;
+        i + S <= n ? load(p) : load(Padded<T, T>(p, n - i).features);
+        if constexpr (kSplit<H>) split(x, Lanes<T>{});
+        for (int s = 0; s < kStrip; ++s) weight[i / N + s][j] = x[s];
+      }
   }
 
   // Two samples and a block of outputs; `ahead` are the two samples that follow.
   template <int kFirst>
-  void add(const T* x, const T* y, const H* x_ahead, const H* y_ahead, int64_t n,
+  void add(const H* x, const H* y, const H* x_ahead, const H* y_ahead, int64_t n,
            V (&total)[kLogitRows][kOutputs]) const {
     constexpr int kCount = kOutputs - kFirst < kBlock ? kOutputs - kFirst : kBlock;
     V a[kCount], b[kCount];
     for (int j = 0; j < kCount; ++j) a[j] = total[0][kFirst + j], b[j] = total[1][kFirst + j];
-    const auto step = [&](int64_t v, V xv, V yv) __attribute__((always_inline)) {
+    const auto step = [&](const H* x_strip, const H* y_strip,
+                          int64_t v) __attribute__((always_inline)) {
       TP_UNROLL
-      for (int j = 0; j < kCount; ++j) {
-        const V w = in_register(weight[v][kFirst + j]);
-        a[j] = fused(xv, w, a[j]);
-        b[j] = fused(yv, w, b[j]);
+      for (int s = 0; s < kStrip; ++s) {
+        const V xv = in_register(load_strip(x_strip, s)), yv = in_register(load_strip(y_strip, s));
+        TP_UNROLL
+        for (int j = 0; j < kCount; ++j) {
+          const V w = in_register(weight[v + s][kFirst + j]);
+          a[j] = fused(xv, w, a[j]);
+          b[j] = fused(yv, w, b[j]);
+        }
       }
     };
     int64_t v = 0;
-    for (; (v + 1) * N <= n; ++v) {
+    for (; (v + kStrip) * N <= n; v += kStrip) {
       if constexpr (kFirst == 0) {
-        prefetch(x_ahead, v, N);
-        prefetch(y_ahead, v, N);
+        prefetch<T>(x_ahead, v * N);
+        prefetch<T>(y_ahead, v * N);
       }
-      step(v, load_vector(x + v * N), load_vector(y + v * N));
+      step(x + v * N, y + v * N, v);
     }
-    if (v * N < n) step(v, load_vector(x + v * N, n - v * N), load_vector(y + v * N, n - v * N));
+    if (v * N < n) {
+      const Padded<T, H> x_rest(x + v * N, n - v * N), y_rest(y + v * N, n - v * N);
+      step(x_rest.features, y_rest.features, v);
+    }
     for (int j = 0; j < kCount; ++j) total[0][kFirst + j] = a[j], total[1][kFirst + j] = b[j];
     if constexpr (kFirst + kCount < kOutputs)
       add<kFirst + kCount>(x, y, x_ahead, y_ahead, n, total);
@@ -124,12 +168,13 @@ struct Logits {
     for (int64_t c = begin; c < end; c += kChunk<T>) {
       const int64_t n = smaller(kChunk<T>, end - c);
       pack(w + c, m, n);
+      const int64_t next = c + kChunk<T> < end ? c + kChunk<T> : c;
+      const auto ahead = [&](int64_t r) { return row_ahead(rows, rows_n, r, c, next); };
       for (int64_t r = 0; r < rows_n; r += kLogitRows) {
         // The last of an odd number goes beside itself.
         const int64_t s = smaller(r + 1, rows_n - 1);
-        const int64_t r_ahead = smaller(r + 2, rows_n - 1), s_ahead = smaller(r + 3, rows_n - 1);
-        add<0>(widened(rows[r] + c, wide[0], n), widened(rows[s] + c, wide[1], n),
-               rows[r_ahead] + c, rows[s_ahead] + c, n, sums[r / kLogitRows]);
+        add<0>(rows[r] + c, rows[s] + c, ahead(r + kLogitRows), ahead(r + kLogitRows + 1), n,
+               sums[r / kLogitRows]);
       }
     }
     for (int64_t r = 0; r < rows_n; ++r)
@@ -157,28 +202,21 @@ void logits(const void* const* rows_, const void* weight_, int64_t b, int64_t k,
 template <class T, class H>
 struct Gradient {
   using V = Vector<T>;
-  static constexpr int N = kLanes<T>;
-  static constexpr int kStrip = 2;  // vectors of a row whose gradient is kept in registers
+  static constexpr int64_t N = kLanes<T>, S = kStripLanes<T>;
   V tile[kTileOutputs][kChunkVectors<T>];
-  Widened<T, H, kGradientRows> wide;
 
   // tile[j, :n] += sum of delta[r, j] x[r] over `count` samples, delta's rows k apart. `ahead`,
   // where not null, are the samples that follow.
   template <int kOutputs>
-  static void add(const T* const* x, const H* const* ahead, const T* delta, int64_t k,
+  static void add(const H* const* x, const H* const* ahead, const T* delta, int64_t k,
                   int64_t count, int64_t n, V (*tile)[kChunkVectors<T>]) {
-    int64_t v = 0;
-    for (; (v + kStrip) * N <= n; v += kStrip) {
+    const auto strip = [&](int64_t v, const auto& load) __attribute__((always_inline)) {
       V g[kOutputs][kStrip];
       for (int j = 0; j < kOutputs; ++j)
         for (int s = 0; s < kStrip; ++s) g[j][s] = tile[j][v + s];
       for (int64_t r = 0; r < count; ++r) {
         V xv[kStrip];
-        TP_UNROLL
-        for (int s = 0; s < kStrip; ++s) {
-          if (ahead) prefetch(ahead[r], v + s, N);
-          xv[s] = load_vector(x[r] + (v + s) * N);
-        }
+        load(r, xv);
         TP_UNROLL
         for (int j = 0; j < kOutputs; ++j) {
           const V d = in_register(broadcast(delta[r * k + j]));
@@ -188,29 +226,34 @@ struct Gradient {
       }
       for (int j = 0; j < kOutputs; ++j)
         for (int s = 0; s < kStrip; ++s) tile[j][v + s] = g[j][s];
-    }
-    for (; v * N < n; ++v) {
-      const int64_t rest = smaller(N, n - v * N);
-      for (int64_t r = 0; r < count; ++r) {
-        const V xv = rest == N ? load_vector(x[r] + v * N) : load_vector(x[r] + v * N, rest);
-        for (int j = 0; j < kOutputs; ++j)
-          tile[j][v] = fused(broadcast(delta[r * k + j]), xv, tile[j][v]);
-      }
-    }
+    };
+    int64_t v = 0;
+    for (; (v + kStrip) * N <= n; v += kStrip)
+      strip(v, [&](int64_t r, V(&xv)[kStrip]) __attribute__((always_inline)) {
+        if (ahead) prefetch<T>(ahead[r], v * N);
+        TP_UNROLL
+        for (int s = 0; s < kStrip; ++s) xv[s] = load_strip(x[r] + v * N, s);
+      });
+    if (v * N < n)
+      strip(v, [&](int64_t r, V(&xv)[kStrip]) __attribute__((always_inline)) {
+        const Padded<T, H> rest(x[r] + v * N, n - v * N);
+        for (int s = 0; s < kStrip; ++s) xv[s] = load_strip(rest.features, s);
+      });
   }
 
-  // The tile of outputs [first, first + outputs) and features [c, c + n), over all samples
+  // The tile of outputs [first, first + outputs) and features [c, c + n), over all samples. `next`:
+  // where the chunk begins that follows.
   void run(const H* const* rows, const T* delta, int64_t b, int64_t k, int64_t first,
-           int64_t outputs, int64_t c, int64_t n) {
-    for (int64_t j = 0; j < outputs; ++j) __builtin_memset(tile[j], 0, (n + N - 1) / N * sizeof(V));
+           int64_t outputs, int64_t c, int64_t n, int64_t next) {
+    const int64_t vectors = (n + S - 1) / S * kStrip;
+    for (int64_t j = 0; j < outputs; ++j) __builtin_memset(tile[j], 0, vectors * sizeof(V));
     const int64_t block = even_block(outputs, kGradientOutputs);
     for (int64_t r = 0; r < b; r += kGradientRows) {
       const int64_t count = smaller(kGradientRows, b - r);
-      const T* x[kGradientRows];
-      const H* ahead[kGradientRows];
-      for (int64_t i = 0; i < count; ++i) {
-        x[i] = widened(rows[r + i] + c, wide[i], n);
-        ahead[i] = rows[smaller(r + kGradientRows + i, b - 1)] + c;
+      const H *x[kGradientRows], *ahead[kGradientRows];
+      for (int64_t q = 0; q < count; ++q) {
+        x[q] = rows[r + q] + c;
+        ahead[q] = row_ahead(rows, b, r + kGradientRows + q, c, next);
       }
       for (int64_t j = 0; j < outputs; j += block)
         with_constant<kGradientOutputs>(smaller(block, outputs - j), [&](auto size) {
@@ -218,6 +261,10 @@ struct Gradient {
                                      count, n, tile + j);
         });
     }
+    if constexpr (kSplit<H>)
+      for (int64_t j = 0; j < outputs; ++j)
+        for (int64_t v = 0; v < vectors; v += kStrip)
+          merge(reinterpret_cast<V(&)[kStrip]>(tile[j][v]), Lanes<T>{});
   }
 };
 
@@ -232,10 +279,10 @@ void tiles(const void* const* rows_, const void* delta_, int64_t b, int64_t k, i
   // Backwards: the first pass has left the end of the slice in the cache.
   const int64_t chunks = (end - begin + kChunk<T> - 1) / kChunk<T>;
   for (int64_t c = begin + (chunks - 1) * kChunk<T>; c >= begin; c -= kChunk<T>) {
-    const int64_t n = smaller(kChunk<T>, end - c);
+    const int64_t n = smaller(kChunk<T>, end - c), next = c > begin ? c - kChunk<T> : c;
     for (int64_t first = 0; first < k; first += outputs) {
       const int64_t count = smaller(outputs, k - first);
-      gradient.run(rows, delta, b, k, first, count, c, n);
+      gradient.run(rows, delta, b, k, first, count, c, n, next);
       f(first, count, c, n);
     }
   }
