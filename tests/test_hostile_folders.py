@@ -77,9 +77,13 @@ def poisoned(value, payload: str):
     return payload if isinstance(value, str) else value
 
 
+@pytest.fixture(scope="module")
+def clean(finished):
+    return report(finished), report(finished, finished)
+
+
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_every_string_comes_out_as_text(folder, payload):
-    clean = report(folder), report(folder, folder)
+def test_every_string_comes_out_as_text(folder, clean, payload):
     for name in ("config.json", "environment.json", "result.json"):
         given = json.loads((folder / name).read_text())
         text = poisoned(given, payload)
@@ -98,12 +102,13 @@ def test_every_string_comes_out_as_text(folder, payload):
         head, *rows = (folder / name).read_text().splitlines()
         cell = '"' + payload.replace('"', '""') + '"'
         (folder / name).write_text("\n".join(f"{line},{cell}" for line in [head, *rows]))
-    (folder / "metrics.csv").write_text((folder / "metrics.csv").read_text() + f"\n{payload}\n")
     hostile = folder.with_name(payload.replace("/", "|"))
     folder.rename(hostile)
     for runs, expected in zip(([hostile], [hostile, hostile]), clean, strict=True):
         found = report(*runs)
         check(found, expected)
+        drawn = [[tag for tag, _ in page.elements].count("svg") for page in (found, expected)]
+        assert drawn[0] == drawn[1] > 3
         assert found.text.count(" ".join(payload.split())) > 20
 
 
