@@ -42,7 +42,14 @@ def operators(device: str = "cpu") -> dict[str, list[torch.Tensor]]:
         weight, bias, h, target = (t.clone() for t in layer)
         loss = ops.last_layer_step_(weight, bias, None, None, h, target, lr=0.1)
         found[f"last_layer_step_ {dtype}"] = [loss, weight, bias]
-        found[f"gram_logdet {dtype}"] = list(ops.gram_logdet(h[:40].view(4, 10, -1)[..., :60]))
+        h, y, index = problem.h, problem.y[:60], torch.arange(60)  # these two on the CPU alone
+        weight = problem.weight.clone()
+        logits = ops.last_layer_logits(weight, h, index)
+        ops.last_layer_update_(weight, None, None, None, h, index, logits, y, lr=0.1)
+        found[f"last_layer_logits, last_layer_update_ {dtype}"] = [logits, weight]
+        found[f"gram_logdet {dtype}"] = list(
+            ops.gram_logdet(layer[2][:40].view(4, 10, -1)[..., :60])
+        )
     return {name: [t.detach().cpu() for t in parts] for name, parts in found.items()}
 
 

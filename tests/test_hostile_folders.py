@@ -172,11 +172,17 @@ def test_a_report_reads_nothing_outside(folder, outside):
     (folder / "config.json").symlink_to(outside / "file")
     with pytest.raises(ValueError, match=r"config.json cannot be read: .* leads out of"):
         write_report([folder], folder / "report.html")
-    with pytest.raises(ValueError, match="leads out of"):
-        run_figure(folder)
     with pytest.raises(ValueError, match=r"options.yaml: leads out of"):
         verify(run=str(folder))
     (outside / "file").write_bytes(SECRET)
+
+
+@pytest.mark.parametrize("name", ["guarantee.csv", "result.json", "metrics.csv"])
+def test_a_figure_reads_nothing_outside(folder, outside, name):
+    (folder / name).unlink()
+    (folder / name).symlink_to(outside / "file")
+    with pytest.raises(ValueError, match=f"{name}: leads out of"):
+        run_figure(folder)
 
 
 def test_a_checkpoint_that_is_a_link_is_not_read(tmp_path, outside):
