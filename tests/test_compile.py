@@ -64,6 +64,17 @@ CASES = {
         lambda w, h, t: ops.last_layer_step_(w, None, None, None, h, t, lr=0.1),
         lambda: [state()[0], *LAYER.values()],
     ),
+    "last_layer_logits": (
+        ops.last_layer_logits,
+        lambda: [state()[0], LAYER["h"], torch.tensor([8, 0, 3])],
+    ),
+    "last_layer_update_": (
+        lambda *t: ops.last_layer_update_(*t, lr=0.1, momentum=0.9, fresh=True),
+        lambda: [
+            *(*state(), LAYER["h"], torch.tensor([8, 0, 3])),
+            *(numbers(3, 3).double(), torch.tensor([2, 1, 0])),
+        ],
+    ),
     "last_layer_epoch_": (epoch, lambda: [*state(), *LAYER.values(), torch.arange(9)]),
     "last_layer_gradient": (
         lambda w, b, h, y: ops.last_layer_gradient(w, b, h, y, loss="squared_error"),

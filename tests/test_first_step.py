@@ -19,22 +19,31 @@ DATA = toy_data(20)
 
 
 class Watch:
-    """Weights after each epoch and at tau; the loss scale; what the last layer's input was."""
+    """Weights after each epoch and at tau; the loss scale."""
 
     def __init__(self) -> None:
-        self.states, self.scales, self.dtypes, self.at_tau = [], [], [], None
-
-    def on_fit_start(self, run) -> None:
-        keep = lambda _, args: self.dtypes.append(args[0].dtype)  # noqa: E731
-        run.network.last.module.register_forward_pre_hook(keep)
+        self.states, self.scales, self.at_tau = [], [], None
 
     def on_perturb(self, run) -> None:
         self.at_tau = bits(run.network.model)
-        self.dtypes.append(None)
 
     def on_epoch_end(self, run, record) -> None:
         self.states.append(bits(run.network.model))
         self.scales.append(run.first_step.scaler.get_scale())
+
+
+class Dtypes:
+    """Of the last layer's input; None at tau. A hook, which no compiled model should have."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.dtype | None] = []
+
+    def on_fit_start(self, run) -> None:
+        keep = lambda _, args: self.seen.append(args[0].dtype)  # noqa: E731
+        run.network.last.module.register_forward_pre_hook(keep)
+
+    def on_perturb(self, run) -> None:
+        self.seen.append(None)
 
 
 def torchs_recipe(model, optimizer, data, dtype, epochs: int, parts: int = 1, scale=2.0**16):
@@ -58,18 +67,18 @@ def torchs_recipe(model, optimizer, data, dtype, epochs: int, parts: int = 1, sc
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("precision", DTYPES)
 def test_mixed_precision_is_torchs_recipe(precision, accumulate):
-    model, by_hand, watch = toy_mlp(), toy_mlp(), Watch()
+    model, by_hand, watch, dtypes = toy_mlp(), toy_mlp(), Watch(), Dtypes()
     settings = {"precision": precision, "accumulate": accumulate, "verify": "auto"}
-    result = quiet(model, callbacks=[watch], **settings).fit(DATA, DATA)
+    result = quiet(model, callbacks=[watch, dtypes], **settings).fit(DATA, DATA)
     optimizer = tp.optim.SGD(by_hand.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-5)
     torchs_recipe(by_hand, optimizer, DATA, DTYPES[precision], 2, accumulate)
     assert same_bits(watch.states[1], bits(by_hand))
     assert not same_bits(watch.states[1], first_phase("float32"))  # 16 bits were in use
     assert {t.dtype for t in bits(model).values()} == {torch.float32}
     # features and measured losses are in float32 after tau, proofs in float64
-    tau = watch.dtypes.index(None)
-    assert DTYPES[precision] in watch.dtypes[:tau]
-    assert set(watch.dtypes[tau + 1 :]) == {torch.float32, torch.float64}
+    tau = dtypes.seen.index(None)
+    assert DTYPES[precision] in dtypes.seen[:tau]
+    assert set(dtypes.seen[tau + 1 :]) == {torch.float32, torch.float64}
     assert result.verdict.status == "full rank" and result.hidden_hash  # no proof through a hook
     with torch.no_grad():
         loss = nn.functional.cross_entropy(model(DATA[0]), DATA[1])

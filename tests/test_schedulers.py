@@ -103,9 +103,11 @@ def test_after_every_step(tmp_path, name, epoch):
     """The fused second phase against plain steps; Ctrl-C within an epoch of each phase."""
     factories = {
         "OneCycleLR": lambda o: lrs.OneCycleLR(o, 0.1, total_steps=18),  # momentum moves, too
-        "LambdaLR": lambda o: lrs.LambdaLR(o, [lambda t: 1 / (1 + t), lambda t: 0.5**t]),
+        # from its step 11 on, in the middle of an epoch, the last layer's weight and bias differ
+        "LambdaLR": lambda o: lrs.LambdaLR(
+            o, [lambda t: 1 / (1 + t), lambda t: 1 / (1 + t) if t < 11 else 0.01]
+        ),
     }
-    # at tau the groups of the last layer's weight and bias differ in nothing but their schedules
     groups = {
         "OneCycleLR": sgd,
         "LambdaLR": lambda ps: sgd([{"params": ps[::2]}, {"params": ps[1::2]}]),
