@@ -266,15 +266,16 @@ def test_ctrl_c_in_the_cached_epochs_reaches_lightning_and_resumes(tmp_path):
     stopped, plugin = [0], fresh()
     whole = Module(convnet())
     fit(whole, data, plugin)
-    stopped, plugin = [], fresh()
+    stopped, plugin, cut = [], fresh(), Module(convnet())
     save = L.callbacks.ModelCheckpoint(tmp_path, save_on_exception=True, every_n_epochs=100)
     handler = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(SystemExit):
-            fit(Module(convnet()), data, save, plugin, enable_checkpointing=True, epochs=7)
+            fit(cut, data, save, plugin, enable_checkpointing=True, epochs=7)
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
     assert stopped == [1] and len(plugin.losses) == 2  # of 4: the epoch in progress has ended
+    assert all(m.training for m in cut.train().modules())  # unfrozen
     (saved,) = tmp_path.glob("*.ckpt")
     again, plugin = Module(other()), fresh()
     fit(again, data, plugin, ckpt_path=saved)
