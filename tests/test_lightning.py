@@ -118,7 +118,7 @@ def test_the_trainers_bits_with_the_cache(optimizer):
     assert module.training and all(p.requires_grad for p in module.parameters())
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_the_trainers_weights_without_the_cache(optimizer):
     """The module's own steps: features of a batch, autograd; equal in exact arithmetic."""
     x, y = toy_images(40)
@@ -141,6 +141,17 @@ def test_the_modules_own_forward_and_the_verdict():
     assert plugin.tau_epoch == 3
     assert (plugin.verdict.status, plugin.verdict.claim) == ("proved", "exists")
     assert plugin.verdict.last_layer == "net.4"
+
+
+def test_distributed_data_parallel_goes_on_after_tau(monkeypatch):
+    """Its reducer would wait for the frozen layers' gradients; one process is enough to see it."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    data = toy_data(40)
+    plain, parallel = Module(toy_mlp()), Module(toy_mlp())
+    fit(plain, data, callback())
+    distributed = {"strategy": "ddp_find_unused_parameters_true", "devices": 1}
+    fit(parallel, data, callback(), use_distributed_sampler=False, **distributed)
+    assert same_bits(bits(plain.net), bits(parallel.net))
 
 
 class Watch(L.Callback):
@@ -255,15 +266,16 @@ def test_ctrl_c_in_the_cached_epochs_reaches_lightning_and_resumes(tmp_path):
     stopped, plugin = [0], fresh()
     whole = Module(convnet())
     fit(whole, data, plugin)
-    stopped, plugin = [], fresh()
+    stopped, plugin, cut = [], fresh(), Module(convnet())
     save = L.callbacks.ModelCheckpoint(tmp_path, save_on_exception=True, every_n_epochs=100)
     handler = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(SystemExit):
-            fit(Module(convnet()), data, save, plugin, enable_checkpointing=True, epochs=7)
+            fit(cut, data, save, plugin, enable_checkpointing=True, epochs=7)
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
     assert stopped == [1] and len(plugin.losses) == 2  # of 4: the epoch in progress has ended
+    assert all(m.training for m in cut.train().modules())  # unfrozen
     (saved,) = tmp_path.glob("*.ckpt")
     again, plugin = Module(other()), fresh()
     fit(again, data, plugin, ckpt_path=saved)

@@ -42,6 +42,7 @@ class Frozen:
     """A model whose hidden layers are frozen, from `freeze`.
 
     As a context manager it ends by `verify`, where the block did not raise, and `unfreeze`.
+    last_layer: the module that is still trained.
     hash: SHA-256 of every parameter and buffer of the hidden layers as they were frozen.
     """
 
