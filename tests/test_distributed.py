@@ -14,7 +14,7 @@ import torch
 
 from liars import CASES, LIARS, duplicated, normal, off_by, smallest
 from twophase_ext.expressivity.certify import WideSource, certify_matrix
-from twophase_ext.linalg import distributed, scalapack
+from twophase_ext.linalg import distributed, scalapack, shift
 from twophase_ext.linalg.bounds import gamma
 from twophase_ext.linalg.certificate import certify_gram
 from twophase_ext.linalg.distributed import certify_distributed, rank_bytes
@@ -216,6 +216,15 @@ def test_a_shift_that_is_too_high_is_lowered(monkeypatch):
     assert not certify(m, block=8, shift=9 * truth).proved
 
 
+def test_the_shift_comes_from_the_same_subsamples(monkeypatch):
+    monkeypatch.setattr(shift, "SMALLEST", 9)
+    m = normal(70, 100)
+    c, single = certify(m, block=8, grid=(2, 3)), certify_gram(MatrixSource(m))
+    assert [rows for rows, _ in c.lambda_estimates] == [4, 9]
+    for (_, found), (_, expected) in zip(c.lambda_estimates, single.lambda_estimates, strict=True):
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("m", [duplicated(40, 60), normal(40, 30), torch.zeros(5, 9).double()])
 def test_deficient_is_not_proved(m):
     c = certify(m, block=8)
@@ -239,10 +248,10 @@ def test_never_above_the_truth(case, liar):
     m = CASES[case]
     truth = smallest(m)
     deficient = case in ("duplicate", "low rank", "zero")
-    for shift in (None, 1e-160, 1e-12, 0.5, max(truth, 1e-300)):
-        c = certify(m, shift=shift, potrf=LIARS[liar], panel=16, block=7, grid=(1, 2))
-        assert not (c.proved and deficient), (shift, c)
-        assert not c.ell > truth * (1 + 1e-12), (shift, c)
+    for s in (None, 1e-160, 1e-12, 0.5, max(truth, 1e-300)):
+        c = certify(m, shift=s, potrf=LIARS[liar], panel=16, block=7, grid=(1, 2))
+        assert not (c.proved and deficient), (s, c)
+        assert not c.ell > truth * (1 + 1e-12), (s, c)
         if c.proved:
             assert c.logdet_lower <= float(torch.linalg.slogdet(m @ m.T)[1]) + 1e-9
 

@@ -2,8 +2,8 @@
 
 Ranks share G = fl(M M^T) in square blocks (block_cyclic.py). A panel of b columns of M is made by
 one grid column of ranks, each its own rows: each number is made once, and no rank ever holds more
-than a panel. It travels along the rows and columns of the grid, and each rank adds its products to
-its own blocks. As in gram_tiles.py each product is formed apart and then added:
+than a few panels. It travels along the rows and columns of the grid, and each rank adds its
+products to its own blocks. As in gram_tiles.py each product is formed apart and then added:
     | G - M M^T | <= gamma_K |M||M|^T,   K = b + ceil(p/b).
 
 G is summed in the blocks above the diagonal, which keep it; those of the diagonal are kept apart.
