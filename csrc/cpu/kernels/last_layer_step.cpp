@@ -86,20 +86,30 @@ TP_HD V in_register(V v) {
   return v;
 }
 
-// Asks for the cache lines of a strip, one instruction a line.
-template <class T, class H>
-TP_HD void prefetch(const H* row, int64_t i) {
-  constexpr int64_t kBytes = kStripLanes<T> * sizeof(H);
-  if (kBytes < 64 && i * static_cast<int64_t>(sizeof(H)) % 64 != 0) return;
+// Asks for the cache lines of a strip, one instruction a line. kLevel: of the cache.
+template <class T, int kLevel, class P>
+TP_HD void prefetch(const P* row, int64_t i) {
+  constexpr int64_t kBytes = kStripLanes<T> * sizeof(P);
+  if (kBytes < 64 && i * static_cast<int64_t>(sizeof(P)) % 64 != 0) return;
   for (int64_t at = 0; at < kBytes; at += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(row + i) + at);
+    __builtin_prefetch(reinterpret_cast<const char*>(row + i) + at, 0, 4 - kLevel);
 }
-
 // Row r of the chunk at c; past the last row, the first ones of the chunk at `next`.
 template <class H>
 const H* row_ahead(const H* const* rows, int64_t b, int64_t r, int64_t c, int64_t next) {
   return r < b ? rows[r] + c : rows[smaller(r - b, b - 1)] + next;
 }
+// Arrays that are read soon. Who computes meanwhile asks for them in equal parts: at once, they
+// would wait for each other.
+template <class P>
+struct Soon {
+  const P* const* arrays;
+  int64_t n;
+  Soon part(int64_t i, int64_t parts) const {
+    const int64_t begin = n * i / parts;
+    return {arrays + begin, n * (i + 1) / parts - begin};
+  }
+};
 
 template <class T, class H, int kOutputs>
 struct Logits {
@@ -124,9 +134,9 @@ struct Logits {
       }
   }
 
-  // Two samples and a block of outputs; `ahead` are the two samples that follow.
+  // Two samples and a block of outputs; what follows: two samples, and weights of the next chunk.
   template <int kFirst>
-  void add(const H* x, const H* y, const H* x_ahead, const H* y_ahead, int64_t n,
+  void add(const H* x, const H* y, const H* x_ahead, const H* y_ahead, const T* w_ahead, int64_t n,
            V (&total)[kLogitRows][kOutputs]) const {
     constexpr int kCount = kOutputs - kFirst < kBlock ? kOutputs - kFirst : kBlock;
     V a[kCount], b[kCount];
@@ -147,9 +157,10 @@ struct Logits {
     int64_t v = 0;
     for (; (v + kStrip) * N <= n; v += kStrip) {
       if constexpr (kFirst == 0) {
-        prefetch<T>(x_ahead, v * N);
-        prefetch<T>(y_ahead, v * N);
+        prefetch<T, 1>(x_ahead, v * N);
+        prefetch<T, 1>(y_ahead, v * N);
       }
+      if constexpr (kFirst + kCount == kOutputs) prefetch<T, 2>(w_ahead, v * N);
       step(x + v * N, y + v * N, v);
     }
     if (v * N < n) {
@@ -158,7 +169,7 @@ struct Logits {
     }
     for (int j = 0; j < kCount; ++j) total[0][kFirst + j] = a[j], total[1][kFirst + j] = b[j];
     if constexpr (kFirst + kCount < kOutputs)
-      add<kFirst + kCount>(x, y, x_ahead, y_ahead, n, total);
+      add<kFirst + kCount>(x, y, x_ahead, y_ahead, w_ahead, n, total);
   }
 
   // partial[r, 0 .. kOutputs) for samples [0, rows_n), rows_n <= kRowGroup
@@ -172,9 +183,9 @@ struct Logits {
       const auto ahead = [&](int64_t r) { return row_ahead(rows, rows_n, r, c, next); };
       for (int64_t r = 0; r < rows_n; r += kLogitRows) {
         // The last of an odd number goes beside itself.
-        const int64_t s = smaller(r + 1, rows_n - 1);
-        add<0>(rows[r] + c, rows[s] + c, ahead(r + kLogitRows), ahead(r + kLogitRows + 1), n,
-               sums[r / kLogitRows]);
+        const int64_t s = smaller(r + 1, rows_n - 1), j = smaller(r / kLogitRows, kOutputs - 1);
+        add<0>(rows[r] + c, rows[s] + c, ahead(r + kLogitRows), ahead(r + kLogitRows + 1),
+               w + j * m + next, n, sums[r / kLogitRows]);
       }
     }
     for (int64_t r = 0; r < rows_n; ++r)
@@ -205,12 +216,13 @@ struct Gradient {
   static constexpr int64_t N = kLanes<T>, S = kStripLanes<T>;
   V tile[kTileOutputs][kChunkVectors<T>];
 
-  // tile[j, :n] += sum of delta[r, j] x[r] over `count` samples, delta's rows k apart. `ahead`,
-  // where not null, are the samples that follow.
+  // tile[j, :n] += sum of delta[r, j] x[r] over `count` samples, delta's rows k apart
   template <int kOutputs>
-  static void add(const H* const* x, const H* const* ahead, const T* delta, int64_t k,
-                  int64_t count, int64_t n, V (*tile)[kChunkVectors<T>]) {
+  static void add(const H* const* x, const T* delta, int64_t k, int64_t count, int64_t n,
+                  Soon<H> rows, Soon<T> others, V (*tile)[kChunkVectors<T>]) {
     const auto strip = [&](int64_t v, const auto& load) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < rows.n; ++i) prefetch<T, 1>(rows.arrays[i], v * N);
+      for (int64_t i = 0; i < others.n; ++i) prefetch<T, 2>(others.arrays[i], v * N);
       V g[kOutputs][kStrip];
       for (int j = 0; j < kOutputs; ++j)
         for (int s = 0; s < kStrip; ++s) g[j][s] = tile[j][v + s];
@@ -230,7 +242,6 @@ struct Gradient {
     int64_t v = 0;
     for (; (v + kStrip) * N <= n; v += kStrip)
       strip(v, [&](int64_t r, V(&xv)[kStrip]) __attribute__((always_inline)) {
-        if (ahead) prefetch<T>(ahead[r], v * N);
         TP_UNROLL
         for (int s = 0; s < kStrip; ++s) xv[s] = load_strip(x[r] + v * N, s);
       });
@@ -242,12 +253,14 @@ struct Gradient {
   }
 
   // The tile of outputs [first, first + outputs) and features [c, c + n), over all samples. `next`:
-  // where the chunk begins that follows.
+  // where the chunk begins that follows; `soon` has this one's n of what the tile is for.
   void run(const H* const* rows, const T* delta, int64_t b, int64_t k, int64_t first,
-           int64_t outputs, int64_t c, int64_t n, int64_t next) {
+           int64_t outputs, int64_t c, int64_t n, int64_t next, Soon<T> soon) {
     const int64_t vectors = (n + S - 1) / S * kStrip;
     for (int64_t j = 0; j < outputs; ++j) __builtin_memset(tile[j], 0, vectors * sizeof(V));
     const int64_t block = even_block(outputs, kGradientOutputs);
+    const int64_t blocks = (outputs + block - 1) / block;
+    const int64_t groups = (b + kGradientRows - 1) / kGradientRows;
     for (int64_t r = 0; r < b; r += kGradientRows) {
       const int64_t count = smaller(kGradientRows, b - r);
       const H *x[kGradientRows], *ahead[kGradientRows];
@@ -255,11 +268,14 @@ struct Gradient {
         x[q] = rows[r + q] + c;
         ahead[q] = row_ahead(rows, b, r + kGradientRows + q, c, next);
       }
-      for (int64_t j = 0; j < outputs; j += block)
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t j = i * block, call = r / kGradientRows * blocks + i;
         with_constant<kGradientOutputs>(smaller(block, outputs - j), [&](auto size) {
-          add<decltype(size)::value>(x, j == 0 ? ahead : nullptr, delta + r * k + first + j, k,
-                                     count, n, tile + j);
+          add<decltype(size)::value>(x, delta + r * k + first + j, k, count, n,
+                                     Soon<H>{ahead, count}.part(i, blocks),
+                                     soon.part(call, groups * blocks), tile + j);
         });
+      }
     }
     if constexpr (kSplit<H>)
       for (int64_t j = 0; j < outputs; ++j)
@@ -269,10 +285,12 @@ struct Gradient {
 };
 
 // Calls f(first, count, c, n) for each tile of outputs [first, first + count) and features [c, c +
-// n) of the slice, its gradient in `gradient`.
+// n) of the slice, its gradient in `gradient`. f changes `to` and, where not null, `beside`: [k,
+// m].
 template <class T, class H, class F>
-void tiles(const void* const* rows_, const void* delta_, int64_t b, int64_t k, int64_t begin,
-           int64_t end, Gradient<T, H>& gradient, const F& f) {
+void tiles(const void* const* rows_, const void* delta_, int64_t b, int64_t k, int64_t m,
+           int64_t begin, int64_t end, const void* to, const void* beside, Gradient<T, H>& gradient,
+           const F& f) {
   const H* const* rows = reinterpret_cast<const H* const*>(rows_);
   const T* delta = static_cast<const T*>(delta_);
   const int64_t outputs = even_block(k, kTileOutputs);
@@ -282,7 +300,12 @@ void tiles(const void* const* rows_, const void* delta_, int64_t b, int64_t k, i
     const int64_t n = smaller(kChunk<T>, end - c), next = c > begin ? c - kChunk<T> : c;
     for (int64_t first = 0; first < k; first += outputs) {
       const int64_t count = smaller(outputs, k - first);
-      gradient.run(rows, delta, b, k, first, count, c, n, next);
+      const T* soon[2 * kTileOutputs];
+      int64_t arrays = 0;
+      for (const void* array : {to, beside})
+        for (int64_t j = first; array && j < first + count; ++j)
+          soon[arrays++] = static_cast<const T*>(array) + j * m + c;
+      gradient.run(rows, delta, b, k, first, count, c, n, next, Soon<T>{soon, arrays});
       f(first, count, c, n);
     }
   }
@@ -315,7 +338,7 @@ void last_layer_update(Dtype dtype, Dtype h_dtype, const void* const* rows, cons
   with_types(dtype, h_dtype, [&](auto t, auto h) {
     using T = decltype(t);
     Gradient<T, decltype(h)> gradient;
-    tiles(rows, delta, b, k, begin, end, gradient,
+    tiles(rows, delta, b, k, m, begin, end, weight, buffer, gradient,
           [&](int64_t first, int64_t count, int64_t c, int64_t n) {
             for (int64_t j = 0; j < count; ++j) {
               const int64_t at = (first + j) * m + c;
@@ -333,7 +356,7 @@ void last_layer_add_gradient(Dtype dtype, Dtype h_dtype, const void* const* rows
   with_types(dtype, h_dtype, [&](auto t, auto h) {
     using T = decltype(t);
     Gradient<T, decltype(h)> gradient;
-    tiles(rows, delta, b, k, begin, end, gradient,
+    tiles(rows, delta, b, k, m, begin, end, sums, nullptr, gradient,
           [&](int64_t first, int64_t count, int64_t c, int64_t n) {
             for (int64_t j = 0; j < count; ++j) {
               T* sum = static_cast<T*>(sums) + (first + j) * m + c;
