@@ -88,6 +88,13 @@ def test_rounded_features(tmp_path):
     assert_same(one, results(2, tmp_path, lambda: fit(toy_mlp, data(), **settings)), 1e-5)
 
 
+def test_mixed_precision(tmp_path):
+    """A part's gradient is rounded to bfloat16, whose rounding is then the tolerance."""
+    settings = {"precision": "bf16-mixed"}
+    one = fit(toy_mlp, data(), **settings)
+    assert_same(one, results(2, tmp_path, lambda: fit(toy_mlp, data(), **settings)), 4e-3)
+
+
 def test_batch_norm_is_recalibrated_over_all_ranks(tmp_path, monkeypatch):
     """Five batches on four ranks; statistics of one process, and of update_bn itself."""
     monkeypatch.setattr(batchnorm, "BATCH", 13)
@@ -136,6 +143,7 @@ REFUSED = {
     "resume: no checkpoint in nowhere": {"resume": "nowhere"},
     "model: expected no SyncBatchNorm": {"model": "SyncBatchNorm"},
     "model: expected the module itself, got it in Distributed": {"model": "DDP"},
+    "compile: expected False": {"compile": True},
     "second_phase: 'lazy' runs in one process, got 2": {"second_phase": "lazy", "verify": "auto"},
     "feature_cache: expected cached features": {"feature_cache": "none"},
     "optimizer: expected one of .* got Muon": {"optimizer": lambda p: Muon(p)},
