@@ -1,113 +1,20 @@
-"""Several processes: the result of one process, in float64 to 1e-12."""
+"""Several processes: the result of one process, in float64 to 1e-12; what is refused."""
 
-import multiprocessing
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-import traceback
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import twophase_ext as tp
 from helpers import quiet, toy_convnet, toy_data, toy_images, toy_mlp
+from processes import N, assert_same, data, fit, results
 from twophase import runs
-from twophase_ext.training import batchnorm, engine
+from twophase_ext.network import Network
+from twophase_ext.training import batchnorm
+from twophase_ext.training.data import Samples
 from twophase_ext.training.ranks import joined
-
-F64 = {"precision": "float64", "epochs": 4, "tau": 2, "batch_size": 16}
-N = 61  # a prime: no number of ranks divides it
-
-
-def _child(rank, size, folder, timeout, function):
-    torch.set_num_threads(1)
-    store, limit = dist.FileStore(str(folder / "store"), size), timedelta(seconds=timeout)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
-    try:
-        found = function()
-    except BaseException as error:
-        found = error if isinstance(error, Exception) else RuntimeError(repr(error))
-        traceback.print_exc()
-    torch.save(found, folder / f"rank{rank}.pt")
-    os._exit(0)  # no destructor waits for another rank
-
-
-def start(size, folder, function, timeout=60):
-    """Processes that call the function as ranks of a group."""
-    folder.mkdir(exist_ok=True)
-    context = multiprocessing.get_context("fork")
-    return [
-        context.Process(target=_child, args=(r, size, folder, timeout, function))
-        for r in range(size)
-    ]
-
-
-def results(size, folder, function):
-    """What each rank's function returned, or raised."""
-    processes = start(size, folder, function)
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(size)]
-
-
-def fit(build, data, folder=False, resume=None, **settings):
-    """One fit, as plain data."""
-    model = build()
-    result = quiet(model, folder, **{**F64, **settings}).fit(*data, resume=resume)
-    return {
-        "weights": torch.cat([t.double().flatten() for t in model.state_dict().values()]),
-        "history": result.history,
-        "final": result.final,
-        "status": result.status,
-        "hash": result.hidden_hash,
-        "curve": getattr(result.guarantee, "curve", []),
-        "audit": [tuple(premise[:2]) for premise in result.guarantee.premises],
-        "verdict": None if result.verdict is None else result.verdict.status,
-        "run_dir": result.run_dir,
-        "timings": result.timings,
-    }
-
-
-def data(n=N, one_hot=False):
-    given = toy_data(n), toy_data(23, seed=1)
-    return [(x, F.one_hot(y, 3).double()) for x, y in given] if one_hot else given
-
-
-def assert_same(one, many, tolerance=1e-12):
-    """All that a Result says, to the tolerance; the ranks' among them exactly."""
-    for other in many[1:]:
-        assert torch.equal(many[0]["weights"], other["weights"])
-        for key in ("history", "final", "status", "hash", "curve", "audit", "verdict", "run_dir"):
-            assert many[0][key] == other[key], key
-        assert many[0]["timings"] == other["timings"]
-    found = many[0]
-    torch.testing.assert_close(found["weights"], one["weights"], rtol=tolerance, atol=tolerance)
-    assert [found[k] for k in ("status", "audit", "verdict")] == [
-        one[k] for k in ("status", "audit", "verdict")
-    ]
-    for a, b in zip(
-        [*found["history"], *found["curve"], found["final"]],
-        [*one["history"], *one["curve"], one["final"]],
-        strict=True,
-    ):
-        assert a.keys() == b.keys()
-        for key in a.keys() - {"seconds", "comparator"}:
-            close = (
-                pytest.approx(b[key], rel=tolerance, abs=tolerance) if b[key] is not None else None
-            )
-            assert a[key] == close, key
-
 
 CASES = {
     "base": (2, {}),
@@ -122,6 +29,14 @@ CASES = {
     "verified": (2, {"verify": "auto"}),
     "squared error": (2, {"loss": "squared_error"}),
     "Adam": (2, {"optimizer": lambda p: torch.optim.Adam(p, 1e-3)}),
+    "accumulated, a rate for each step": (
+        2,
+        {
+            "accumulate": 3,
+            "scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.7),
+            "scheduler_interval": "step",
+        },
+    ),
     "no momentum": (2, {"optimizer": lambda p: torch.optim.SGD(p, 0.05)}),
 }
 
@@ -173,20 +88,27 @@ def test_rounded_features(tmp_path):
     assert_same(one, results(2, tmp_path, lambda: fit(toy_mlp, data(), **settings)), 1e-5)
 
 
+def test_mixed_precision(tmp_path):
+    """A part's gradient is rounded to bfloat16, whose rounding is then the tolerance."""
+    settings = {"precision": "bf16-mixed"}
+    one = fit(toy_mlp, data(), **settings)
+    assert_same(one, results(2, tmp_path, lambda: fit(toy_mlp, data(), **settings)), 4e-3)
+
+
 def test_batch_norm_is_recalibrated_over_all_ranks(tmp_path, monkeypatch):
     """Five batches on four ranks; statistics of one process, and of update_bn itself."""
-    monkeypatch.setattr(engine, "BATCH", 13)
+    monkeypatch.setattr(batchnorm, "BATCH", 13)
+    x, y = toy_images(N)
     model = toy_convnet().double()
-    batches = [(x.double(), None) for x in toy_images(N)[0].split(13)]
 
     def recalibrated():
-        ranks, own = joined(), toy_convnet().double()
-        batchnorm.recalibrate(own, own, batches[ranks.rank :: ranks.size], ranks)
+        own = toy_convnet().double()
+        samples = Samples.of((x, y), name="train", device=x.device, dtype=torch.float64)
+        batchnorm.recalibrate_over(Network(own, x[:2].double()), samples, joined())
         return own.state_dict()
 
-    torch.optim.swa_utils.update_bn([x for x, _ in batches], model)
-    found = results(4, tmp_path, recalibrated)
-    for state in [recalibrated(), *found]:
+    torch.optim.swa_utils.update_bn(x.double().split(13), model)
+    for state in [recalibrated(), *results(4, tmp_path, recalibrated)]:
         for name, value in model.bn.state_dict().items():
             torch.testing.assert_close(state[f"bn.{name}"], value, rtol=1e-12, atol=1e-12)
 
@@ -217,110 +139,11 @@ def test_the_run_folder_is_written_once_and_printed_once(tmp_path, capfd):
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
 
 
-class Signal:
-    """A signal to one rank, as it fetches the batch of a step or begins a block of the cache."""
-
-    def __init__(self, rank, epoch, batch, number):
-        self.rank, self.at, self.number = rank, (epoch, batch), number
-
-    def on_fit_start(self, run):
-        steps = run.ranks.sum_
-
-        def sum_(tensor):
-            if run.ranks.rank == self.rank and (run.epoch, run.batch) == self.at:
-                os.kill(os.getpid(), self.number)
-                self.at = None
-            return steps(tensor)
-
-        run.ranks.sum_ = sum_
-
-
-class StopAfter:
-    """Ctrl-C at the end of an epoch."""
-
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_epoch_end(self, run, record):
-        if record["epoch"] == self.epoch:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.mark.parametrize(
-    ("at", "reached", "number"),
-    [((0, 3), (0, 3), signal.SIGINT), ((2, 0), (2, 8), signal.SIGTERM)],
-)
-def test_one_rank_told_to_stop_stops_all_and_other_numbers_go_on(tmp_path, at, reached, number):
-    given, folder, settings = data(), tmp_path / "run", {"batch_size": 4}
-    one = fit(toy_mlp, given, **settings)
-    stop = [Signal(1, *at, number)]
-    cut = results(
-        2, tmp_path / "2", lambda: fit(toy_mlp, given, folder, callbacks=stop, **settings)
-    )
-    assert [found["status"] for found in cut] == ["interrupted"] * 2
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert (state["epoch"], state["batch"]) == reached
-
-    def go_on(callbacks=()):
-        model = partial(toy_mlp, seed=5)
-        return fit(model, given, folder, resume=True, callbacks=callbacks, **settings)
-
-    assert go_on([StopAfter(2)])["status"] == "interrupted"  # in this process alone
-    assert_same(one | {"run_dir": folder}, results(4, tmp_path / "4", go_on))
-
-
-@pytest.mark.parametrize(("at", "number"), [((1, 2), signal.SIGKILL), ((3, 0), signal.SIGSTOP)])
-def test_a_lost_rank_ends_the_run_and_it_resumes(tmp_path, at, number):
-    given, folder = data(), tmp_path / "run"
-    lost = Signal(1, *at, number)
-    timeout = 2 if number == signal.SIGSTOP else 60
-    processes = start(
-        2, tmp_path / "2", lambda: fit(toy_mlp, given, folder, callbacks=[lost]), timeout=timeout
-    )
-    for process in processes:
-        process.start()
-    began = time.monotonic()
-    processes[0].join(40)
-    assert time.monotonic() - began < 40
-    processes[1].kill()
-    processes[1].join()
-    error = torch.load(tmp_path / "2" / "rank0.pt", weights_only=False)
-    assert isinstance(error, RuntimeError)
-    assert re.match(
-        rf"epoch {at[0]}, step {at[1]}: another process ended or hung \(seen by rank 0 of 2: .+\)\."
-        " Start again with resume=True, with any number of processes",
-        str(error),
-    )
-    one = fit(toy_mlp, given)
-    assert_same(one, [fit(toy_mlp, given, folder, resume=True)])
-
-
-def test_torchrun(tmp_path):
-    """The Trainer joins by itself; a killed process ends all with the cause told."""
-    script = tmp_path / "train.py"
-    script.write_text(TRAIN.format(tests=str(Path(__file__).parent)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    killed = subprocess.run(
-        [*command, "2", str(script)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert killed.returncode != 0
-    assert "epoch 2, step 0: another process ended or hung (seen by rank 0 of 2" in killed.stderr
-    given = data()
-    assert_same(fit(toy_mlp, given), [fit(toy_mlp, given, tmp_path / "run", resume=True)])
-
-
-TRAIN = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from helpers import toy_mlp
-from test_ranks import Signal, data, fit
-
-fit(toy_mlp, data(), "run", callbacks=[Signal(1, 2, 0, signal.SIGKILL)])
-"""
-
 REFUSED = {
+    "resume: no checkpoint in nowhere": {"resume": "nowhere"},
     "model: expected no SyncBatchNorm": {"model": "SyncBatchNorm"},
     "model: expected the module itself, got it in Distributed": {"model": "DDP"},
+    "compile: expected False": {"compile": True},
     "second_phase: 'lazy' runs in one process, got 2": {"second_phase": "lazy", "verify": "auto"},
     "feature_cache: expected cached features": {"feature_cache": "none"},
     "optimizer: expected one of .* got Muon": {"optimizer": lambda p: Muon(p)},
@@ -362,10 +185,11 @@ def test_what_several_processes_do_not_do_is_refused_before_training(tmp_path, m
         elif wrapped:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(toy_convnet())
             given = toy_images(N)
+        resume = settings.pop("resume", None)
         before = [p.clone() for p in model.parameters()]
         try:
-            quiet(model, **settings).fit(given)
-        except (ValueError, RuntimeError) as error:
+            quiet(model, **settings).fit(given, resume=resume)
+        except (ValueError, RuntimeError, FileNotFoundError) as error:
             same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
             return str(error), same
 

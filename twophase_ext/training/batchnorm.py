@@ -20,7 +20,10 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 @torch.no_grad()
 def recalibrate(
-    model: nn.Module, forward: Any, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks
+    model: nn.Module,
+    forward: Any,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    ranks: Ranks | None = None,
 ) -> None:
     """Set every BatchNorm's running statistics to the mean over `batches`.
 
@@ -43,8 +46,9 @@ def recalibrate(
             layer.train()
         for x, _ in batches:
             forward(x)
-        for layer in layers if ranks.size > 1 else []:
-            _mean_of_all(layer, ranks)
+        if ranks is not None and ranks.size > 1:
+            for layer in layers:
+                _mean_of_all(layer, ranks)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

@@ -63,6 +63,8 @@ def check_several(run: "Run", mode: str) -> None:
             "model: expected no SyncBatchNorm, whose layers wait for each other where each rank "
             "passes its own batches; leave BatchNorm as it is"
         )
+    if run.compiled is not None:
+        raise ValueError(f"compile: expected False on several processes, got {run.compiled}")
     if phase == "lazy":
         raise ValueError(f"second_phase: 'lazy' runs in one process, got {ranks.size} processes")
     check_hooks(run.optimizer)

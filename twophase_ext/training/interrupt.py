@@ -14,9 +14,9 @@ class Interrupt:
     On several processes SIGTERM does so too, which torchrun sends when it stops.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        """Not requested yet."""
-        self.ranks, self._told = ranks, False
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        """Not requested yet. ranks: None is this process alone."""
+        self.ranks, self._told = ranks or Ranks(), False
         self._previous: dict[int, Any] = {}
 
     @property

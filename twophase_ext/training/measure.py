@@ -11,13 +11,13 @@ from .ranks import Ranks
 
 @torch.no_grad()
 def measure(
-    network: Network, loss: ConvexLoss, source: Samples | Features, ranks: Ranks
+    network: Network, loss: ConvexLoss, source: Samples | Features, ranks: Ranks | None = None
 ) -> tuple[float, float | None]:
     """(mean loss, accuracy) in evaluation mode; accuracy None for other than cross-entropy.
 
     Each rank passes its own part of Samples through the network: every sample counts once.
     """
-    model = network.model
+    model, ranks = network.model, ranks or Ranks()
     mode = model.training
     total, correct = 0.0, 0
     model.eval()

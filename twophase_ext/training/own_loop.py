@@ -19,7 +19,6 @@ from .features import Features, plan_for
 from .freeze import samples_of
 from .head import HeadStep
 from .interrupt import Interrupt
-from .ranks import Ranks
 from .settings import integer
 from .streams import epoch_order
 
@@ -116,7 +115,7 @@ def fit_last_layer(
     head = HeadStep(layer, cache.loss, _holding(optimizer, layer))
     losses: list[float] = []
     cache.samples.seed = seed
-    with Interrupt(Ranks()) as interrupt:
+    with Interrupt() as interrupt:
         for epoch in range(first_epoch, first_epoch + epochs):
             cache.samples.epoch = epoch
             with torch.no_grad():

@@ -108,15 +108,17 @@ class Ranks:
             try:
                 found[0] = function()
             except Exception as error:
-                own, found[1] = error, (type(error), str(error))
+                own, found[1] = error, (type(error).__name__, str(error))
         with self.together():
             dist.broadcast_object_list(found, 0, group=self._patient)
         if own is not None:
             raise own
         if found[1] is not None:
-            kind, text = found[1]
-            known = kind in (ValueError, TypeError, FileNotFoundError)
-            raise (kind if known else RuntimeError)(text)
+            name, text = found[1]
+            kinds: dict[str, type[Exception]] = {
+                kind.__name__: kind for kind in (ValueError, TypeError, FileNotFoundError)
+            }
+            raise kinds.get(name, RuntimeError)(text)
         return found[0]
 
     @contextmanager
