@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | format | sanitize | clean
+# make demo | test | bench | lint | format | sanitize | fuzz | clean
 #
 # Needs python3 (3.11 or newer), a C++ compiler and make; cmake and ninja come with pip. Everything
 # is installed into .venv, with the versions in constraints.txt. Stamp files make repeated calls
@@ -11,12 +11,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCH_JSON ?= runs/bench.json
 SANITIZED := build/sanitized
 SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,\
-  softplus perturb sgd last_layer_step gram_logdet))
+  softplus perturb sgd last_layer_step last_layer_epoch last_layer_gradient gram_logdet fuzz_found))
+FUZZ_CALLS ?= 1000000
 SOURCES := setup.py CMakeLists.txt pyproject.toml README.md $(shell find csrc twophase_ext python \
   -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.jinja' -o -name py.typed)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint format sanitize clean
+.PHONY: demo test bench lint format sanitize fuzz clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package
@@ -43,7 +44,8 @@ format: $(STAMPS)/venv $(STAMPS)/lint
 	$(BIN)/clang-format -i $(CPP)
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Python itself is not
-# instrumented: the runtimes are preloaded, and its own leaks at exit are not reported.
+# instrumented: the runtimes are preloaded, and its own leaks at exit are not reported. The threaded
+# ones run under ThreadSanitizer in a program without Python.
 sanitize: $(STAMPS)/torch $(STAMPS)/test
 	$(PIP) install --quiet "setuptools>=68" "pybind11>=2.12" ninja "cmake>=3.24"
 	TWOPHASE_SANITIZE=address,undefined TWOPHASE_CUDA=OFF PATH="$(abspath $(BIN)):$$PATH" \
@@ -51,6 +53,11 @@ sanitize: $(STAMPS)/torch $(STAMPS)/test
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q --capture=sys -m "not cuda" $(SANITIZE_TESTS)
+	$(BIN)/pytest -q tests/test_cpu_threads.py
+
+# Random calls of every public function and damaged files, in processes whose crash costs one case.
+fuzz: $(STAMPS)/package $(STAMPS)/test
+	$(BIN)/python tests/fuzz/run.py --calls $(FUZZ_CALLS)
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

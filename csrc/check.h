@@ -84,6 +84,7 @@ inline bool is_dense(const Tensor& t) {
 
 // Every element has its own memory, so that an update can be written back.
 inline void require_no_overlap(const Tensor& t, const std::string& name) {
+  if (t.numel() == 0) return;
   for (int64_t d = 0; d < t.dim(); ++d)
     require(t.size(d) < 2 || t.stride(d) != 0, name,
             ": expected a tensor whose elements do not share memory, got stride 0 in dimension ",

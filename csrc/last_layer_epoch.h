@@ -81,6 +81,7 @@ Tensor last_layer_epoch_op(Tensor weight, std::optional<Tensor> bias,
   if (momentum != 0)
     require_buffers(weight_buffer, bias_buffer, bias.has_value(), e.k, e.m, weight, "weight");
   const Tensor packed_target = checked_target<Backend>(target, loss, e.n, e.k, weight, "weight");
+  require_own_memory(weight, bias, weight_buffer, bias_buffer, momentum != 0, h, target);
 
   if (lr.size() == 1) lr.resize(std::max<int64_t>(1, e.steps), lr[0]);
   const Tensor h_rows = with_packed_rows(h);

@@ -9,8 +9,8 @@
 #include <tuple>
 #include <utility>
 
-#include "check.h"
 #include "math/loss.h"
+#include "overlap.h"
 
 namespace twophase {
 
@@ -74,6 +74,21 @@ inline void require_buffers(const std::optional<Tensor>& weight_buffer,
   require_updatable(*bias_buffer, "bias_buffer", {k}, like, like_name);
 }
 
+// What a step writes and what it reads lie apart.
+inline void require_own_memory(const Tensor& weight, const std::optional<Tensor>& bias,
+                               const std::optional<Tensor>& weight_buffer,
+                               const std::optional<Tensor>& bias_buffer, bool with_buffers,
+                               const Tensor& h, const Tensor& target,
+                               const Tensor* logits = nullptr) {
+  std::vector<Argument> written{{&weight, "weight"}};
+  if (bias) written.push_back({&*bias, "bias"});
+  if (with_buffers) written.push_back({&*weight_buffer, "weight_buffer"});
+  if (with_buffers && bias) written.push_back({&*bias_buffer, "bias_buffer"});
+  std::vector<Argument> read{{&h, "h"}, {&target, "target"}};
+  if (logits) read.push_back({logits, "logits"});
+  require_own_memory(written, read);
+}
+
 // The targets of b samples, packed: labels in range, or values of the dtype of `like`.
 template <class Backend>
 Tensor checked_target(const Tensor& target, int64_t loss, int64_t b, int64_t k, const Tensor& like,
@@ -129,6 +144,7 @@ Tensor last_layer_step_op(Tensor weight, std::optional<Tensor> bias,
   if (momentum != 0)
     require_buffers(weight_buffer, bias_buffer, bias.has_value(), s.k, s.m, h, "h");
   const Tensor packed_target = checked_target<Backend>(target, loss, s.b, s.k, h, "h");
+  require_own_memory(weight, bias, weight_buffer, bias_buffer, momentum != 0, h, target);
 
   const Tensor h_rows = with_packed_rows(h);
   Tensor result = torch::stable::new_empty(h, {});

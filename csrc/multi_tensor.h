@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "check.h"
+#include "overlap.h"
 
 namespace twophase {
 

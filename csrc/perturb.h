@@ -32,6 +32,9 @@ void perturb_op(std::vector<Tensor> tensors, std::vector<int64_t> keys, std::vec
     require(std::isfinite(sigma) && sigma > 0, item("stds", i),
             ": expected a finite number > 0 in float32, got ", stds[i]);
   }
+  std::vector<Argument> written;
+  for (size_t i = 0; i < tensors.size(); ++i) written.push_back({&tensors[i], item("tensors", i)});
+  require_own_memory(written);
   std::vector<NoiseTarget> targets;
   std::vector<std::pair<Tensor, Tensor>> write_back;  // (tensor, its contiguous copy)
   for (size_t i = 0; i < tensors.size(); ++i) {

@@ -50,6 +50,14 @@ void sgd_op(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<T
       require_no_overlap(buffers[i], item("buffers", i));
     }
   }
+  std::vector<Argument> written, read;
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (nu[i] == 0) continue;
+    written.push_back({&params[i], item("params", i)});
+    if (with_buffers) written.push_back({&buffers[i], item("buffers", i)});
+    read.push_back({&grads[i], item("grads", i)});
+  }
+  require_own_memory(written, read);
   std::vector<SgdTarget> targets;
   std::vector<Tensor> gradients;                      // kept alive until the update is done
   std::vector<std::pair<Tensor, Tensor>> write_back;  // (tensor, its copy in another layout)

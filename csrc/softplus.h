@@ -7,7 +7,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "check.h"
+#include "overlap.h"
 
 namespace twophase {
 
@@ -33,6 +33,7 @@ template <class Backend>
 void softplus_inplace_op(Tensor x, double beta) {
   const Dtype dtype = check_softplus(x, "x", beta);
   require_no_overlap(x, "x");
+  require_own_memory({{&x, "x"}});
   if (is_dense(x)) {
     Backend::forward(x, dtype, x.const_data_ptr(), x.mutable_data_ptr(), x.numel(), beta);
     return;

@@ -13,7 +13,7 @@ over a family (comparators.py).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from .arrays import as_tensor
 from .comparators import Blocks, Comparator, comparators, last_layer_objective
 from .linalg.bounds import bound_text
 from .losses import CROSS_ENTROPY, ConvexLoss, prepare_targets, resolve_loss
+from .ops._arguments import number
 
 __all__ = ["Blocks", "Comparator", "Guarantee", "comparators", "guarantee", "smoothness"]
 
@@ -157,7 +158,16 @@ def guarantee(
     shapes, for labels out of range and for features that are not finite; TypeError for labels that
     are not integers.
     """
-    resolved, known = resolve_loss(loss), list(steps)
+    resolved = resolve_loss(loss)
+    if not isinstance(steps, Iterable):
+        raise TypeError(f"steps: expected integers, got {type(steps).__name__}")
+    known = list(steps)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    l2 = number(l2, "l2")
     ones = bias is not None if ones is None else ones
     if weight.dim() != 2:
         raise ValueError(f"weight: expected 2 dimensions [k, m], got {list(weight.shape)}")
@@ -214,7 +224,11 @@ def _blocks(features: Blocks | tuple[Any, Any], loss: ConvexLoss, outputs: int) 
 def _check_shapes(blocks: Blocks, weight: Tensor, bias: Tensor | None) -> None:
     """ValueError for features, weight and bias that do not fit, or are not finite."""
     n = 0
-    for h, _targets in blocks():
+    for h, targets in blocks():
+        if h.device != weight.device:
+            raise ValueError(
+                f"features: expected the device of weight, {weight.device}, got {h.device}"
+            )
         if h.dim() != 2 or h.shape[1] != weight.shape[1]:
             raise ValueError(
                 f"weight: expected [k, m] beside features [n, m], got {list(weight.shape)} beside "
@@ -222,6 +236,10 @@ def _check_shapes(blocks: Blocks, weight: Tensor, bias: Tensor | None) -> None:
             )
         if not bool(torch.isfinite(h).all()):
             raise ValueError("features: expected finite numbers, got NaN or infinity")
+        if len(targets) != len(h):
+            raise ValueError(f"features: {len(h)} rows do not fit {len(targets)} targets")
+        if targets.is_floating_point() and not bool(torch.isfinite(targets).all()):
+            raise ValueError("features: expected finite targets, got NaN or infinity")
         n += len(h)
     if n == 0:
         raise ValueError("features: expected at least one sample, got none")

@@ -24,6 +24,12 @@ class _Stop(BaseException):
     """Ends a forward pass. Not an Exception, so that no `except Exception` in it swallows this."""
 
 
+def require_module(model: Any) -> None:
+    """Raise TypeError where `model` is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own model inside DataParallel, DistributedDataParallel and torch.compile."""
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)

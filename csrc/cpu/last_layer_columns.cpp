@@ -23,8 +23,8 @@ struct Rows {
   Tensor h;  // keeps the rows alive
   std::vector<const void*> pointers;
 
-  Rows(const Tensor& h_, const Tensor& index, const Tensor& weight) : h(with_packed_rows(h_)) {
-    require_features(h_, weight, &dtype, &h_dtype);
+  Rows(const Tensor& h_, const Tensor& index, const Tensor& weight)
+      : h((require_features(h_, weight, &dtype, &h_dtype), with_packed_rows(h_))) {
     require(index.scalar_type() == ScalarType::Long && index.is_cpu() && index.dim() == 1 &&
                 index.is_contiguous() && index.size(0) > 0,
             "index: expected contiguous int64 indices [b] on the CPU, at least one");
@@ -127,6 +127,7 @@ Tensor last_layer_update_op(Tensor weight, std::optional<Tensor> bias,
           "logits: expected contiguous float64 [", rows.b, ", ", rows.k, "] on the CPU, got ",
           shape_of(logits));
   const Tensor packed = checked_target<Cpu>(target, loss, rows.b, rows.k, weight, "weight");
+  require_own_memory(weight, bias, weight_buffer, bias_buffer, momentum != 0, h, target, &logits);
   Tensor mean = torch::stable::new_empty(logits, {});
   const Update u{weight.mutable_data_ptr(),
                  bias ? bias->mutable_data_ptr() : nullptr,

@@ -240,11 +240,12 @@ def read_cifar_batch(raw: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
         batch = _ArraysOnly(io.BytesIO(raw), encoding="latin1").load()
         labels = batch["labels"] if "labels" in batch else batch["fine_labels"]
         images = np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32)
+        labels = np.asarray(labels, np.int64).reshape(-1)
     except Exception as error:  # a damaged pickle raises nearly every type
         raise ValueError(f"{name}: not a CIFAR batch ({error})") from None
     if len(images) != len(labels):
         raise ValueError(f"{name}: {len(images)} images do not fit {len(labels)} labels")
-    return images, np.asarray(labels, np.int64)
+    return images, labels
 
 
 def _load_cifar(
@@ -277,7 +278,7 @@ def _read_tar(path: Path, wanted: list[str]) -> dict[str, bytes]:
                 name = member.name.rsplit("/", 1)[-1]
                 if name in wanted and (content := files.extractfile(member)) is not None:
                     found[name] = content.read()
-    except (tarfile.TarError, OSError, EOFError, KeyError) as error:
+    except Exception as error:  # tarfile raises more than its own types for damaged headers
         raise ValueError(f"{path}: damaged archive ({error})") from None
     if missing := [name for name in wanted if name not in found]:
         raise ValueError(f"{path}: holds no {', '.join(missing)}")
@@ -295,10 +296,15 @@ def _load_npz(path: Path, split: str) -> tuple[Tensor, Tensor]:
             images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
     except Exception as error:  # NumPy, zipfile and zlib each raise their own types
         raise ValueError(f"{path}: expected arrays x_{split} and y_{split} ({error})") from None
-    if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
+    if (
+        images.ndim != 4
+        or images.dtype != np.uint8
+        or labels.shape != images.shape[:1]
+        or (labels.dtype.kind not in "iu")
+    ):
         raise ValueError(
-            f"{path}: expected uint8 images [n, h, w, c] and labels [n], got {images.dtype} "
-            f"{images.shape} and {labels.shape}"
+            f"{path}: expected uint8 images [n, h, w, c] and integer labels [n], got "
+            f"{images.dtype} {images.shape} and {labels.dtype} {labels.shape}"
         )
     if len(images) < _CIFAR_SIZES[split]:
         warnings.warn(

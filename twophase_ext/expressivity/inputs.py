@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arrays import as_tensor, require_finite
+from ..probing import require_module
 
 
 def checked_inputs(x: Any) -> Tensor:
@@ -21,6 +22,7 @@ def checked_inputs(x: Any) -> Tensor:
 
 def first_parameter(model: nn.Module) -> nn.Parameter:
     """A parameter that tells the model's device and dtype; ValueError where there is none."""
+    require_module(model)
     for parameter in model.parameters():
         return parameter
     raise ValueError("model: has no parameters")

@@ -199,13 +199,12 @@ class Problem:
     ) -> BoundedFeatures:
         key = hash_tensors([*batches, *(v for v in self.model.state_dict().values())])
         if path.exists():
-            state = torch.load(path, weights_only=True, map_location=batches[0].device)
-            if state.pop("key", None) != key:
-                raise ValueError(f"folder: {path} belongs to another problem; use another folder")
-            stage.advance(len(state["z"]))
-            return BoundedFeatures(**state)
+            found = _read_features(path, key, batches[0].device)
+            stage.advance(len(found.z))
+            return found
         found = self._bounded(stop, batches, stage)
-        write_atomically(path, lambda file: torch.save({"key": key, **vars(found)}, file))
+        kept = {"key": key, "checksum": _checksum(found), **vars(found)}
+        write_atomically(path, lambda file: torch.save(kept, file))
         return found
 
     @torch.no_grad()
@@ -253,3 +252,25 @@ class Problem:
         self.load({name: value.to(self.dtype) for name, value in changes.items()})
         self.damped = self.damped or bool(changes)
         return f"{what} ({resolved} directions resolved on {min(PILOT, self.n)} samples)"
+
+
+def _checksum(found: BoundedFeatures) -> str:
+    """Of everything that a proof is made from."""
+    return hash_tensors([found.z, found.error]) + repr(found.assumptions)
+
+
+def _read_features(path: Path, key: str, device: torch.device) -> BoundedFeatures:
+    """A file of `Problem.features`; ValueError where it is damaged or of another problem."""
+    try:
+        state = torch.load(path, weights_only=True, map_location=device)
+        theirs, checksum = state.pop("key"), state.pop("checksum")
+        found = BoundedFeatures(**state)
+        intact = checksum == _checksum(found)
+    except Exception as error:  # torch raises many types for a damaged file
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"folder: {path} cannot be read: {first_line}") from error
+    if theirs != key:
+        raise ValueError(f"folder: {path} belongs to another problem; use another folder")
+    if not intact:
+        raise ValueError(f"folder: {path} has been changed since it was written (checksum)")
+    return found

@@ -33,14 +33,16 @@ def read(path: Path) -> dict[str, Any]:
     """The fields; ValueError with the reason where it is not such a file, or has been edited."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        if isinstance(data, dict):
+            checksum = data.pop("checksum", None)
+            intact = checksum == _checksum(data)
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
         raise ValueError(f"path: {path} is not a verdict file: {error}") from error
     if not isinstance(data, dict) or not str(data.get("schema", "")).startswith("twophase-verdict"):
         raise ValueError(f"path: {path} is not a verdict file")
     if data["schema"] != SCHEMA:
         raise ValueError(f"path: {path} has schema {data['schema']!r}, expected {SCHEMA}")
-    checksum = data.pop("checksum", None)
-    if checksum != _checksum(data):
+    if not intact:
         raise ValueError(f"path: {path} has been changed since it was written (checksum)")
     del data["schema"]
     return _numbers(data)

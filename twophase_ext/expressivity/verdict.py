@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
@@ -131,7 +131,19 @@ class Verdict:
         known = {f.name for f in fields(Verdict)}
         if data.get("status") not in STATUSES or not data.keys() <= known:
             raise ValueError(f"path: {path} is not a verdict file")
-        return Verdict(**data)
+        try:
+            verdict = Verdict(**data)
+        except TypeError as error:
+            raise ValueError(f"path: {path} is not a verdict file: {error}") from error
+        for name, kind in get_type_hints(Verdict).items():
+            kinds = tuple(get_origin(part) or part for part in get_args(kind) or (kind,))
+            kinds = (get_origin(kind),) if get_origin(kind) in (list, dict) else kinds
+            value = getattr(verdict, name)
+            if not isinstance(value, kinds if float not in kinds else (*kinds, int)):
+                raise ValueError(
+                    f"path: {path} is not a verdict file: {name} is of type {type(value).__name__}"
+                )
+        return verdict
 
     def recheck(
         self,

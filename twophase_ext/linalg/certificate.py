@@ -29,7 +29,7 @@ from .progress import Stages
 from .shift import extrapolated, ladder, lambda_estimates, submatrix
 from .tiles import FileTiles, Grid, MemoryTiles, TileFile, Tiles
 
-VERSION = 1  # of the journal
+VERSION = 2  # of the journal
 ASSUMPTIONS = [
     "float64 arithmetic rounds to nearest",
     "matrix products are sums of products in some order (no Strassen, no emulated float64)",

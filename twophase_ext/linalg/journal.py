@@ -1,19 +1,24 @@
 """What of a tile computation is on disk: an append-only journal beside the tile file.
 
-A line is one JSON array, added after the tile it speaks of was written. After a kill the last line
-may be torn, and after a power cut a tile may be: torn lines are dropped, torn tiles are found by
-their checksum.
+A line is one JSON array that ends in the CRC-32 of what stands before it, added after the tile it
+speaks of was written. After a kill the last line may be torn, and after a power cut a tile may be:
+a line that its checksum does not fit is dropped with all that follow, torn tiles are found by
+theirs.
 """
 
 import fcntl
 import json
 import os
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from .tiles import FileTiles, Tiles, checksum
+
+START = b'["header", '
 
 
 class Journal:
@@ -42,17 +47,18 @@ class Journal:
     def _load(self, path: Path, header: dict[str, Any]) -> list[list[Any]]:
         records: list[list[Any]] = []
         good = 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
+        lines = path.read_bytes().splitlines(keepends=True)
+        for line in lines:
+            record = _intact(line)
+            if record is None:
                 break
             records.append(record)
             good += len(line)
+        torn = not lines or (lines[0].startswith(START) and not lines[0].endswith(b"\n"))
+        if not torn and (not records or records[0][0] != "header"):
+            raise ValueError(f"folder: {path} is damaged or no journal; remove it to start anew")
         if records and records[0] != ["header", header]:
-            other = records[0][1] if records[0][0] == "header" else {}
+            other = records[0][1]
             differ = [name for name in header if other.get(name) != header[name]]
             raise ValueError(
                 f"folder: {path} belongs to another computation: "
@@ -63,7 +69,7 @@ class Journal:
 
     def add(self, *record: Any) -> None:
         """Append one line, in one write."""
-        os.write(self._file, (json.dumps(record) + "\n").encode())
+        os.write(self._file, (json.dumps([*record, _crc(record)]) + "\n").encode())
         self.records.append(list(record))
 
     def find(self, name: str) -> list[Any] | None:
@@ -73,6 +79,20 @@ class Journal:
     def close(self) -> None:
         """Let another process resume."""
         os.close(self._file)
+
+
+def _crc(record: Sequence[Any]) -> int:
+    return zlib.crc32(json.dumps(list(record)).encode())
+
+
+def _intact(line: bytes) -> list[Any] | None:
+    """The record of a whole line whose checksum fits, else None."""
+    try:
+        *record, crc = json.loads(line)
+        fits = line.endswith(b"\n") and crc == _crc(record)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return record if fits and record else None
 
 
 class RecordedTiles:

@@ -1,7 +1,5 @@
 """The activation of the paper's networks as a module."""
 
-import math
-
 from torch import Tensor, nn
 
 from twophase_ext import ops
@@ -40,7 +38,7 @@ def checked_beta(beta: float) -> float:
     """`beta` as a float; TypeError where it is not a number, ValueError where out of range."""
     if isinstance(beta, bool) or not isinstance(beta, int | float):
         raise TypeError(f"beta: expected a number, got {type(beta).__name__}")
-    if not (math.isfinite(beta) and BETA_MIN <= beta <= BETA_MAX):
+    if not BETA_MIN <= beta <= BETA_MAX:
         raise ValueError(
             f"beta: expected a finite number > 0 ({BETA_MIN:g} to {BETA_MAX:g}), got {beta!r}"
         )

@@ -1,13 +1,14 @@
 """The wide last hidden layer of section 7: m_H = ceil(1.1 n) softplus units before the last."""
 
 import math
+import sys
 from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, nn
 
 # The module, not its names: layers itself imports nn.softplus.
-from twophase_ext import arrays, layers
+from twophase_ext import arrays, layers, probing
 
 from .softplus import Softplus, checked_beta
 from .tracing import trace
@@ -54,7 +55,7 @@ def wide_units(n: int, ratio: float = 1.1) -> int:
         raise ValueError(f"n: expected at least 1 sample, got {n}")
     if isinstance(ratio, bool) or not isinstance(ratio, int | float):
         raise TypeError(f"ratio: expected a number, got {type(ratio).__name__}")
-    if not (math.isfinite(ratio) and ratio > 0):
+    if not 0 < ratio <= sys.float_info.max:
         raise ValueError(f"ratio: expected a finite number > 0, got {ratio!r}")
     units = Fraction(repr(float(ratio))) * n
     if units < 1:
@@ -83,6 +84,7 @@ def widen(
     tracing the model. Raises ValueError where the last layer is not found, is ambiguous, shares
     its weights or is the model itself; TypeError where it is not an nn.Linear.
     """
+    probing.require_module(model)
     units = wide_units(n, ratio)
     beta = checked_beta(beta)
     inner = layers.unwrap(model)

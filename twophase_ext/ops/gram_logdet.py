@@ -39,6 +39,8 @@ def gram_logdet(features: Any, append_ones: bool = True) -> tuple[Tensor, Tensor
     features = as_tensor(features, name="features")
     if features.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"features: expected float32 or float64, got {features.dtype}")
+    if not isinstance(append_ones, bool):
+        raise TypeError(f"append_ones: expected a bool, got {type(append_ones).__name__}")
     if features.dim() not in (2, 3):
         raise ValueError(f"features: expected 2 or 3 dimensions, got {features.dim()}")
     features = features.detach()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
+from ._arguments import number, require_last_layer
 from .last_layer_step import checked_loss
 
 _ops = torch.ops.twophase
@@ -18,6 +19,7 @@ def last_layer_logits(weight: Tensor, h: Tensor, index: Tensor) -> Tensor:
     in slices, which are added up in float64: the same bits for any number of threads. Raises
     TypeError for a wrong dtype, ValueError for a wrong shape or index.
     """
+    require_last_layer(weight, None, None, None, h=h, index=index)
     _check(weight, h, index)
     return _ops.last_layer_logits(weight, h, index)
 
@@ -52,11 +54,14 @@ def last_layer_update_(
     Raises TypeError for a wrong dtype and ValueError for a wrong shape, value, index or label,
     before anything has changed.
     """
+    require_last_layer(
+        *(weight, bias, weight_buffer, bias_buffer), h=h, index=index, logits=logits, target=target
+    )
     _check(weight, h, index)
     code = checked_loss(loss, weight, "weight", target)
     if logits.dtype != torch.float64:
         raise TypeError(f"logits: expected float64, got {logits.dtype}")
-    return _ops.last_layer_update_(
+    result = _ops.last_layer_update_(
         weight,
         bias,
         weight_buffer,
@@ -66,13 +71,16 @@ def last_layer_update_(
         logits,
         target,
         code,
-        lr,
-        momentum,
-        dampening,
-        weight_decay,
+        number(lr, "lr"),
+        number(momentum, "momentum"),
+        number(dampening, "dampening"),
+        number(weight_decay, "weight_decay"),
         nesterov,
         fresh,
     )
+    changed = (weight, bias, weight_buffer, bias_buffer)
+    torch.autograd.graph.increment_version([t for t in changed if t is not None])
+    return result
 
 
 def _check(weight: Tensor, h: Tensor, index: Tensor) -> None:

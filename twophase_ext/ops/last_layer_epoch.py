@@ -1,11 +1,15 @@
 """Many SGD steps of the last layer over cached features, in one call."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
+from ._arguments import number, require_last_layer
 from .last_layer_step import checked_loss
 
 _ops = torch.ops.twophase
@@ -53,8 +57,14 @@ def last_layer_epoch_(
     """
     if (batch_size is None) == (bounds is None):
         raise ValueError("batch_size: expected either batch_size or bounds")
+    require_last_layer(weight, bias, weight_buffer, bias_buffer, h=h, target=target, order=order)
+    if order.dim() != 1 or order.device.type != "cpu":
+        raise ValueError(
+            f"order: expected indices [total] on the CPU, got {list(order.shape)} on {order.device}"
+        )
     if bounds is None:
-        assert batch_size is not None
+        if not isinstance(batch_size, Integral) or isinstance(batch_size, bool):
+            raise TypeError(f"batch_size: expected an int, got {type(batch_size).__name__}")
         if batch_size < 1:
             raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
         bounds = [*range(0, len(order), batch_size), len(order)] if len(order) else [0]
@@ -63,7 +73,7 @@ def last_layer_epoch_(
         raise TypeError(f"order: expected int64, got {order.dtype}")
     if h.dtype != weight.dtype and (h.dtype, weight.dtype) != (torch.bfloat16, torch.float32):
         raise TypeError(f"h: expected {weight.dtype} or bfloat16 beside float32, got {h.dtype}")
-    return _ops.last_layer_epoch_(
+    result = _ops.last_layer_epoch_(
         weight,
         bias,
         weight_buffer,
@@ -71,16 +81,37 @@ def last_layer_epoch_(
         h,
         target,
         order,
-        list(bounds),
+        _integers(bounds),
         code,
-        [lr] if isinstance(lr, int | float) else list(lr),
-        momentum,
-        dampening,
-        weight_decay,
+        _rates(lr),
+        number(momentum, "momentum"),
+        number(dampening, "dampening"),
+        number(weight_decay, "weight_decay"),
         nesterov,
         fresh,
         mapped,
     )
+    changed = (weight, bias, weight_buffer, bias_buffer)
+    torch.autograd.graph.increment_version([t for t in changed if t is not None])
+    return result
+
+
+def _integers(bounds: Any) -> list[int]:
+    try:
+        numbers = [index(bound) for bound in bounds]
+    except TypeError as error:
+        raise TypeError(f"bounds: expected integers: {error}") from error
+    if any(not 0 <= bound < 2**63 for bound in numbers):
+        raise ValueError(f"bounds: expected integers >= 0 of 64 bits, got {numbers}")
+    return numbers
+
+
+def _rates(lr: Any) -> list[float]:
+    if isinstance(lr, Real) or (isinstance(lr, Tensor) and lr.dim() == 0):
+        return [number(lr, "lr")]
+    if not isinstance(lr, Iterable):
+        raise TypeError(f"lr: expected a number or one for each step, got {type(lr).__name__}")
+    return [number(rate, "lr") for rate in lr]
 
 
 @torch.library.register_fake("twophase::last_layer_epoch_")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
+from ._arguments import require_last_layer
 from .last_layer_step import checked_loss
 
 _ops = torch.ops.twophase
@@ -27,6 +28,7 @@ def last_layer_gradient(
 
     Raises TypeError for a wrong dtype and ValueError for a wrong shape, value or label.
     """
+    require_last_layer(weight, bias, None, None, h=h, target=target)
     code = checked_loss(loss, weight, "weight", target)
     if h.dtype != weight.dtype and (h.dtype, weight.dtype) != (torch.bfloat16, torch.float32):
         raise TypeError(f"h: expected {weight.dtype} or bfloat16 beside float32, got {h.dtype}")

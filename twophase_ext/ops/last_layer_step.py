@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
+from ._arguments import number, require_last_layer
 
 _ops = torch.ops.twophase
 _LOSSES = {"cross_entropy": 0, "squared_error": 1}  # enum Loss of csrc/math/loss.h
@@ -12,7 +13,7 @@ _DTYPES = (torch.float32, torch.float64)
 
 def checked_loss(loss: str, like: Tensor, name: str, target: Tensor) -> int:
     """The loss as the kernels know it; ValueError for an unknown one, TypeError for the dtypes."""
-    if loss not in _LOSSES:
+    if not isinstance(loss, str) or loss not in _LOSSES:
         raise ValueError(f"loss: expected one of {', '.join(_LOSSES)}, got {loss!r}")
     if like.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected float32 or float64, got {like.dtype}")
@@ -56,6 +57,7 @@ def last_layer_step_(
     Raises TypeError for a wrong dtype and ValueError for a wrong shape, value or label, both before
     anything has changed.
     """
+    require_last_layer(weight, bias, weight_buffer, bias_buffer, h=h, target=target)
     code = checked_loss(loss, h, "h", target)
     updated = {
         "weight": weight,
@@ -66,7 +68,7 @@ def last_layer_step_(
     for name, tensor in updated.items():
         if tensor is not None and tensor.dtype != h.dtype:
             raise TypeError(f"{name}: expected the dtype of h, {h.dtype}, got {tensor.dtype}")
-    return _ops.last_layer_step_(
+    result = _ops.last_layer_step_(
         weight,
         bias,
         weight_buffer,
@@ -74,13 +76,16 @@ def last_layer_step_(
         h,
         target,
         code,
-        lr,
-        momentum,
-        dampening,
-        weight_decay,
+        number(lr, "lr"),
+        number(momentum, "momentum"),
+        number(dampening, "dampening"),
+        number(weight_decay, "weight_decay"),
         nesterov,
         fresh,
     )
+    changed = (weight, bias, weight_buffer, bias_buffer)
+    torch.autograd.graph.increment_version([t for t in changed if t is not None])
+    return result
 
 
 @torch.library.register_fake("twophase::last_layer_step_")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
 from ..names import canonical_name
+from ._arguments import require_tensor
 
 _ops = torch.ops.twophase
 _SIGMAS = torch.finfo(torch.float32)
@@ -111,9 +112,8 @@ def _shared_tensor(name: str, value: Any) -> Tensor:
         )
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name}: expected float32 or float64, got {tensor.dtype}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
-    if any(
+    require_tensor(tensor, name, written=True)
+    if tensor.numel() and any(
         size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
     ):
         raise ValueError(f"{name}: expected elements with memory of their own, got stride 0")
@@ -150,6 +150,8 @@ def _sigmas(std: float | Mapping[str, float], tensors: Mapping[str, Tensor]) -> 
     for name, sigma in given.items():
         try:
             sigmas[name] = float(sigma)
+        except OverflowError:
+            sigmas[name] = float("inf")
         except (TypeError, ValueError) as error:
             raise TypeError(f"std of {name}: expected a number, got {sigma!r}") from error
         if not _SIGMAS.tiny <= sigmas[name] <= _SIGMAS.max:

@@ -1,11 +1,12 @@
 """One step of SGD on many tensors in one pass over memory."""
 
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
+from ._arguments import number, require_tensor
 
 _ops = torch.ops.twophase
 
@@ -41,14 +42,23 @@ def sgd_(
     ValueError for lists, shapes, dtypes or devices that do not match. Everything is checked before
     any tensor is changed.
     """
+    if not isinstance(params, Sequence):
+        raise TypeError(f"params: expected a list of tensors, got {type(params).__name__}")
+    if momentum != 0 and not isinstance(momentum_buffers, MutableSequence):
+        kind = type(momentum_buffers).__name__
+        raise TypeError(f"momentum_buffers: expected a list, which is filled, got {kind}")
+    rule = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+    rates = [number(value, name) for name, value in rule.items()]
+    scalars = rates[0], rates[1], rates[2], rates[3], bool(nesterov), bool(maximize)
     nu = [1] * len(params) if nu is None else nu
-    check_sgd(params, grads, momentum_buffers if momentum else [None] * len(params), nu)
+    buffers = momentum_buffers if scalars[1] else [None] * len(params)
+    check_sgd(params, grads, buffers, nu)
     moving = [i for i, mask in enumerate(nu) if mask]
     updated = apply_sgd(
         [params[i] for i in moving],
         [grads[i] for i in moving],
-        [momentum_buffers[i] for i in moving],
-        (lr, momentum, dampening, weight_decay, nesterov, maximize),
+        [buffers[i] for i in moving],
+        scalars,
     )
     for i, buffer in zip(moving, updated, strict=False):
         momentum_buffers[i] = buffer
@@ -62,9 +72,12 @@ def check_sgd(
 ) -> None:
     """Raise what `sgd_` raises for lists that it cannot take."""
     for name, items in (("grads", grads), ("momentum_buffers", momentum_buffers), ("nu", nu)):
+        if not isinstance(items, Sequence):
+            raise TypeError(f"{name}: expected a list, got {type(items).__name__}")
         if len(items) != len(params):
             raise ValueError(f"{name}: expected {len(params)} entries, got {len(items)}")
     for i, (p, g, b) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
+        require_tensor(p, f"params[{i}]", written=True)
         if p.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"params[{i}]: expected float32 or float64, got {p.dtype}: a small step on a "
@@ -72,14 +85,13 @@ def check_sgd(
             )
         _check_like(p, f"params[{i}]", g, f"grads[{i}]")
         if b is not None:
-            _check_like(p, f"params[{i}]", b, f"momentum_buffers[{i}]")
+            _check_like(p, f"params[{i}]", b, f"momentum_buffers[{i}]", written=True)
         if nu[i] not in (0, 1):
             raise ValueError(f"nu[{i}]: expected 0 or 1, got {nu[i]}")
 
 
-def _check_like(p: Tensor, p_name: str, t: Tensor, t_name: str) -> None:
-    if t.layout != torch.strided:
-        raise TypeError(f"{t_name}: expected a dense tensor, got layout {t.layout}")
+def _check_like(p: Tensor, p_name: str, t: Tensor, t_name: str, *, written: bool = False) -> None:
+    require_tensor(t, t_name, written=written)
     for what, wanted, got in (
         ("shape", p.shape, t.shape),
         ("dtype", p.dtype, t.dtype),

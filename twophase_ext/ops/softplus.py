@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
 from ..arrays import as_tensor
+from ._arguments import require_tensor
 from ._softplus_terms import Term, Terms, batch_first, evaluate
 
 _ops = torch.ops.twophase
@@ -41,12 +42,12 @@ def softplus_(x: Tensor, beta: float = 100.0) -> Tensor:
     """Softplus in place: as `softplus`, overwrites x and returns it; only the output is kept.
 
     x must be a torch.Tensor. Raises also RuntimeError where x is a leaf that requires grad (or a
-    view of one), and ValueError where x repeats memory (an expanded tensor); x is then as it was.
+    view of one), and ValueError where elements of x share memory (an expanded tensor) or x is
+    a negated view; x is then as it was.
     """
     if torch.compiler.is_compiling():
         return x.copy_(_traced(x, beta))
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    require_tensor(x, "x", written=True)
     _check_beta(beta)
     # copy_ carries batching and tangents through every nesting of transforms; a Function that
     # writes its input cannot. The clone: copy_ overwrites x's tangent, which is still needed to

@@ -77,7 +77,7 @@ class Config:
 
 
 def _choice(name: str, value: Any, choices: Any) -> str:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {sorted(choices)}, got {value!r}")
     return str(value)
 
@@ -104,9 +104,10 @@ def resolve_noise(noise_std: Any) -> float | dict[str, float]:
     """One sigma, or one for each name, each > 0; TypeError or ValueError otherwise."""
     entries = noise_std.items() if isinstance(noise_std, dict) else [("noise_std", noise_std)]
     for name, sigma in entries:
+        given: Any = sigma
         if isinstance(sigma, bool) or not isinstance(sigma, Real):
             raise TypeError(f"noise_std: expected a number for {name}, got {sigma!r}")
-        if not _SIGMAS.tiny <= float(sigma) <= _SIGMAS.max:
+        if not _SIGMAS.tiny <= given <= _SIGMAS.max:
             raise ValueError(
                 f"noise_std: expected a number > 0 in float32's range for {name} (the Gaussian "
                 f"must not be degenerate), got {sigma}"

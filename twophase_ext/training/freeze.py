@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import layers
 from ..holding import hold, is_held, release
 from ..network import Network
+from ..probing import require_module
 from . import batchnorm
 from .checks import check_runs, model_device
 from .data import Samples
@@ -107,6 +108,7 @@ def freeze(
     BatchNorm has no running statistics, or without `train` and last_layer; TypeError where the last
     layer is not affine. The arguments are checked before the model changes.
     """
+    require_module(model)
     if is_held(model):
         raise ValueError("model: it is frozen already; unfreeze it first")
     batchnorm.check_freezable(model)

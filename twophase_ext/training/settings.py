@@ -1,6 +1,7 @@
 """Settings of the second phases, checked."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -22,7 +23,8 @@ def _number(argument: str, name: str, value: Any, below: float) -> float:
     """`value` in (0, below); TypeError or ValueError name it."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{argument}: expected a number for {name}, got {value!r}")
-    if not 0 < float(value) < below:
+    given: Any = value
+    if not 0 < given < below or given > sys.float_info.max:
         raise ValueError(f"{argument}: expected {name} in (0, {below:g}), got {value}")
     return float(value)
 

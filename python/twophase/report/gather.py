@@ -69,7 +69,7 @@ def read_folder(folder: Path) -> RunRecord:
         )
     try:
         config = _json(inside(folder, config_path.name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"runs: {config_path} cannot be read: {error}") from error
     missing = [key for key in REQUIRED if key not in config]
     if missing:
@@ -82,7 +82,7 @@ def read_folder(folder: Path) -> RunRecord:
             return None
         try:
             return reader(inside(folder, name))
-        except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        except Exception as error:  # a damaged file makes yaml and csv raise types of their own
             problems[name] = str(error) or type(error).__name__
             return None
 
