@@ -96,3 +96,15 @@ def test_certificate_page_describes_the_file(tmp_path):
     checksum = written.pop("checksum")
     plain = json.dumps(written, sort_keys=True).encode()
     assert hashlib.sha256(plain).hexdigest() == checksum
+
+
+def test_the_tests_that_the_pages_name_exist():
+    found = [
+        (page.name, *names)
+        for page in PAGES
+        for names in re.findall(r"`(test_\w+)::(test_\w+)`", page.read_text(encoding="utf-8"))
+    ]
+    assert {name for name, *_ in found} >= {"resuming.md", "determinism.md"}
+    for page, file, test in found:
+        code = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+        assert f"\ndef {test}(" in code, (page, file, test)
