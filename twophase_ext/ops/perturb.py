@@ -122,12 +122,12 @@ def _shared_tensor(name: str, value: Any) -> Tensor:
 
 def _check_memory(tensors: Mapping[str, Tensor]) -> None:
     """Refuse tied tensors: their noise would be added twice, and at the same time."""
-    owners: dict[Any, str] = {}
-    in_graph = torch.compiler.is_compiling()  # addresses are not known there
+    if torch.compiler.is_compiling():  # addresses are known when the graph runs
+        return
+    owners: dict[tuple[torch.device, int], str] = {}
     for name, tensor in tensors.items():
         if tensor.numel():
-            memory = tensor if in_graph else (tensor.device, tensor.data_ptr())
-            owner = owners.setdefault(memory, name)
+            owner = owners.setdefault((tensor.device, tensor.data_ptr()), name)
             if owner != name:
                 raise ValueError(f"{name}: expected memory of its own, got that of {owner!r}")
 
