@@ -11,7 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCH_JSON ?= runs/bench.json
 SANITIZED := build/sanitized
 SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,\
-  softplus perturb sgd last_layer_step last_layer_epoch last_layer_gradient gram_logdet fuzz_found))
+  softplus perturb sgd last_layer_step last_layer_columns last_layer_epoch \
+  last_layer_gradient gram_logdet fuzz_found))
 FUZZ_CALLS ?= 1000000
 SOURCES := setup.py CMakeLists.txt pyproject.toml README.md $(shell find csrc twophase_ext python \
   -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.jinja' -o -name py.typed)
@@ -50,9 +51,10 @@ sanitize: $(STAMPS)/torch $(STAMPS)/test
 	$(PIP) install --quiet "setuptools>=68" "pybind11>=2.12" ninja "cmake>=3.24"
 	TWOPHASE_SANITIZE=address,undefined TWOPHASE_CUDA=OFF PATH="$(abspath $(BIN)):$$PATH" \
 	  $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
-	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q --capture=sys -m "not cuda" $(SANITIZE_TESTS)
+	export LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED); \
+	  $(BIN)/pytest -q --capture=sys -m "not cuda" $(SANITIZE_TESTS) && \
+	  $(BIN)/python tests/fuzz/run.py --calls 50000 --modules fuzz.ops fuzz.exact fuzz.last_layer
 	$(BIN)/pytest -q tests/test_cpu_threads.py
 
 # Random calls of every public function and damaged files, in processes whose crash costs one case.

@@ -1,5 +1,6 @@
 """Random calls of every public function; and that the harness sees what it is there to see."""
 
+import copy
 import importlib
 import json
 import random
@@ -108,6 +109,39 @@ def test_a_reader_that_believes_damage_is_found(monkeypatch):
         files.read_damaged("verdict", content)
     with pytest.raises(AssertionError, match="not named"):
         files.read_damaged("verdict", b"[")  # json's own message
+
+
+def test_a_forged_certificate_is_not_believed(tmp_path, one_thread):
+    """Saved again, so that its checksum fits: whatever is claimed beyond the proof is seen."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 6), tp.nn.Softplus(), torch.nn.Linear(6, 2))
+    x = torch.randn(4, 2)
+    verdict = tp.verify_expressivity(model, x)
+    assert verdict.recheck(model, x, say=lambda _: None)
+    forged = {
+        "status": "deficient",
+        "claim": "exists",
+        "n": 3,
+        "width": 7,
+        "sigma_min_lower": verdict.sigma_min_lower * 1.01,
+        "logabsdet_lower": verdict.logabsdet_lower + 0.1,
+        "margin": float("inf"),
+        "bias": False,
+        "w": "init",
+        "method": "separation",
+        "dtype": "float32",
+        "culprits": [[0, 1]],
+        "hashes": {**verdict.hashes, "data": "0" * 64},
+    }
+    for name, value in forged.items():
+        one = copy.copy(verdict)
+        setattr(one, name, value)
+        one.save(tmp_path / "v.json")
+        read = tp.Verdict.load(tmp_path / "v.json")
+        try:
+            assert not read.recheck(model, x, say=lambda _: None), name
+        except ValueError:
+            continue
 
 
 # ---- the harness

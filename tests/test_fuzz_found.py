@@ -175,10 +175,16 @@ def test_no_bound_from_weights_that_are_not_finite():
 
 
 def test_no_model():
-    x = torch.ones(2, 2)
-    for call in (tp.verify_expressivity, tp.ntk_rank, tp.check_assumptions, tp.nn.widen, tp.freeze):
+    x, y = torch.ones(2, 2), torch.tensor([0, 1])
+    for call in (
+        lambda: tp.verify_expressivity(None, x),
+        lambda: tp.ntk_rank(None, x),
+        lambda: tp.check_assumptions(None, x),
+        lambda: tp.nn.widen(None, 3),
+        lambda: tp.freeze(None, train=(x, y)),
+    ):
         with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got NoneType"):
-            call(None, 3 if call is tp.nn.widen else x)
+            call()
 
 
 # ---- files
