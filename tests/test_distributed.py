@@ -355,7 +355,7 @@ def mpirun(tmp_path, m, *more, ranks=4):
         env=os.environ | MPI_ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,  # seconds; 4 imports of torch on a busy machine
     )
     path = tmp_path / "result.json"
     result = json.loads(path.read_text("utf-8")) if path.exists() else None
