@@ -36,6 +36,7 @@ def test_a_branch_is_the_run_of_its_own(tmp_path):
         alone = quiet(own, **{**SETTINGS, **changes}).fit(data, data)
         result = results[name]
         assert same_bits(bits(own), bits(result.model)), name
+        assert result.final == alone.final, name
         assert [r["train_loss"] for r in alone.history] == [r["train_loss"] for r in result.history]
         assert result.run_dir == tmp_path / name and result.status == alone.status
         assert json.loads((tmp_path / name / "result.json").read_text())["status"] == "completed"

@@ -20,7 +20,8 @@ OF_TORCH = re.compile(
     r"ZeroTensors are immutable|(a leaf|a view of a leaf) Variable that requires grad|"
     r"twophase::\w+\(\) Expected a value of type|twophase::\w+\(\): argument '|"
     r"mat1 and mat2|Input type|Cannot access accelerator device|"
-    r"Tensor.item\(\) cannot be called on meta tensors|Cannot copy out of meta tensor"
+    r"Tensor.item\(\) cannot be called on meta tensors|Cannot copy out of meta tensor|"
+    r"model: its Jacobian holds NaN or infinity"
 )
 
 

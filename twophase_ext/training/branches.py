@@ -53,6 +53,24 @@ def branch(
         augment_copies=None,
     )
     run = first._prepare(train, val, _checkpoint(first, resume))
+    try:
+        return _grow(trainer, branches, first, run, train, val, resume, root)
+    finally:
+        if run.lock is not None:
+            run.lock.release()
+
+
+def _grow(
+    trainer: "Trainer",
+    branches: Mapping[str, Mapping[str, Any]],
+    first: "Trainer",
+    run: Any,
+    train: Any,
+    val: Any,
+    resume: bool,
+    root: Any,
+) -> dict[str, Result]:
+    """The branches of the trunk `run`, which the Trainer `first` trains as far as they need."""
     taus = {name: _tau(trainer, changes) for name, changes in branches.items()}
     results: dict[str, Result] = {}
     shared: dict[tuple[str | None, str], Any] = {}

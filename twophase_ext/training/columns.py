@@ -170,9 +170,9 @@ class Columns(Features):
             yield self.ranks.columns(h, self.network.width), y
 
     @torch.no_grad()
-    def outputs(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches (logits, y) in index order, on every rank."""
-        layer = self.network.last.module
+    def outputs(self, network: Network, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As of Features, on every rank."""
+        layer = network.last.module
         weight = layer.weight.detach()[:, self.own].contiguous()
         bias = None if layer.bias is None else layer.bias.detach()
         for h, y in self.own_blocks(size):

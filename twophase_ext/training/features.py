@@ -261,10 +261,13 @@ class Features:
                 yield self._h(self.cache[start:end]), self.targets[start:end]
 
     @torch.no_grad()
-    def outputs(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches (logits, y) of `size` in index order, under the last layer as it is."""
+    def outputs(self, network: Network, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches (logits, y) of `size` in index order, by the last layer of `network`.
+
+        Branches share features, and each has a last layer of its own.
+        """
         for h, y in self.in_order(size):
-            yield self.network.logits(h), y
+            yield network.logits(h), y
 
     def _h(self, rows: Tensor) -> Tensor:
         if self.mode == "backbone":

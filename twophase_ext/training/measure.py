@@ -22,7 +22,7 @@ def measure(
     total, correct = 0.0, 0
     model.eval()
     if isinstance(source, Features):
-        batches = source.outputs(BATCH)
+        batches = source.outputs(network, BATCH)
     else:
         own = source.batches(BATCH, ranks.part(source.n))
         batches = ((model(x), y) for x, y in source.visit(own))

@@ -313,7 +313,7 @@ class StochasticRun(TheoremRun):
         assert self.train_features is not None
         losses, squares, done = [], [], 0
         norms = self.descent["norms"]
-        for outputs, y in self.train_features.outputs(BATCH):
+        for outputs, y in self.train_features.outputs(self.network, BATCH):
             outputs = outputs.double().requires_grad_()
             target = y.double() if y.is_floating_point() else y
             with torch.enable_grad():
