@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .shared import Lost, SharedMemory, shared_memory
+
 T = TypeVar("T")
 # Rank 0 may verify the condition for hours; a process that ends closes its connections at once.
 PATIENCE = timedelta(days=365)
@@ -28,6 +30,7 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, cpu: Any = None, patient: Any = None) -> None:
         """Use `joined`. cpu: a group for CPU tensors; patient: one that waits for PATIENCE."""
         self.rank, self.size = rank, size
+        self.memory: SharedMemory | None = None  # of processes on one machine
         self._cpu, self._patient = cpu, patient
         self.where: Callable[[], str] = lambda: "before the first step"
 
@@ -44,6 +47,8 @@ class Ranks:
         """The sum over the ranks, in the place of `tensor`; the same bits everywhere."""
         if self.size > 1:
             with self.together():
+                if self.memory is not None and self.memory.takes(tensor):
+                    return self.memory.sum_(tensor)
                 dist.all_reduce(tensor, group=None if tensor.is_cuda else self._cpu)
         return tensor
 
@@ -76,7 +81,10 @@ class Ranks:
         padded = F.pad(own, (0, lengths[0] - own.shape[1])).contiguous()
         pieces = [torch.empty_like(padded) for _ in lengths]
         with self.together():
-            dist.all_gather(pieces, padded, group=None if own.is_cuda else self._cpu)
+            if self.memory is not None and self.memory.takes(padded):
+                pieces = self.memory.exchange(padded)
+            else:
+                dist.all_gather(pieces, padded, group=None if own.is_cuda else self._cpu)
         return torch.cat([p[:, :length] for p, length in zip(pieces, lengths, strict=True)], 1)
 
     def collect(self, value: T) -> list[T]:
@@ -127,7 +135,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+            if isinstance(error, (dist.DistError, Lost)) or "gloo" in str(error).lower():
                 raise self._lost(error) from error
             raise
 
@@ -162,5 +170,9 @@ def joined() -> Ranks:
         on_cpu = "gloo" in dist.get_backend_config()
         cpu = None if on_cpu else dist.new_group(backend="gloo")
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-        _known = dist.group.WORLD, Ranks(dist.get_rank(), dist.get_world_size(), cpu, patient)
+        found = Ranks(dist.get_rank(), dist.get_world_size(), cpu, patient)
+        group: Any = dist.group.WORLD if cpu is None else cpu
+        timeout = group._get_backend(torch.device("cpu")).options._timeout
+        found.memory = shared_memory(found.rank, found.collect, timeout.total_seconds())
+        _known = dist.group.WORLD, found
     return _known[1]
