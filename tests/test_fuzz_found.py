@@ -190,9 +190,9 @@ def test_no_model():
 def test_data_without_numbers():
     model = torch.nn.Sequential(torch.nn.Linear(2, 4), tp.nn.Softplus(), torch.nn.Linear(4, 2))
     x, y = torch.ones(3, 2), torch.zeros(3, dtype=torch.int64)
-    for data, part in (((x.to("meta"), y), "x"), ((x, y.to("meta")), "y")):
+    for given, part in (((x.to("meta"), y), "x"), ((x, y.to("meta")), "y")):
         with pytest.raises(ValueError, match=f"train: expected {part} with data, got a meta"):
-            tp.Trainer(model, run_dir=False, progress=False).fit(data)
+            tp.Trainer(model, run_dir=False, progress=False).fit(given)
 
 
 # ---- files
