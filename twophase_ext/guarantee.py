@@ -198,19 +198,26 @@ def guarantee(
         ones=ones,
         distances=[factor for factor, _ in weights.values()],
     )
-    start = last_layer_objective(blocks, weight, bias, resolved, l2, ones)
+    start = _known(last_layer_objective(blocks, weight, bias, resolved, l2, ones))
     measured = [None] * len(known) if losses is None else list(losses)
     for t, loss_there in zip(known, measured, strict=True):
         point: dict[str, Any] = {"steps": t, "bound": start, "comparator": "w^tau"}
         if t:
             factor, rest = weights[t]
-            value, best = min((v.loss + factor * v.distance2, i) for i, v in enumerate(family))
+            value, best = min(
+                (_known(v.loss + factor * v.distance2), i) for i, v in enumerate(family)
+            )
             point["bound"] = (value + rest) * (1 + 16 * UNIT)
             point["comparator"] = family[best].name
         if loss_there is not None:  # at w^tau itself one evaluation serves for both
             point["loss"] = float(loss_there) if t else start
         result.curve.append(point)
     return result
+
+
+def _known(bound: float) -> float:
+    """Infinite, which is no bound, where it overflowed to NaN."""
+    return math.inf if math.isnan(bound) else bound
 
 
 def _blocks(features: Blocks | tuple[Any, Any], loss: ConvexLoss, outputs: int) -> Blocks:

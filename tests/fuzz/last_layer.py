@@ -142,6 +142,8 @@ def last_layer(r: random.Random) -> None:
     if r.random() < 0.03:
         loss, valid = r.choice((*STRANGE, "hinge")), None
     judged = valid and loss in ("cross_entropy", "squared_error")
+    # an infinite logit may leave a finite loss, which the truth below does not find
+    judged = judged and all(bool(a.isfinite().all()) for a in t.values() if isinstance(a, Tensor))
     truth = Truth(t, loss, rule) if judged else None
     count = 7 if which == "epoch" else 6
     arguments = [t[name] for name in NAMES[:count]]
