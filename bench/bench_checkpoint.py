@@ -24,6 +24,8 @@ def state_of(small: bool) -> dict:
 
 
 def flushed(path: Path, write) -> None:
+    """Into a new file, as a checkpoint is."""
+    path.unlink(missing_ok=True)
     with open(path, "wb") as file:
         write(file)
         file.flush()

@@ -79,10 +79,22 @@ def save(folder: Path, state: dict[str, Any]) -> None:
                 raise error.__context__ from None
             raise
 
+    _give_back(current)
     write_atomically(fresh, write)
     if current.exists():
         os.replace(current, previous)
     os.replace(fresh, current)
+
+
+def _give_back(path: Path) -> None:
+    """Let the file's pages in memory serve the next one.
+
+    A guest that must be lent each fresh page by its host writes three times slower.
+    """
+    if path.exists() and hasattr(os, "posix_fadvise"):
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
 
 
 def exists(folder: Path) -> bool:
