@@ -86,6 +86,15 @@ TP_HD V in_register(V v) {
   return v;
 }
 
+// Features of a chunk where a slice of n is cut evenly, in whole strips: a short last chunk would
+// cost nearly as much as a long one.
+template <class T>
+int64_t even_chunk(int64_t n) {
+  const int64_t strips =
+      (even_block(n > 0 ? n : 1, kChunk<T>) + kStripLanes<T> - 1) / kStripLanes<T>;
+  return strips * kStripLanes<T>;
+}
+
 // Asks for the cache lines of a strip, one instruction a line. kLevel: of the cache.
 template <class T, int kLevel, class P>
 TP_HD void prefetch(const P* row, int64_t i) {
@@ -176,10 +185,11 @@ struct Logits {
   void run(const H* const* rows, int64_t rows_n, const T* w, int64_t k, int64_t m, int64_t begin,
            int64_t end, T* partial) {
     __builtin_memset(sums, 0, (rows_n + 1) / 2 * sizeof(sums[0]));
-    for (int64_t c = begin; c < end; c += kChunk<T>) {
-      const int64_t n = smaller(kChunk<T>, end - c);
+    const int64_t chunk = even_chunk<T>(end - begin);
+    for (int64_t c = begin; c < end; c += chunk) {
+      const int64_t n = smaller(chunk, end - c);
       pack(w + c, m, n);
-      const int64_t next = c + kChunk<T> < end ? c + kChunk<T> : c;
+      const int64_t next = c + chunk < end ? c + chunk : c;
       const auto ahead = [&](int64_t r) { return row_ahead(rows, rows_n, r, c, next); };
       for (int64_t r = 0; r < rows_n; r += kLogitRows) {
         // The last of an odd number goes beside itself.
@@ -295,9 +305,9 @@ void tiles(const void* const* rows_, const void* delta_, int64_t b, int64_t k, i
   const T* delta = static_cast<const T*>(delta_);
   const int64_t outputs = even_block(k, kTileOutputs);
   // Backwards: the first pass has left the end of the slice in the cache.
-  const int64_t chunks = (end - begin + kChunk<T> - 1) / kChunk<T>;
-  for (int64_t c = begin + (chunks - 1) * kChunk<T>; c >= begin; c -= kChunk<T>) {
-    const int64_t n = smaller(kChunk<T>, end - c), next = c > begin ? c - kChunk<T> : c;
+  const int64_t chunk = even_chunk<T>(end - begin), chunks = (end - begin + chunk - 1) / chunk;
+  for (int64_t c = begin + (chunks - 1) * chunk; c >= begin; c -= chunk) {
+    const int64_t n = smaller(chunk, end - c), next = c > begin ? c - chunk : c;
     for (int64_t first = 0; first < k; first += outputs) {
       const int64_t count = smaller(outputs, k - first);
       const T* soon[2 * kTileOutputs];
