@@ -42,6 +42,7 @@ class SharedMemory:
         """Maps the file, which all have done before anyone gives something; see `shared_memory`."""
         self.rank, self.size, self.pids, self.timeout = rank, size, pids, timeout
         self._turn = 0
+        self._views: dict[Any, list[Tensor]] = {}  # of the slots: making them takes longer
         memory = np.memmap(path, np.uint8, "r+", shape=(_length(size),))
         counters = memory[: 8 * LINE * size].view(np.int64)
         self._own, self._counters = counters[LINE * rank :][:1], counters[::LINE]
@@ -55,19 +56,24 @@ class SharedMemory:
     def exchange(self, own: Tensor) -> list[Tensor]:
         """Everyone's tensor, by rank, all of one shape and dtype; views until the next but one."""
         self._turn += 1
-        slots = self._slots[self._turn % 2, :, : own.nbytes].view(own.dtype)
-        slots[self.rank].copy_(own.detach().reshape(-1))
+        kind = self._turn % 2, own.dtype, own.shape
+        views = self._views.get(kind)
+        if views is None:
+            slots = self._slots[kind[0], :, : own.nbytes].view(own.dtype)
+            views = self._views[kind] = [slot.view(own.shape) for slot in slots]
+        views[self.rank].copy_(own.detach())
         self._own[0] = self._turn
         self._wait()
-        return [slot.view(own.shape) for slot in slots]
+        return views
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum in the order of the ranks, in the place of `tensor`: the same bits everywhere."""
-        parts = self.exchange(tensor)
-        total = parts[0].clone()
-        for part in parts[1:]:
-            total += part
-        return tensor.copy_(total)
+        first, *others = self.exchange(tensor)
+        with torch.no_grad():
+            tensor.copy_(first)
+            for part in others:
+                tensor += part
+        return tensor
 
     def _wait(self) -> None:
         looks, started = 0, time.monotonic()
