@@ -78,7 +78,7 @@ class Calls:
 
     def _event(self, frame: Any, event: str, _: Any) -> None:
         code = frame.f_code
-        if code.co_name in STAGES and "twophase_ext" in code.co_filename:
+        if code.co_name in STAGES and "twophase_ext/training" in code.co_filename:
             if event == "call":
                 self._open.append(code.co_name)
             elif event == "return":

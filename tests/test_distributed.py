@@ -355,6 +355,7 @@ def mpirun(tmp_path, m, *more, ranks=4):
         env=os.environ | MPI_ENVIRONMENT,
         capture_output=True,
         text=True,
+        cwd=tmp_path,  # the source folder's package need not have been compiled
         timeout=400,  # seconds; 4 imports of torch on a busy machine
     )
     path = tmp_path / "result.json"

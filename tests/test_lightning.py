@@ -150,7 +150,11 @@ def test_distributed_data_parallel_goes_on_after_tau(monkeypatch):
     plain, parallel = Module(toy_mlp()), Module(toy_mlp())
     fit(plain, data, callback())
     distributed = {"strategy": "ddp_find_unused_parameters_true", "devices": 1}
-    fit(parallel, data, callback(), use_distributed_sampler=False, **distributed)
+    try:
+        fit(parallel, data, callback(), use_distributed_sampler=False, **distributed)
+    finally:
+        if torch.distributed.is_initialized():  # Lightning leaves it; forks would inherit it
+            torch.distributed.destroy_process_group()
     assert same_bits(bits(plain.net), bits(parallel.net))
 
 
