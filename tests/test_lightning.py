@@ -105,6 +105,14 @@ OPTIMIZERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_group_left():
+    """Lightning leaves the process group that it makes; forks of later tests would inherit it."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_trainers_bits_with_the_cache(optimizer):
     data, model, module = toy_images(40), convnet(), Module(convnet(), OPTIMIZERS[optimizer])
@@ -150,11 +158,7 @@ def test_distributed_data_parallel_goes_on_after_tau(monkeypatch):
     plain, parallel = Module(toy_mlp()), Module(toy_mlp())
     fit(plain, data, callback())
     distributed = {"strategy": "ddp_find_unused_parameters_true", "devices": 1}
-    try:
-        fit(parallel, data, callback(), use_distributed_sampler=False, **distributed)
-    finally:
-        if torch.distributed.is_initialized():  # Lightning leaves it; forks would inherit it
-            torch.distributed.destroy_process_group()
+    fit(parallel, data, callback(), use_distributed_sampler=False, **distributed)
     assert same_bits(bits(plain.net), bits(parallel.net))
 
 
