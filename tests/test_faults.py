@@ -62,6 +62,20 @@ def test_a_divergence_names_its_step_and_samples(tmp_path, phase):
     assert kept["epoch"] == 3 and all(t.isfinite().all() for t in kept["model"].values())
 
 
+def test_no_checkpoint_is_promised_where_there_is_none(tmp_path):
+    said = []
+
+    class Listen:
+        def on_fit_start(self, run) -> None:
+            run.progress.say = said.append
+
+    x, y = toy_data()
+    settings = {"optimizer": lambda ps: torch.optim.SGD(ps, lr=1e38), "callbacks": [Listen()]}
+    result = quiet(toy_mlp(), tmp_path, **settings).fit((x * 1e15, y))
+    assert result.status == "diverged" and result.divergence["epoch"] == 0
+    assert "stopped. Lower" in said[-1] and not checkpoint.exists(tmp_path)
+
+
 def test_on_an_accelerator_the_first_bad_step_is_found_later(monkeypatch):
     own = faults.LossWatch.__init__
 

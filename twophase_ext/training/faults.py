@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import checkpoint
+
 if TYPE_CHECKING:
     from .engine import Run
 
@@ -67,7 +69,9 @@ def describe(run: "Run", fault: Diverged) -> dict[str, Any]:
     broken = "the weights are not finite"
     if not math.isfinite(fault.loss):
         broken = f"the loss is {fault.loss}"
-    kept = "" if run.folder is None else f" {run.folder} keeps the last good checkpoint."
+    kept = ""
+    if run.folder is not None and checkpoint.exists(run.folder):
+        kept = f" {run.folder} keeps the last good checkpoint."
     advice = "Lower the learning rate and start again in another folder"
     if inputs:
         advice = f"The inputs of samples {inputs} are not finite: mend their transform"
