@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .gate import Readers, intercepted, is_affine, overlap
 from .names import WRAPPERS, canonical_name
 from .nn.softplus import Softplus
-from .probing import Call, input_of, record, unchanged, untouched, unwrap
+from .probing import Call, input_of, record, rows_into, unchanged, untouched, unwrap
 
 _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -44,13 +46,19 @@ class Split:
 
     def hidden_features(self, x: Tensor) -> Tensor:
         """h, the input of the last layer: [batch, m_H]."""
-        return input_of(self.model, self.last.module, x)
+        return rows_into(self.model, [self.last.module], x)
 
     def backbone_features(self, x: Tensor) -> Tensor:
         """z, the input of the wide layer: [batch, d]. ValueError where there is no wide layer."""
         if self.wide is None:
             raise ValueError("model: it has no wide layer (nn.Linear, then tp.nn.Softplus)")
-        return input_of(self.model, self.wide.linear, x)
+        return rows_into(self.model, wide_chain(self.model, self.wide, self.last), x)
+
+
+def wide_chain(model: nn.Module, wide: WideLayer, last: LastLayer) -> list[nn.Module]:
+    """The wide layer, its softplus and the last layer, as they follow each other."""
+    named = {canonical_name(name): module for name, module in model.named_modules()}
+    return [wide.linear, named[wide.activation_name], last.module]
 
 
 def describe_candidates(names: Iterable[str]) -> str:
@@ -70,6 +78,9 @@ def find_last_layer(
 
     Raises TypeError where `last_layer` is not an nn.Linear, ValueError in every other case that
     is not met; the errors name the affine layers that ran, in the order of execution.
+
+    A layer that runs on every token, [b, t, m_H], is the last one too where the model's output is
+    one row of its output for each sample (a decoder that reads its last token).
     """
     model = unwrap(model)
     if last_layer is not None:
@@ -82,6 +93,7 @@ def find_last_layer(
         raise ValueError(f"model: expected one tensor as output, got {_kind(output)}; {listing}")
     if last_layer is None:
         ends = [c for c in linear if unchanged(c.output, c.output_version, output)]
+        ends = ends or [c for c in linear[-1:] if _picks_rows(model, c, example_input, output)]
         if not ends:
             raise ValueError(_not_affine(calls, names, output, listing))
         found = named_last_layer(model, ends[-1].module)
@@ -94,6 +106,8 @@ def find_last_layer(
             f"once; {listing}"
         )
     if not unchanged(own[0].output, own[0].output_version, output):
+        if _picks_rows(model, own[0], example_input, output):
+            return found
         raise ValueError(
             f"last_layer: the model's output is not the output of {found.name!r}; {listing}"
         )
@@ -135,14 +149,21 @@ def named_last_layer(model: nn.Module, last_layer: nn.Module | str) -> LastLayer
     if module not in names:
         raise ValueError(f"last_layer: this {module} is not in the model; {listing}")
     _check_parameters(model, names, module)
+    if why := intercepted(module):
+        raise ValueError(
+            f"last_layer: {names[module]!r} is not computed from its weights alone: {why}. The "
+            "second phase computes it without calling the module: remove that, or put a plain "
+            "nn.Linear in its place"
+        )
     return LastLayer(names[module], module)
 
 
 def find_wide_layer(model: nn.Module, example_input: Tensor, last: LastLayer) -> WideLayer | None:
     """The last hidden layer, if it is an nn.Linear whose exact softplus is the last layer's input.
 
-    Nothing may happen between the three, and the linear layer must run once; None otherwise. Runs
-    the model once, as `find_last_layer` does.
+    Nothing may happen between the three, the linear layer must run once, and neither it nor the
+    softplus may have hooks, a replaced forward or a parametrization; None otherwise. Runs the model
+    once, as `find_last_layer` does.
     """
     model = unwrap(model)
     calls, _ = record(model, example_input, nn.Linear | Softplus)
@@ -151,15 +172,17 @@ def find_wide_layer(model: nn.Module, example_input: Tensor, last: LastLayer) ->
     if h is None:
         return None
     for activation in calls:
-        if not isinstance(activation.module, Softplus) or not unchanged(
+        exact = type(activation.module) is Softplus and not intercepted(activation.module)
+        if not exact or not unchanged(
             activation.output, activation.output_version, h.input, h.input_version
         ):
             continue
         for call in calls:
-            if _is_affine(call.module) and unchanged(
+            if isinstance(call.module, nn.Linear) and unchanged(
                 call.output, call.output_version, activation.input, activation.input_version
             ):
-                if sum(c.module is call.module for c in calls) > 1:
+                runs = sum(c.module is call.module for c in calls)
+                if runs > 1 or intercepted(call.module) or not is_affine(call.module):
                     return None
                 beta = activation.module.beta
                 return WideLayer(names[call.module], call.module, names[activation.module], beta)
@@ -220,8 +243,7 @@ def _kind(value: object) -> str:
 
 
 def _is_affine(module: nn.Module) -> TypeGuard[nn.Linear]:
-    # a subclass with another forward (LoRA, a clamp, ...) is not the affine map of its weight
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return is_affine(module)
 
 
 def _check_parameters(model: nn.Module, names: dict[nn.Module, str], module: nn.Linear) -> None:
@@ -236,7 +258,7 @@ def _check_parameters(model: nn.Module, names: dict[nn.Module, str], module: nn.
         raise ValueError(f"last_layer: {name!r} is not initialised yet; run the model once")
     for other, other_name in names.items():
         for attribute, parameter in other.named_parameters(recurse=False):
-            if other is not module and any(_overlap(parameter, p) for p in own.values()):
+            if other is not module and any(overlap(parameter, p) for p in own.values()):
                 shared = f"{other_name}.{attribute}".lstrip(".")
                 raise ValueError(
                     f"last_layer: {name!r} shares its weights with {shared!r}, so it cannot be "
@@ -244,49 +266,69 @@ def _check_parameters(model: nn.Module, names: dict[nn.Module, str], module: nn.
                 )
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if a is b or is_lazy(a) or is_lazy(b):
-        return a is b
-    (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
-    return a.device == b.device and max(a_begin, b_begin) < min(a_end, b_end)
-
-
-def _extent(t: Tensor) -> tuple[int, int]:
-    """The addresses from a tensor's first to behind its last byte; empty where it has none."""
-    begin = t.data_ptr()
-    if begin == 0 or t.numel() == 0:
-        return begin, begin
-    reach = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
-    return begin, begin + (reach + 1) * t.element_size()
-
-
 def check_hidden_layers(model: nn.Module, example: Tensor, last: LastLayer) -> None:
     """ValueError where h itself depends on the last layer's weights, however it reads them.
 
-    A decoder tied to its embedding does, by a function instead of a module. Runs the model twice
-    up to the last layer, as `find_last_layer` does; the weights are other ones meanwhile.
+    A decoder tied to its embedding does, by a function instead of a module. Runs the model up to
+    the last layer, as `find_last_layer` does, and watches what its operators read; then once more
+    with other weights, as a read by NumPy is no operator's.
     """
-
-    def h() -> Tensor:
-        with untouched(model):
-            return input_of(model, last.module, example)
-
     own = list(last.module.parameters(recurse=False))
     kept = [p.detach().clone() for p in own]
-    before = h()
+    with untouched(model):
+        with Readers(own) as readers:
+            before = input_of(model, last.module, example)
+        read = f" ({readers.found[0]})" if readers.found else ""
     try:
         for p in own:
-            p.data.add_(1)
-        after = h()
+            p.data.mul_(-3).add_(1)
+        with untouched(model):
+            after = input_of(model, last.module, example)
     finally:
         for p, value in zip(own, kept, strict=True):
             p.data.copy_(value)
-    # not bit for bit: some kernels of a GPU add in another order each time
-    if not torch.allclose(before, after, rtol=1e-4, atol=1e-6, equal_nan=True):
+    # some kernels of a GPU add in another order each time
+    tolerance = 0.0 if before.device.type == "cpu" else 64 * torch.finfo(before.dtype).eps
+    apart = (before - after).abs() > tolerance * before.abs().amax()
+    if read or bool(apart.any()):
         raise ValueError(
-            f"last_layer: the hidden layers read the weights of {last.name!r} too, so it cannot be "
-            "trained while they stay fixed; give it weights of its own"
+            f"last_layer: the hidden layers read the weights of {last.name!r} too{read}, so it "
+            "cannot be trained while they stay fixed; give it weights of its own"
         )
+
+
+@torch.no_grad()
+def _picks_rows(model: nn.Module, call: Call, example: Tensor, output: Tensor) -> bool:
+    """Whether the output is one row a sample of a layer that runs on every token, at any weights.
+
+    The rows that are picked come out where the layer hands its input on.
+    """
+    layer = call.module
+    if call.input.dim() != 3 or len(call.input) != len(example) or not _is_affine(layer):
+        return False
+    own = dict(layer.named_parameters(recurse=False))
+    kept = {name: p.detach().clone() for name, p in own.items()}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with untouched(model):
+            h = rows_into(model, [layer], example)
+            if h.dim() != 2 or h.shape != (len(example), layer.in_features):
+                return False
+            pairs = [(output, F.linear(h, layer.weight, layer.bias))]
+            for p in own.values():
+                drawn = torch.randn(p.shape, generator=generator, device="cpu")
+                p.data.copy_(drawn)
+            pairs.append((model(example.clone()), F.linear(h, layer.weight, layer.bias)))
+    except (RuntimeError, ValueError, IndexError, TypeError):  # of a forward that needs its classes
+        return False
+    finally:
+        for name, p in own.items():
+            p.data.copy_(kept[name])
+    tolerance = 64 * torch.finfo(output.dtype).eps
+    return all(
+        a.shape == b.shape and bool(((a - b).norm() <= tolerance * (1 + b.norm())).all())
+        for a, b in pairs
+    )
 
 
 def _not_affine(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import layers, ops
 from .names import canonical_name
+from .probing import require_pure
 
 
 class Network:
@@ -19,10 +20,12 @@ class Network:
     def __init__(self, model: nn.Module, example: Tensor, last_layer: Any = None) -> None:
         """Find the layers by running `example` (a few samples) through the model once.
 
-        Raises ValueError where the last layer is not found, not affine or ambiguous, or where the
-        hidden layers read its weights too.
+        Raises ValueError where the last layer is not found, not affine, ambiguous or not computed
+        from its weights alone (hooks, a replaced forward, a parametrization), where the hidden
+        layers read its weights too, and where a forward pass in evaluation mode changes the model.
         """
         self.model = model
+        require_pure(model, example)
         self.last = layers.find_last_layer(model, example, last_layer)
         self.wide = layers.find_wide_layer(model, example, self.last)
         self._split = layers.split(model, self.last, self.wide)

@@ -62,12 +62,34 @@ def input_of(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
     handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with _eager():
-            unwrap(model)(x)
+            unwrap(model)(x.clone())  # a forward may work in place on its input
     except _Stop:
         return caught[0]
     finally:
         handle.remove()
     raise ValueError("model: its forward pass does not reach the layer that was asked for")
+
+
+def rows_into(model: nn.Module, chain: list[nn.Module], x: Tensor) -> Tensor:
+    """The input of chain[0], one row a sample, [b, features]; the chain ends at the last layer.
+
+    Where the layers run on every token and the model picks one of them, the rows that it picks:
+    each layer of the chain hands its input on, and the model's output is returned.
+    """
+    caught = input_of(model, chain[0], x)
+    if caught.dim() != 3:
+        return caught
+
+    def hand_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> Any:
+        return args[0] if args else kwargs["input"]
+
+    handles = [m.register_forward_hook(hand_on, with_kwargs=True) for m in chain]
+    try:
+        with _eager():
+            return unwrap(model)(x.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], Any]:
@@ -97,7 +119,7 @@ def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], 
             handles.append(module.register_forward_hook(after))
     try:
         with untouched(model), _eager():
-            output = model(example)
+            output = model(example.clone())  # a forward may work in place on its input
     finally:
         for handle in handles:
             handle.remove()
@@ -117,12 +139,13 @@ def _version(value: Any) -> int:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; modes, buffers and torch's random state come back after it."""
+    """Eval mode without gradients; modes, parameters' values, buffers and torch's random state
+    come back after it.
+    """
     modes = {module: module.training for module in model.modules()}
     buffers = {module: dict(module._buffers) for module in modes}
-    values = [
-        (b, b.detach().clone()) for own in buffers.values() for b in own.values() if b is not None
-    ]
+    parameters = {module: dict(module._parameters) for module in modes}
+    values = [(t, t.detach().clone()) for t in state_tensors(model) if not is_lazy(t)]
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices()):
@@ -130,13 +153,47 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-            # a forward may bind new tensors to its buffers' names, or write into the old ones
-            module._buffers.clear()
-            module._buffers.update(buffers[module])
+            # a forward may bind new tensors to its names, or write into the old ones
+            for own, before in ((module._buffers, buffers), (module._parameters, parameters)):
+                own.clear()
+                own.update(before[module])
         with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for tensor, value in values:
+                if not same_values(tensor, value):
+                    tensor.data.copy_(value)
+
+
+def state_tensors(model: nn.Module) -> list[Tensor]:
+    """Every parameter and buffer, once each."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN where the other is NaN too."""
+    return a.shape == b.shape and (torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all()))
+
+
+def require_pure(model: nn.Module, example: Tensor) -> None:
+    """Raise ValueError where a forward pass in evaluation mode changes parameters or buffers.
+
+    A first pass may fill caches: what the second one changes again is refused. The claims of the
+    second phase are about hidden layers that stay as they are.
+    """
+    with untouched(model), _eager():
+        unwrap(model)(example.clone())
+        before = {name: t.detach().clone() for name, t in _state(model)}
+        unwrap(model)(example.clone())
+        changed = [n for n, t in _state(model) if n not in before or not same_values(t, before[n])]
+    if changed:
+        raise ValueError(
+            f"model: its forward pass changes {changed[0]!r} in evaluation mode ({len(changed)} "
+            "such parameters and buffers); hidden layers that change as they run cannot be frozen. "
+            "Change them in training mode alone (if self.training: ...)"
+        )
+
+
+def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def unchanged(then: Tensor, version: int, now: Any, now_version: int | None = None) -> bool:

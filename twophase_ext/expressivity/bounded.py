@@ -28,6 +28,10 @@ class Unbounded(ValueError):
     """There is no bound of the rounding error; the message names the module or call and why."""
 
 
+class Disagrees(Unbounded):
+    """The model computes something else than what was bounded; the message says where."""
+
+
 @dataclass
 class Bounded:
     """Computed activations [b, ...] (float64) and error [b] >= ||value_i - exact value_i||_2."""

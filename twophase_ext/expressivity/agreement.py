@@ -1,0 +1,312 @@
+"""Is what was bounded what the model computes? Compared over all samples.
+
+Bounds come from a graph, a certificate from weights and features: none of them calls the model. So
+the model is called too, on every sample, in another order and other batches than the features were
+computed in, with hooks, replaced forwards and control flow as they are; what it gives has to lie
+within the bounds. A float64 copy with random last-layer weights answers for the certified numbers,
+the user's own model in its own precision for the copy.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..holding import trainable
+from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
+from ..linalg.norms import frobenius_upper, norm_upper
+from ..ops import softplus
+from ..probing import rows_into, same_values, untouched
+from .bounded import Disagrees
+
+if TYPE_CHECKING:
+    from .problem import Problem
+
+BATCH = 192  # samples; the features are computed 256 at a time
+# The model's own float64 evaluation rounds as the bounded one does, in another order: twice its
+# bound would do. Without bounds: networks that mix nothing agree to 1e-10 between batch sizes.
+ERRORS, RELATIVE = 8, 1e-9
+OWN_EPS = 4096  # roundings of the model's own precision, relative to the sizes that enter
+NOISE = 1e-2  # relative, of the weights at which equal inputs have to give equal rows
+
+
+@dataclass
+class _Seen:
+    """One batch as the model computes it: z into the wide layer, h into the last, its output."""
+
+    z: Tensor | None
+    h: Tensor
+    output: Tensor
+
+
+@dataclass
+class Expected:
+    """z and h of a batch, with how far from them the model's own may be, a number a sample.
+
+    size: what rounding in another precision is relative to.
+    """
+
+    z: Tensor | None
+    z_allowed: Tensor | None
+    h: Tensor | None
+    h_allowed: Tensor | None
+    size: Tensor
+
+
+class Reference:
+    """What the bounded features say that the model computes."""
+
+    def __init__(self, problem: "Problem", *, through_wide: bool) -> None:
+        """through_wide: h as well, from the wide layer's weights as they are in the copy."""
+        found = problem.bounded
+        assert found is not None
+        self.z, self.error = found.z, found.error
+        self.wide = problem.wide if through_wide else None
+        self.into_wide = problem.wide is not None
+        if self.wide is not None:
+            self.beta = problem.beta
+            self.weight = self.wide.weight.detach()
+            own = self.wide.bias
+            self.bias = self.weight.new_zeros(len(self.weight)) if own is None else own.detach()
+            self.norm, self.sizes = norm_upper(self.weight), frobenius_upper(self.weight)
+            self.shift = frobenius_upper(self.bias)
+
+    def __call__(self, index: Tensor) -> Expected:
+        """Of the samples `index`."""
+        z, error = self.z[index], self.error[index]
+        norms = z.norm(dim=1)
+        allowed = ERRORS * error + 64 * UNIT_ROUNDOFF * norms
+        if not self.into_wide:  # the bounded features are h itself
+            return Expected(None, None, z, allowed, norms)
+        if self.wide is None:
+            return Expected(z, allowed, None, None, norms)
+        d, m = z.shape[1], len(self.weight)
+        h = softplus(torch.addmm(self.bias, z, self.weight.T), self.beta)
+        rounding = gamma(d + 2) * (self.sizes * norms + self.shift)
+        evaluation = 8 * UNIT_ROUNDOFF * (h.norm(dim=1) + math.sqrt(m) / self.beta)
+        h_allowed = ERRORS * SLACK * (self.norm * error + rounding + evaluation)
+        size = h.norm(dim=1) + self.sizes * norms + self.shift
+        return Expected(z, allowed, h, h_allowed, size)
+
+
+class Stored:
+    """Features that were computed without bounds, in index order: the model gives them again."""
+
+    def __init__(self, h: Tensor, eps: float) -> None:
+        """h [n, m_H]; eps: of the coarsest precision within the model."""
+        self.h = h
+        self.relative = max(RELATIVE, OWN_EPS * eps if eps > 1e-15 else 0.0)
+        self.mean = float(h.norm(dim=1).mean())
+
+    def __call__(self, index: Tensor) -> Expected:
+        """Of the samples `index`."""
+        h = self.h[index]
+        size = h.norm(dim=1) + self.mean
+        return Expected(None, None, h, self.relative * size, size)
+
+
+@torch.no_grad()
+def require_agreement(problem: "Problem", expected: Reference | Stored) -> None:
+    """Raise Disagrees where the model gives other features, or another output, than expected.
+
+    Two passes over all samples: the float64 copy, its last layer's weights drawn anew, in a random
+    order and batches of BATCH; and the user's own model, or a copy of it that holds the witness, in
+    its own precision. Both keep every parameter and buffer to the bit. Features that are not finite
+    are left to the methods.
+    """
+    with _other_last_layer(problem), _constant(problem.model):
+        for index, seen in _passes(problem, problem.model, torch.float64, shuffled=True):
+            _compare(problem, expected(index), seen, index, "float64")
+    own = problem.own_model()
+    with untouched(own), _constant(own):
+        for index, seen in _passes(problem, own, problem.dtype, shuffled=False):
+            _compare_own(expected(index), seen, index, problem.dtype)
+
+
+@torch.no_grad()
+def require_equal_rows(problem: "Problem", groups: list[list[int]]) -> None:
+    """Raise Disagrees where equal inputs do not give equal rows of h at other weights, too.
+
+    Their places in the batches are drawn, and the trainable weights moved: a model that adds
+    something by position, or mixes the samples of a batch, has other rows.
+    """
+    group = torch.full((problem.n,), -1)
+    for k, members in enumerate(groups):
+        group[torch.tensor(members)] = k
+    first: dict[int, Tensor] = {}
+    with _moved(problem), _constant(problem.model):
+        for index, seen in _passes(problem, problem.model, torch.float64, shuffled=True):
+            for row, i in enumerate(index.tolist()):
+                k = int(group[i])
+                if k < 0:
+                    continue
+                h = seen.h[row]
+                other = first.setdefault(k, h)
+                tolerance = max(RELATIVE, OWN_EPS * problem.eps if problem.eps > 1e-15 else 0.0)
+                if not bool((h - other).norm() <= tolerance * (h.norm() + other.norm())):
+                    raise Disagrees(
+                        f"sample {i} has an input equal to another one's, but not its row of h: "
+                        "the model depends on a sample's place or on the others of its batch"
+                    )
+
+
+def _passes(
+    problem: "Problem", model: nn.Module, dtype: torch.dtype, *, shuffled: bool
+) -> Iterator[tuple[Tensor, _Seen]]:
+    """(samples, what the model computes of them) until every sample has come once."""
+    generator = torch.Generator().manual_seed(0)
+    order = (
+        torch.randperm(problem.n, generator=generator, device="cpu")
+        if shuffled
+        else torch.arange(problem.n, device="cpu")
+    )
+    for index in order.split(BATCH):
+        x = problem.rows(index)
+        yield index, _observe(problem, model, x.to(dtype) if x.is_floating_point() else x)
+
+
+def _observe(problem: "Problem", model: nn.Module, x: Tensor) -> _Seen:
+    """Run the model as its owner does, and see what enters the wide and the last layer."""
+    chain = problem.chain_in(model)
+    caught: dict[int, Tensor] = {}
+
+    def keep(place: int) -> object:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            caught[place] = (args[0] if args else kwargs["input"]).detach().clone()
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(keep(place), with_kwargs=True)  # type: ignore[arg-type]
+        for place, module in ((0, chain[0]), (len(chain) - 1, chain[-1]))
+    ]
+    try:
+        output = model(x.clone())
+    except Exception as error:
+        raise Disagrees(f"the model does not run on these samples ({_line(error)})") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    h = caught.get(len(chain) - 1)
+    if h is None or not isinstance(output, Tensor):
+        raise Disagrees("the model does not reach its last layer on some samples")
+    if h.dim() == 3:  # one token's row is picked
+        h = rows_into(model, [chain[-1]], x)
+        caught[0] = h if len(chain) == 1 else rows_into(model, chain, x)
+    return _Seen(caught.get(0) if len(chain) > 1 else None, h, output)
+
+
+def _compare(
+    problem: "Problem", expected: Expected, seen: _Seen, index: Tensor, what: str
+) -> None:
+    for name, value, allowed, own in (
+        ("the wide layer's input", expected.z, expected.z_allowed, seen.z),
+        ("h", expected.h, expected.h_allowed, seen.h),
+    ):
+        if value is not None and allowed is not None:
+            _require_close(name, own, value, allowed, index, what)
+    last = problem.last
+    weight, bias = last.weight, last.bias
+    outputs = F.linear(seen.h, weight, bias)
+    shift = 0.0 if bias is None else frobenius_upper(bias)
+    sizes = frobenius_upper(weight) * seen.h.norm(dim=1) + shift
+    allowed = ERRORS * gamma(weight.shape[1] + 2) * sizes
+    _require_close("its output", seen.output, outputs, allowed, index, what)
+
+
+def _compare_own(expected: Expected, seen: _Seen, index: Tensor, dtype: torch.dtype) -> None:
+    """As far as the model's own precision goes: is the float64 copy the same function?"""
+    relative = min(0.5, OWN_EPS * torch.finfo(dtype).eps)
+    for name, value, own in (
+        ("the wide layer's input", expected.z, seen.z),
+        ("h", expected.h, seen.h),
+    ):
+        if value is not None:
+            size = expected.size if name == "h" else value.norm(dim=1)
+            allowed = relative * (size + value.norm(dim=1).mean())
+            _require_close(name, own, value, allowed, index, f"the user's own model ({dtype})")
+
+
+def _require_close(
+    name: str, own: Tensor | None, value: Tensor, allowed: Tensor, index: Tensor, what: str
+) -> None:
+    if own is None or own.shape != value.shape:
+        got = None if own is None else tuple(own.shape)
+        raise Disagrees(f"{name}: expected {tuple(value.shape)}, the model gives {got}")
+    apart = (own.double() - value).norm(dim=1)
+    finite = value.isfinite().all(1)  # what overflows is no proof anyway
+    bad = finite & ~(apart <= allowed)
+    if bool(bad.any()):
+        k = int(bad.nonzero()[0])
+        raise Disagrees(
+            f"what the model computes is not what was bounded: {name} of sample {int(index[k])} is "
+            f"{float(apart[k]):.2g} from it where rounding allows {float(allowed[k]):.2g} ({what}); "
+            "hooks, replaced forwards, values that depend on other samples of the batch, on earlier "
+            "calls or on control flow do that"
+        )
+
+
+@contextmanager
+def _constant(model: nn.Module) -> Iterator[None]:
+    """Raise Disagrees where a parameter or buffer is another one afterwards."""
+    before = {name: t.detach().clone() for name, t in _state(model)}
+    yield
+    for name, t in _state(model):
+        if name not in before or not same_values(t, before[name]):
+            raise Disagrees(f"the model's forward pass changes its own {name!r}")
+
+
+def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+@contextmanager
+def _other_last_layer(problem: "Problem") -> Iterator[None]:
+    """Weights of the last layer at which nothing that follows it can hide."""
+    with _drawn([p for p in problem.last.parameters()], 1.0):
+        yield
+
+
+@contextmanager
+def other_wide_layer(problem: "Problem") -> Iterator[None]:
+    """Other weights of the wide layer: the features into it must not know."""
+    assert problem.wide is not None
+    with _drawn(list(problem.wide.parameters()), 1.0):
+        yield
+
+
+@contextmanager
+def _moved(problem: "Problem") -> Iterator[None]:
+    """All trainable weights of the copy moved a little."""
+    free = [
+        p
+        for module in problem.model.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if trainable(module, name)
+    ]
+    with _drawn(free, NOISE, keep=True):
+        yield
+
+
+@contextmanager
+def _drawn(parameters: list[nn.Parameter], scale: float, *, keep: bool = False) -> Iterator[None]:
+    own = [p.detach().clone() for p in parameters]
+    generator = torch.Generator().manual_seed(1)
+    for p, value in zip(parameters, own, strict=True):
+        size = value.abs().mean() if bool(value.any()) else value.new_tensor(1.0)
+        drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu")
+        p.data.copy_((value if keep else 0) + scale * size * drawn.to(p.device))
+    try:
+        yield
+    finally:
+        for p, value in zip(parameters, own, strict=True):
+            p.data.copy_(value)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
