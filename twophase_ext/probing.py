@@ -1,8 +1,12 @@
 """Run a user's model once and watch it, without leaving a trace in it."""
 
+import copy
+import gc
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +49,46 @@ def unwrap(model: nn.Module) -> nn.Module:
 def cuda_devices() -> range:
     """The CUDA devices whose random state may move: none until CUDA is in use."""
     return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy, whatever the model keeps of its last forward pass, and sharing what it shares.
+
+    copy.deepcopy refuses tensors with a graph, which modules keep in attributes (attention maps,
+    weight_norm's weight): the copy has their values without the graph. It gives a parameter memory
+    of its own where another parameter or an attribute is a view of it: here the copies share too.
+    """
+    memo: dict[int, Any] = {}
+    tensors = list(_tensors(model))
+    owners = Counter(_storage(t) for t in tensors)
+    for t in tensors:
+        if not t.is_leaf:
+            memo[id(t)] = copy.deepcopy(t.detach(), memo)
+        elif type(t) is nn.Parameter and owners[_storage(t)] > 1:
+            memo[id(t)] = nn.Parameter(copy.deepcopy(t.detach(), memo), t.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def _storage(t: Tensor) -> int:
+    """The same number for tensors in one storage; for another kind of tensor one of its own."""
+    ordinary = type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
+    return t.untyped_storage()._cdata if ordinary else -id(t)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that the model's modules hold, in whatever containers and objects, once."""
+    # what deepcopy does not copy, or what holds nothing
+    alone = (type, ModuleType, FunctionType, BuiltinFunctionType, str, bytes, int, float)
+    seen, left = set(), [model]
+    while left:
+        value = left.pop()
+        if id(value) in seen or isinstance(value, alone):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            left.extend(gc.get_referents(value))
 
 
 def input_of(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """Several second phases from one first phase."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import inside
+from ..probing import copy_model
 from . import ranks
 from .checkpoint import exists
 from .config import resolve_tau
@@ -85,7 +85,7 @@ def _grow(
         if kept != key:  # caches of other features are of no more use
             shared.clear()
             kept = key
-        model = copy.deepcopy(trainer.model)
+        model = copy_model(trainer.model)
         arguments = {"last_layer": run.network.last.name, **changes, "tau": tau}
         second = trainer._clone(model, run_dir=_under(root, name), **arguments)
         checkpoint = _checkpoint(second, resume)
