@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from helpers import quiet, same_bits, toy_data
 from torch import nn
 
+from helpers import quiet, same_bits, toy_data
 from twophase_ext.probing import copy_model
 
 
