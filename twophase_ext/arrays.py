@@ -21,14 +21,13 @@ _NUMPY_DTYPES = frozenset(
 def as_tensor(a: Any, *, name: str) -> Tensor:
     """`a` as a torch tensor.
 
-    Returned as it is: a torch tensor; without its graph, where it has one, and copied where it was
-    made under torch.inference_mode and is used outside. Shared, without a copy, on its own device:
-    NumPy arrays and whatever offers `__dlpack__` or `__cuda_array_interface__` (CuPy, JAX, Numba).
-    Copied: NumPy arrays that are read-only (torch has no read-only tensors, and an in-place
-    operation would write into them; a memory map opened with mode "c" is shared), of foreign byte
-    order, or with strides that torch lacks (negative ones); objects with `__array__` alone; nested
-    lists of numbers (int64, float64, ...), and other sequences by their [:] (a column of Hugging
-    Face's datasets).
+    Returned as it is: a torch tensor. Shared, without a copy, on its own device: NumPy arrays and
+    whatever offers `__dlpack__` or `__cuda_array_interface__` (CuPy, JAX, Numba). Copied: NumPy
+    arrays that are read-only (torch has no read-only tensors, and an in-place operation would
+    write into them; a memory map opened with mode "c" is shared), of foreign byte order, or with
+    strides that torch lacks (negative ones); objects with `__array__` alone; nested lists of
+    numbers (int64, float64, ...), and other sequences by their [:] (a column of Hugging Face's
+    datasets).
 
     name: the argument's name, for the errors. Raises TypeError for what is no array or has a dtype
     that torch does not compute with (uint16, uint32, uint64, longdouble, object, strings),
@@ -37,9 +36,7 @@ def as_tensor(a: Any, *, name: str) -> Tensor:
     if isinstance(a, Tensor):
         if a.dtype in _STORED_ONLY:
             raise TypeError(f"{name}: {_no_arithmetic('tensors', str(a.dtype))}")
-        a = a.detach() if a.requires_grad else a
-        # such a tensor has no version counter and no gradient passes through it
-        return a.clone() if a.is_inference() and not torch.is_inference_mode_enabled() else a
+        return a
     if isinstance(a, np.ndarray | np.generic):
         return _from_numpy(a, name)
     if hasattr(a, "__dlpack__"):
@@ -56,6 +53,18 @@ def as_tensor(a: Any, *, name: str) -> Tensor:
             _from_numbers(list(a), name) if type(whole) is type(a) else as_tensor(whole, name=name)
         )
     raise TypeError(f"{name}: expected a tensor, an array or numbers, got {type(a).__name__}")
+
+
+def as_data(a: Any, *, name: str) -> Tensor:
+    """`as_tensor` of data, which no gradient reaches.
+
+    A tensor with a graph is detached. One that was made under torch.inference_mode has no version
+    counter and cannot enter a graph: it is copied where it is used outside.
+    """
+    found = as_tensor(a, name=name).detach()
+    return (
+        found.clone() if found.is_inference() and not torch.is_inference_mode_enabled() else found
+    )
 
 
 def require_finite(x: Tensor, name: str, what: str, indices: list[int] | None = None) -> None:

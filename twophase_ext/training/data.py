@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
-from ..arrays import as_tensor, require_finite
+from ..arrays import as_data, require_finite
 from ..losses import ConvexLoss, prepare_targets
 from ..memory import available_memory
 from .loaders import chosen, is_loader, is_map_style, tell_ignored
@@ -128,8 +128,8 @@ class _Arrays(Samples):
     """Two arrays held whole, on the device where they fit: the batch is one index_select."""
 
     def __init__(self, x: Any, y: Any, name: str, device: torch.device, dtype: torch.dtype) -> None:
-        self.x = as_tensor(x, name=f"{name}[0]")
-        self.y = as_tensor(y, name=f"{name}[1]")
+        self.x = as_data(x, name=f"{name}[0]")
+        self.y = as_data(y, name=f"{name}[1]")
         for part, tensor in (("x", self.x), ("y", self.y)):
             if tensor.is_meta:
                 raise ValueError(f"{name}: expected {part} with data, got a meta tensor")
@@ -197,7 +197,7 @@ class _Fetched(Samples):
                 f"{self.name}: the collate function fails on samples {shown}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        x, y = (as_tensor(part, name=self.name) for part in _pair(batch, self.name))
+        x, y = (as_data(part, name=self.name) for part in _pair(batch, self.name))
         for part, what in ((x, "inputs"), (y, "targets")):
             if part.dim() == 0 or len(part) != len(indices):
                 got = f"of shape {list(part.shape)}" if part.dim() == 0 else f"for {len(part)}"

@@ -32,6 +32,7 @@ class FeatureCache(Features):
     all; `mode` is what is cached, `bytes` its size, `n` the number of samples.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -70,6 +71,7 @@ def require_eval(model: nn.Module) -> None:
         )
 
 
+@torch.inference_mode(False)
 def fit_last_layer(
     model: nn.Module,
     cache: FeatureCache,

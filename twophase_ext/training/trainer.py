@@ -182,6 +182,7 @@ class Trainer:
         settings = dict.fromkeys(SETTINGS) if other else {}
         return Trainer(model, **{**self._arguments, **settings, **changes})
 
+    @torch.inference_mode(False)
     def fit(
         self, train: Any, val: Any = None, *, resume: bool | str | Path | None = None
     ) -> Result:
@@ -209,6 +210,7 @@ class Trainer:
         """
         return self._execute(self._prepare(train, val, resume))
 
+    @torch.inference_mode(False)
     def branch(
         self,
         branches: Mapping[str, Mapping[str, Any]],
