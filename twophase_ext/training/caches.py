@@ -37,8 +37,9 @@ def _compare(run: "Run") -> str | None:
     key = (run.hidden_hash, f"compared {run.cache_mode}")
     shared = {} if run.shared is None else run.shared
     features = run.train_features
-    # rounded features are no claim; on several ranks no process has all columns
-    if run.cache_mode == "hidden-bfloat16" or run.ranks.size > 1 or features is None:
+    # rounded features and copies are no claim; on several ranks no process has all columns
+    other = run.cache_mode == "hidden-bfloat16" or run.config.augment_copies is not None
+    if other or run.ranks.size > 1 or features is None:
         return None
     if key not in shared:
         with run._timed("features"):

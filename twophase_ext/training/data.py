@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset, default_col
 from ..arrays import as_data, require_finite
 from ..losses import ConvexLoss, prepare_targets
 from ..memory import available_memory
-from .loaders import chosen, is_loader, is_map_style, tell_ignored
+from .loaders import batching, chosen, is_loader, is_map_style, tell_ignored
 from .streams import host_stream, stream_seed
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -310,5 +310,5 @@ def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtyp
     samples = _from_dataset(dataset, collate, name, device, dtype)
     if not isinstance(samples, _Arrays):
         tell_ignored(loader, name)
-    samples.batch_size = loader.batch_size
+    samples.batch_size = batching(loader)[1]
     return samples

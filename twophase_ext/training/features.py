@@ -178,7 +178,7 @@ class Features:
     ) -> None:
         """mode: one of MODES but "auto"; on_batch(count) is called as samples are done."""
         self.samples, self.network, self.mode = samples, network, mode
-        self.copies, self.copy, self._given = copies or 1, 0, copies
+        self.copies, self.copy = copies or 1, 0
         self.n = samples.n * self.copies
         self.cache: Tensor | None = None
         self.targets: Tensor | None = None
@@ -232,13 +232,10 @@ class Features:
         return flat.view(shape)
 
     def beside_inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, h) of the batches that filled the cache: the inputs again, and what is cached."""
-        kept = self.copy
+        """(x, h) of the batches that filled the cache, without copies: the inputs again."""
         for copy, start, end in self._jobs():
-            x, _ = self._visit((copy, start, end), self._given)
-            self.copy = copy
+            x, _ = self._visit((copy, start, end), None)
             yield x, self.batch(torch.arange(start, end, device="cpu"))[0]
-        self.copy = kept
 
     @property
     def hidden(self) -> bool:

@@ -51,8 +51,8 @@ def agreement(
 ) -> Agreement:
     """Compare two passes over all samples in evaluation mode: as they come, and regrouped.
 
-    The outputs must be the last layer's. Samples that are random are not compared. Every sample is
-    fetched in any case. Each rank passes its own batches, and all learn of a disagreement.
+    The outputs must be the last layer's. Each batch is fetched once. Each rank passes its own
+    batches, and all learn of a disagreement.
 
     Raises ValueError where the model does not run on these samples, or its forward pass changes
     parameters or buffers in evaluation mode.
@@ -63,7 +63,7 @@ def agreement(
         for number, (start, end) in enumerate(samples.batches(BATCH)):
             x, _ = samples.fetch(torch.arange(start, end, device="cpu"), augmented=False)
             late = time.monotonic() - started > SECONDS
-            if samples.random or found.evidence or late:
+            if found.evidence or late:
                 continue
             if number % ranks.size == ranks.rank:
                 try:
@@ -79,9 +79,7 @@ def agreement(
             done = end
     found.compared = True
     found.evidence = next((e for e in ranks.collect(found.evidence) if e), None)
-    if samples.random:
-        found.evidence = None
-    elif done and not found.evidence:
+    if done and not found.evidence:
         whole = "all" if done == samples.n else f"the first {done} of"
         found.extent = f"h is the same in other batches for {whole} {samples.n} samples"
     return found

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     DistributedSampler,
     RandomSampler,
@@ -32,6 +33,14 @@ def is_map_style(dataset: Any) -> bool:
         return False
 
 
+def batching(loader: Any) -> tuple[Any, int | None]:
+    """The sampler and the batch size, which accelerate hands over as a BatchSampler."""
+    batches = getattr(loader, "batch_sampler", None)
+    if loader.batch_size is None and type(batches) is BatchSampler:
+        return batches.sampler, batches.batch_size
+    return loader.sampler, loader.batch_size
+
+
 def chosen(loader: Any, name: str) -> list[int] | None:
     """The samples that the loader's sampler visits once an epoch, ascending; None where all.
 
@@ -39,8 +48,8 @@ def chosen(loader: Any, name: str) -> list[int] | None:
     sampler that repeats samples or whose epochs are not of the same ones, for a batch_sampler and
     for a loader without batches.
     """
-    n, sampler, refused = len(loader.dataset), loader.sampler, ""
-    if loader.batch_size is None:
+    (sampler, size), n, refused = batching(loader), len(loader.dataset), ""
+    if size is None:
         refused = "a batch_sampler or without batches"
     elif isinstance(sampler, RandomSampler):
         if sampler.replacement or sampler.num_samples != n:

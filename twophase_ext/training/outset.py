@@ -36,6 +36,8 @@ def look_at(
     with train.held():
         train.prepare(loss, network.outputs)
         check_loss(loss, network, *next(train.in_order(2)))
+        if train.random and config.augment_copies is None:
+            compare = False  # nothing is cached or claimed
         fixed = agreement(network, train, config.batch_size, ranks) if compare else Agreement()
     for samples in sets[1:]:
         samples.prepare(loss, network.outputs)
