@@ -289,8 +289,8 @@ def _sgd_weights(
     else:
         square, result.rigorous = float(gradient_bound), False
     result.constants = {"G^2": square}
-    sums = torch.tensor(list(rates), dtype=torch.float64).cumsum(0)
-    squares_of = torch.tensor(list(rates), dtype=torch.float64).square().cumsum(0)
+    sums = torch.tensor(list(rates), dtype=torch.float64, device="cpu").cumsum(0)
+    squares_of = torch.tensor(list(rates), dtype=torch.float64, device="cpu").square().cumsum(0)
     up = 1 + 2 * len(rates) * UNIT
     weights = {}
     for t in steps:

@@ -77,7 +77,9 @@ class Run:
         self.verdict: Verdict | None = None
         self.hidden_hash: str | None = None  # set at tau: the hidden layers are frozen from then
         self.epoch, self.batch = 0, 0  # the next batch to train on
-        self.sums = torch.zeros(2, dtype=torch.float64)  # loss * samples, correct: of this epoch
+        self.sums = torch.zeros(
+            2, dtype=torch.float64, device="cpu"
+        )  # loss * samples, correct: of this epoch
         self.rng: dict[str, Tensor] | None = None  # of a run interrupted within an epoch
         self.unchanged: bool | None = None  # the hidden layers, from tau to the end
         self.notes: dict[str, Any] = {}  # what the second phase adds to this epoch's row
@@ -259,7 +261,7 @@ class Run:
             measured = self._measure(self.val_features, self.val)
         record = self._record(seconds, train_loss, accuracy, *measured)
         self.epoch, self.batch = self.epoch + 1, 0
-        self.sums, self.rng = torch.zeros(2, dtype=torch.float64), None
+        self.sums, self.rng = torch.zeros(2, dtype=torch.float64, device="cpu"), None
         self.schedule.end_epoch(phase, train_loss)
         # Before the checkpoint, so that it holds what a callback sets (a learning rate, say).
         self._call("on_epoch_end", record)

@@ -228,7 +228,9 @@ class Features:
         with tempfile.NamedTemporaryFile(prefix="twophase-features-") as file:
             # Taken now, or an error now: a write to a mapped page without room ends the process.
             os.posix_fallocate(file.fileno(), 0, length)
-            flat = torch.from_file(file.name, shared=True, size=size, dtype=rows.dtype)
+            flat = torch.from_file(
+                file.name, shared=True, size=size, dtype=rows.dtype, device="cpu"
+            )
         return flat.view(shape)
 
     def beside_inputs(self) -> Iterator[tuple[Tensor, Tensor]]:

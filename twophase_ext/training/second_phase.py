@@ -291,7 +291,9 @@ class StochasticRun(TheoremRun):
         steps = math.ceil(self.train.n / size)
         seed = stream_seed(self.config.seed, "draw", self.epoch)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randint(self.train_features.n, (steps * size,), generator=generator)
+        order = torch.randint(
+            self.train_features.n, (steps * size,), generator=generator, device="cpu"
+        )
         return order, [size * s for s in range(steps + 1)]
 
     def _rates(self, epoch: int, steps: int) -> list[float]:
