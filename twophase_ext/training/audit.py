@@ -92,6 +92,12 @@ def _features(run: "Run") -> Premise:
                 f"for these {copies * run.train.n} samples"
             ),
         )
+    return fixed_premise(run)
+
+
+def fixed_premise(run: "Run") -> Premise:
+    """Whether h was the same function of each sample at every visit and in every batch."""
+    name = "fixed features"
     if run.unfixed:
         return name, FAILED, run.unfixed
     return name, HELD, f"cached: {run.cache_mode}; {run.fixed.extent}"

@@ -11,7 +11,7 @@ from . import runfolder
 from .checks import check_loss, check_trains
 from .config import Config
 from .data import Samples
-from .features import plan_for
+from .features import BATCH, plan_for
 from .fixed import Agreement, agreement
 from .progress import Progress
 from .ranks import Ranks
@@ -35,7 +35,8 @@ def look_at(
     train = sets[0]
     with train.held():
         train.prepare(loss, network.outputs)
-        check_loss(loss, network, *next(train.in_order(2)))
+        x, y = next(train.in_order(BATCH))
+        check_loss(loss, network, x[:2], y[:2])
         if train.random and config.augment_copies is None:
             compare = False  # nothing is cached or claimed
         fixed = agreement(network, train, config.batch_size, ranks) if compare else Agreement()
@@ -55,7 +56,7 @@ def describe(network: Network, samples: Samples, progress: Progress) -> None:
             f"the last hidden layer has {network.width} units for n = {samples.n} samples: "
             "Theorem 1's premise m_H >= n fails and no guarantee is claimed. "
             "tp.nn.widen(model, n) adds such a layer",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
