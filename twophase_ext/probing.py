@@ -1,8 +1,12 @@
 """Run a user's model once and watch it, without leaving a trace in it."""
 
+import copy
+import gc
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +51,46 @@ def cuda_devices() -> range:
     return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
 
 
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy, whatever the model keeps of its last forward pass, and sharing what it shares.
+
+    copy.deepcopy refuses tensors with a graph, which modules keep in attributes (attention maps,
+    weight_norm's weight): the copy has their values without the graph. It gives a parameter memory
+    of its own where another parameter or an attribute is a view of it: here the copies share too.
+    """
+    memo: dict[int, Any] = {}
+    tensors = list(_tensors(model))
+    owners = Counter(_storage(t) for t in tensors)
+    for t in tensors:
+        if not t.is_leaf:
+            memo[id(t)] = copy.deepcopy(t.detach(), memo)
+        elif type(t) is nn.Parameter and owners[_storage(t)] > 1:
+            memo[id(t)] = nn.Parameter(copy.deepcopy(t.detach(), memo), t.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def _storage(t: Tensor) -> int:
+    """The same number for tensors in one storage; for another kind of tensor one of its own."""
+    ordinary = type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
+    return t.untyped_storage()._cdata if ordinary else -id(t)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that the model's modules hold, in whatever containers and objects, once."""
+    # what deepcopy does not copy, or what holds nothing
+    alone = (type, ModuleType, FunctionType, BuiltinFunctionType, str, bytes, int, float)
+    seen, left = set(), [model]
+    while left:
+        value = left.pop()
+        if id(value) in seen or isinstance(value, alone):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            left.extend(gc.get_referents(value))
+
+
 def input_of(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
     """The input that `module` gets when the model runs on x; nothing behind it is computed.
 
@@ -61,7 +105,7 @@ def input_of(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
 
     handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with _eager():
+        with eager():
             unwrap(model)(x.clone())  # a forward may work in place on its input
     except _Stop:
         return caught[0]
@@ -85,7 +129,7 @@ def rows_into(model: nn.Module, chain: list[nn.Module], x: Tensor) -> Tensor:
 
     handles = [m.register_forward_hook(hand_on, with_kwargs=True) for m in chain]
     try:
-        with _eager():
+        with eager():
             return unwrap(model)(x.clone())
     finally:
         for handle in handles:
@@ -118,7 +162,7 @@ def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], 
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
     try:
-        with untouched(model), _eager():
+        with untouched(model), eager():
             output = model(example.clone())  # a forward may work in place on its input
     finally:
         for handle in handles:
@@ -126,8 +170,17 @@ def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], 
     return calls, output
 
 
-def _eager() -> AbstractContextManager[Any]:
-    """Run compiled submodules eagerly: compiled code need not see a hook that came after it."""
+def main_output(output: Any) -> Tensor | None:
+    """A model's output, or the first one of several: auxiliary heads come behind it."""
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Runs compiled submodules eagerly: compiled code need not see a hook that came after it."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing it takes seconds
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
@@ -179,7 +232,7 @@ def require_pure(model: nn.Module, example: Tensor) -> None:
     A first pass may fill caches: what the second one changes again is refused. The claims of the
     second phase are about hidden layers that stay as they are.
     """
-    with untouched(model), _eager():
+    with untouched(model), eager():
         unwrap(model)(example.clone())
         before = {name: t.detach().clone() for name, t in _state(model)}
         unwrap(model)(example.clone())

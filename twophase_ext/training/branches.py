@@ -1,11 +1,11 @@
 """Several second phases from one first phase."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import inside
+from ..probing import copy_model
 from . import ranks
 from .checkpoint import exists
 from .config import resolve_tau
@@ -52,6 +52,9 @@ def branch(
         verify=False,
         augment_copies=None,
     )
+    first.compares = any(
+        t.get("batch_norm", trainer.config.batch_norm) == "frozen" for t in branches.values()
+    )
     run = first._prepare(train, val, _checkpoint(first, resume))
     try:
         return _grow(trainer, branches, first, run, train, val, resume, root)
@@ -85,7 +88,7 @@ def _grow(
         if kept != key:  # caches of other features are of no more use
             shared.clear()
             kept = key
-        model = copy.deepcopy(trainer.model)
+        model = copy_model(trainer.model)
         arguments = {"last_layer": run.network.last.name, **changes, "tau": tau}
         second = trainer._clone(model, run_dir=_under(root, name), **arguments)
         checkpoint = _checkpoint(second, resume)
@@ -94,6 +97,7 @@ def _grow(
                 f"branches: {name} begins at epoch {tau}, but the trunk in {root} is at epoch "
                 f"{run.epoch} already; begin again in another run_dir"
             )
+        second.known = run.fixed if run.fixed.compared else None
         continued = second._prepare(train, val, checkpoint)
         if checkpoint is None:
             adopt(continued, run)
