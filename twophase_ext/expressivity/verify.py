@@ -15,13 +15,14 @@ from ..linalg.progress import Stages
 from ..memory import available_memory
 from ..network import Network
 from . import record
+from .attempts import kept, reasons
 from .certify import certify_given, certify_matrix, certify_witness
 from .culprits import describe, find_culprits
 from .forward_error import Unbounded
 from .inputs import as_example, batches, checked_inputs, first_parameter, identical_rows
 from .problem import Problem
 from .separation import separate
-from .verdict import Verdict
+from .verdict import IDENTICAL_INPUTS, Verdict
 
 WEIGHTS = ("current", "init", "witness")
 METHODS = ("auto", "separation", "certificate", "svd")
@@ -187,6 +188,7 @@ def verify_network(
             "w; remove all but one of each group",
             culprits=culprits,
             explanation=_named(culprits, "have identical inputs"),
+            assumptions=list(IDENTICAL_INPUTS),
         )
     problem = Problem(network, inputs, n, ones)
     key = " ".join([*common["hashes"].values(), w, str(seed), str(ones)])
@@ -212,6 +214,7 @@ class _Attempt:
         if self.w == "init":
             self.problem.reinitialise(self.seed)
 
+    @kept
     def separation(self) -> dict[str, Any]:
         """Distinct backbone features: some weights of the wide layer have rank n."""
         problem = self.problem
@@ -253,6 +256,7 @@ class _Attempt:
             ],
         }
 
+    @kept
     def certificate(self) -> dict[str, Any]:
         """A lower bound of sigma_min."""
         arguments: dict[str, Any] = {
@@ -284,6 +288,7 @@ class _Attempt:
         witness = dict(self.problem.changes) or None
         return fields | found | {"claim": claim, "witness": witness}
 
+    @kept
     def svd(self) -> dict[str, Any]:
         """Singular values in float64, counted by numpy's rule."""
         problem = self.problem
@@ -326,6 +331,7 @@ class _Attempt:
         if self.training and found["status"] == "proved" and n * n * columns > AUTO_TRAINING:
             return found
         at_w: dict[str, Any] = {}
+        certified: dict[str, Any] = {}
         allowed, plan = self._affordable("svd", SVD_FLOPS * n * n * columns, 3 * 8 * n * columns)
         if allowed:
             at_w = self.svd()
@@ -333,7 +339,7 @@ class _Attempt:
         allowed, plan = self._affordable(
             "certificate", n * n * (columns + n / 3), 8 * n * (n + 2 * min(columns, 2048))
         )
-        if allowed and at_w.get("status") != "undecided":
+        if allowed and at_w.get("rank", n) == n:
             say(plan)
             certified = self.certificate()
             if certified["status"] == "proved":
@@ -344,8 +350,8 @@ class _Attempt:
             return estimates | found | {"reason": "" if at_w else f"at these weights {left}"}
         if at_w:
             more = {k: found[k] for k in ("culprits", "explanation") if k in found}
-            return more | at_w
-        reason = "; ".join(r for r in (found.get("reason", ""), left) if r)
+            return more | at_w | {"reason": reasons(at_w, found, certified)}
+        reason = reasons(found, certified, left)
         return (
             {"status": "undecided", "claim": "at w", "method": "none"} | found | {"reason": reason}
         )
@@ -359,8 +365,12 @@ class _Attempt:
         )
         self.stages.say(plan)
         with self.problem.restored():
-            found = self.certificate() if allowed else {"status": "undecided"}
-        return found if found["status"] == "proved" else self.separation()
+            found = self.certificate() if allowed else {"status": "undecided", "reason": plan}
+        if found["status"] == "proved":
+            return found
+        other = self.separation()
+        reason = "" if other["status"] == "proved" else reasons(found, other)
+        return other | {"reason": reason}
 
     def _affordable(self, what: str, flops: float, size: float) -> tuple[bool, str]:
         """Whether "auto" may do it, and the plan in words."""
