@@ -167,9 +167,11 @@ def certify_witness(
         # what stood in the triangular certificate's way is settled
         return dense | {"claim": "exists", "witness": dict(problem.changes)}
     dense["reason"] = "; ".join(part for part in (reason, dense["reason"]) if part)
-    return dense | {k: v for k, v in common.items() if k in ("culprits", "explanation") and v} | {
-        "claim": "exists"
-    }
+    return (
+        dense
+        | {k: v for k, v in common.items() if k in ("culprits", "explanation") and v}
+        | {"claim": "exists"}
+    )
 
 
 def certify_given(

@@ -179,8 +179,8 @@ def certify_triangular(
 def promoted_log_det(lower: float, n: int, e: float) -> float:
     """A lower bound of log det(M' M'^T) from one of log det(M M^T); -inf where there is none.
 
-    e >= ||M' - M||_F / sigma_min(M), n rows: the theorem's 2 sqrt(n) e / (1 - e) is taken away. As e
-    comes near 1 that grows without bound, and nothing is left.
+    e >= ||M' - M||_F / sigma_min(M), n rows: the theorem's 2 sqrt(n) e / (1 - e) is taken away.
+    As e comes near 1 that grows without bound, and nothing is left.
     """
     if not e <= LARGEST_SHARE:
         return -math.inf

@@ -15,7 +15,7 @@ from ..linalg.progress import Stages
 from ..memory import available_memory
 from ..network import Network
 from . import record
-from .attempts import kept, reasons
+from .attempts import float64_rate, kept, reasons, require_memory
 from .certify import certify_given, certify_matrix, certify_witness
 from .culprits import describe, find_culprits
 from .forward_error import Unbounded
@@ -266,6 +266,11 @@ class _Attempt:
             "stages": self.stages,
         }
         fields: dict[str, Any] = {"method": "certificate"}
+        problem = self.problem
+        if self.factorization == "gram" or (self.w != "witness" and self.factorization == "auto"):
+            # before the features are paid for
+            device = problem.inputs[0].device
+            require_memory("certificate", problem.n, problem.columns, device, self.folder)
         try:
             if self.w == "witness":
                 if constraint := self.problem.constraint():
@@ -292,6 +297,7 @@ class _Attempt:
     def svd(self) -> dict[str, Any]:
         """Singular values in float64, counted by numpy's rule."""
         problem = self.problem
+        require_memory("svd", problem.n, problem.columns, problem.inputs[0].device)
         h = problem.plain_features()
         matrix = torch.cat([h, h.new_ones(len(h), int(problem.ones))], 1)
         fields: dict[str, Any] = {
@@ -300,7 +306,7 @@ class _Attempt:
             "status": "undecided",
         }
         if not bool(torch.isfinite(matrix).all()):
-            return fields | {"reason": "the features hold NaN or infinity"}
+            return fields | {"reason": "svd: the features hold NaN or infinity"}
         with self.stages.stage("svd", SVD_FLOPS * problem.n**2 * problem.columns):
             sigma = torch.linalg.svdvals(matrix)
         tolerance = float(sigma[0]) * problem.columns * torch.finfo(torch.float64).eps
@@ -375,7 +381,7 @@ class _Attempt:
     def _affordable(self, what: str, flops: float, size: float) -> tuple[bool, str]:
         """Whether "auto" may do it, and the plan in words."""
         device = self.problem.inputs[0].device
-        seconds = flops / _float64_rate(device)
+        seconds = flops / float64_rate(device)
         length = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
         plan = (
             f"{what} of {self.problem.n} x {self.problem.columns} in float64: about {length} and "
@@ -388,12 +394,3 @@ class _Attempt:
 def _named(groups: list[list[int]], what: str) -> list[str]:
     lines = [f"samples {', '.join(map(str, group[:8]))} {what}" for group in groups[:5]]
     return lines + ([f"... and {len(groups) - 5} more such groups"] if len(groups) > 5 else [])
-
-
-def _float64_rate(device: torch.device) -> float:
-    """Float64 operations a second of a matrix product of 512 on this device."""
-    a = torch.ones(512, 512, dtype=torch.float64, device=device)  # no draw: the caller's generator
-    (a @ a).sum().item()
-    started = time.perf_counter()
-    (a @ a).sum().item()
-    return 2 * 512**3 / max(time.perf_counter() - started, 1e-6)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..expressivity.attempts import require_memory
 from ..files import write_json
 from ..losses import ConvexLoss, resolve_loss
 from ..network import Network
@@ -308,6 +309,8 @@ class Trainer:
         for part in (samples, held_out):
             if part is not None:
                 part.prepare(self.loss, network.outputs)
+        if config.second_phase != "none":
+            require_memory(str(config.verify), samples.n, network.width + 1, self.device)
         self._describe(network, samples, progress)
         mode = self._plan(network, samples, held_out, config, progress, ranks)
         optimizer = make_optimizer(self.optimizer, network, config.noise_std)

@@ -102,6 +102,7 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any] | None:
     if verdict.status == "deficient":
         claim = "for all weights"
     explanation = [line.strip() for line in str(verdict).splitlines()]
+    explanation = [line for line in explanation if not line.startswith("assumed: ")]
     return {
         "explanation": [line[:1].upper() + line[1:] for line in explanation],
         "numbers": [
