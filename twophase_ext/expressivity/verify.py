@@ -15,7 +15,7 @@ from ..linalg.progress import Stages
 from ..memory import available_memory
 from ..network import Network
 from . import record
-from .attempts import float64_rate, kept, reasons, require_memory
+from .attempts import failure, float64_rate, kept, reasons, require_memory
 from .certify import certify_given, certify_matrix, certify_witness
 from .culprits import describe, find_culprits
 from .forward_error import Unbounded
@@ -190,10 +190,14 @@ def verify_network(
             explanation=_named(culprits, "have identical inputs"),
             assumptions=list(IDENTICAL_INPUTS),
         )
-    problem = Problem(network, inputs, n, ones)
     key = " ".join([*common["hashes"].values(), w, str(seed), str(ones)])
-    attempt = _Attempt(problem, w, seed, factorization, folder, stages, key, training)
-    return verdict(**getattr(attempt, method)())
+    try:  # the model is copied, and may be initialised anew
+        problem = Problem(network, inputs, n, ones)
+        attempt = _Attempt(problem, w, seed, factorization, folder, stages, key, training)
+        return verdict(**getattr(attempt, method)())
+    except Exception as error:
+        reason = failure(error, folder)
+        return verdict(status="undecided", claim="exists", method="none", reason=reason)
 
 
 @dataclass

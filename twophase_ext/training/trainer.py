@@ -22,6 +22,7 @@ from .checks import check_runs, model_device, unchanged_on_error
 from .columns import check_several
 from .config import SETTINGS, Config, compile_options, resolve
 from .data import Augment, Samples
+from .declared import check_loss
 from .engine import Run
 from .features import plan_for
 from .first_step import check_autocast
@@ -309,6 +310,7 @@ class Trainer:
         for part in (samples, held_out):
             if part is not None:
                 part.prepare(self.loss, network.outputs)
+        check_loss(self.loss, network.outputs, samples, config)
         if config.second_phase != "none":
             require_memory(str(config.verify), samples.n, network.width + 1, self.device)
         self._describe(network, samples, progress)
