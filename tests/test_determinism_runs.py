@@ -105,7 +105,7 @@ def test_the_lazy_phase_verifies_by_size_alone(monkeypatch):
     """What it verifies decides about its steps: neither speed nor free memory may choose."""
     first = trained("lazy", verify="auto")
     monkeypatch.setattr(verify, "available_memory", lambda device: 0)
-    monkeypatch.setattr(verify, "_float64_rate", lambda device: 1.0)
+    monkeypatch.setattr(verify, "float64_rate", lambda device: 1.0)
     again = trained("lazy", verify="auto")
     assert same_bits(first[0], again[0]) and first[1] == again[1]
     assert first[2].verdict.method == again[2].verdict.method == "svd"

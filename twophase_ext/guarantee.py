@@ -21,15 +21,30 @@ import torch
 from torch import Tensor
 
 from .arrays import as_data
-from .comparators import Blocks, Comparator, comparators, last_layer_objective
-from .linalg.bounds import bound_text
-from .losses import CROSS_ENTROPY, ConvexLoss, prepare_targets, resolve_loss
+from .comparators import Blocks, Comparator, comparators
+from .linalg.bounds import UNDERFLOW, bound_text, plus
+from .loss_rounding import ASSUMED
+from .losses import (
+    CROSS_ENTROPY,
+    SQUARED_ERROR,
+    ConvexLoss,
+    loss_problem,
+    prepare_targets,
+    resolve_loss,
+)
 from .ops._arguments import number
 
 __all__ = ["Blocks", "Comparator", "Guarantee", "comparators", "guarantee", "smoothness"]
 
 ENOUGH, ITERATIONS = 1.01, 30  # of the power iteration: upper / lower bound, passes at most
 UNIT = 2.0**-53
+ARITHMETIC = "float64 rounds to nearest, its exp and log within 4 units in the last place"
+MEASURED = 32  # eps of the weights' dtype by which a measured loss may be off
+CHECK = (
+    "check that the loss is convex with the L_ell declared and a mean over the samples, that "
+    "nothing but the steps changed weights or features (a callback?), and the rounding of the run "
+    "(precision='float64')"
+)
 
 
 @dataclass
@@ -40,7 +55,9 @@ class Guarantee:
     one dict a point: steps (t - tau), bound, comparator, and loss, the measured objective, where it
     is known; empty where no bound is claimed. in_expectation: the bound is one of the mean over the
     draws of mini-batches, and of the least loss so far. rigorous: False where a constant of it was
-    measured. constants: L_H and l2, or G^2.
+    measured. constants: L_H and l2, or G^2. assumptions: what the evaluation of the bound takes for
+    granted. refuted: where a measured loss lies above its bound, and what to check then, as the
+    bound is none; "" where none does. reason: why there is no curve where one was asked for.
     """
 
     mode: str
@@ -49,6 +66,9 @@ class Guarantee:
     constants: dict[str, float] = field(default_factory=dict)
     in_expectation: bool = False
     rigorous: bool = True
+    assumptions: list[str] = field(default_factory=list)
+    refuted: str = ""
+    reason: str = ""
 
     @property
     def closest(self) -> dict[str, Any] | None:
@@ -66,18 +86,25 @@ class Guarantee:
         width = max((len(name) for name, _, _ in self.premises), default=0)
         lines += [f"  {n:<{width}}  {status:<11}  {why}" for n, status, why in self.premises]
         if not self.curve:
-            return "\n".join([*lines, "  no bound is claimed"])
+            why = f": {self.reason}" if self.reason else ""
+            return "\n".join([*lines, f"  no bound is claimed{why}"])
         last = self.curve[-1]
         kind = "on average over the draws" if self.in_expectation else "at every step"
         measured = f", measured {last['loss']:.4e}" if "loss" in last else ""
         bound = f"loss <= {bound_text(last['bound'], 5, upper=True)} after {last['steps']} steps"
-        lines.append(f"  guaranteed {kind}: {bound}{measured}")
-        closest = self.closest
+        if self.refuted:
+            lines.append(f"  REFUTED {kind}: {bound}{measured}")
+            lines.append(f"  {self.refuted}")
+        else:
+            lines.append(f"  guaranteed {kind}: {bound}{measured}")
+        closest = None if self.refuted else self.closest
         if closest:
             ratio = closest["bound"] / closest["loss"]
             lines.append(f"  closest: {ratio:.3g} times the loss after {closest['steps']} steps")
         if not self.rigorous:
             lines.append("  with a measured bound of the gradients: no proof")
+        if self.assumptions:
+            lines.append(f"  assumed: {'; '.join(self.assumptions)}")
         return "\n".join(lines)
 
 
@@ -98,7 +125,7 @@ def smoothness(
     if not 0 <= l2 < math.inf:
         raise ValueError(f"l2: expected a number >= 0, got {l2}")
     constant = resolve_loss(loss).smoothness
-    x, trace, n = None, 0.0, 0
+    x, trace, n, seen = None, 0.0, 0, False
     upper = math.inf
     for _ in range(ITERATIONS if form == "tight" else 1):
         product, trace, n = None, 0.0, 0
@@ -107,6 +134,7 @@ def smoothness(
             if x is None:
                 x = m.new_ones(m.shape[1])
             trace, n = trace + float(m.square().sum()), n + len(m)
+            seen = seen or bool(m.any())
             part = m.T @ (m @ x)
             product = part if product is None else product.add_(part)
         if product is None or x is None:
@@ -119,6 +147,8 @@ def smoothness(
             break
         x = (product / product.max()).clamp_min(1e-9)
     largest = trace if form == "paper" else upper
+    if seen:
+        largest = max(largest, UNDERFLOW)  # squares that vanish
     if not largest < math.inf:
         raise ValueError("blocks: expected finite features, got NaN, infinity or too large ones")
     return float((constant / n * largest + l2) * (1 + 4 * UNIT))
@@ -141,6 +171,7 @@ def guarantee(
     gradient_bound: float | None = None,
     candidates: Sequence[tuple[Any, ...]] = (),
     ones: bool | None = None,
+    passes: float = math.inf,
 ) -> Guarantee:
     """Theorem 1's bound at the given numbers of steps since tau, minimised over comparators.
 
@@ -154,10 +185,14 @@ def guarantee(
     (ii): rates are eta of every step, as many as the largest of steps; G^2 = 2 max ||[h_i, 1]||^2
     for cross-entropy, because ||softmax - one-hot||_2^2 <= 2, and gradient_bound for another loss,
     measured. candidates: (name, weight, bias) of other comparators, such as the last weights.
+    passes: see `comparators`.
+
+    A measured loss above its bound, by more than rounding in the weights' dtype, refutes it: see
+    `Guarantee`. In mode "sgd" the bound is one of a mean, which no single run refutes.
 
     Raises ValueError for an unknown mode, for missing or unfitting rates, losses, gradient_bound or
-    shapes, for labels out of range and for features that are not finite; TypeError for labels that
-    are not integers.
+    shapes, for labels out of range, for features that are not finite, and for a loss that is seen
+    not to be what it declares; TypeError for labels that are not integers and for complex numbers.
     """
     resolved = resolve_loss(loss)
     if not isinstance(steps, Iterable):
@@ -166,6 +201,8 @@ def guarantee(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor is not None and tensor.is_complex():
+            raise TypeError(f"{name}: expected real numbers, got {tensor.dtype}")
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
     l2 = number(l2, "l2")
@@ -179,10 +216,16 @@ def guarantee(
         raise ValueError(f"steps: expected integers >= 0, at least one, got {known[:5]}")
     if not 0 <= l2 < math.inf or (l2 and mode == "sgd"):
         raise ValueError(f"l2: expected a number >= 0, and 0 for mode 'sgd', got {l2}")
-    _check_shapes(blocks, weight, bias)
+    _check_shapes(blocks, weight, bias, resolved)
     if losses is not None and len(losses) != len(known):
         raise ValueError(f"losses: expected {len(known)}, as many as steps, got {len(losses)}")
-    result = Guarantee(mode=mode, in_expectation=mode == "sgd")
+    result = Guarantee(mode=mode, in_expectation=mode == "sgd", assumptions=[ARITHMETIC])
+    if resolved not in (CROSS_ENTROPY, SQUARED_ERROR):
+        result.assumptions += [
+            f"{resolved.name} is convex in the output with L_ell = {resolved.smoothness:g}, as "
+            "declared",
+            f"the evaluation of {resolved.name} in float64: {ASSUMED}",
+        ]
     if mode == "gd":
         largest = _smoothness(blocks, resolved, smoothness, ones, l2)
         result.constants = {"L_H": largest, "l2": l2}
@@ -198,22 +241,43 @@ def guarantee(
         candidates=candidates,
         ones=ones,
         distances=[factor for factor, _ in weights.values()],
+        passes=passes,
     )
-    start = _known(last_layer_objective(blocks, weight, bias, resolved, l2, ones))
+    start = _known(family[0].loss)  # w^tau's own
     measured = [None] * len(known) if losses is None else list(losses)
     for t, loss_there in zip(known, measured, strict=True):
         point: dict[str, Any] = {"steps": t, "bound": start, "comparator": "w^tau"}
         if t:
             factor, rest = weights[t]
+            rest *= 1 + 8 * UNIT
             value, best = min(
-                (_known(v.loss + factor * v.distance2), i) for i, v in enumerate(family)
+                (_known(plus(v.loss, factor * v.distance2 * (1 + 8 * UNIT), rest)), i)
+                for i, v in enumerate(family)
             )
-            point["bound"] = (value + rest) * (1 + 16 * UNIT)
-            point["comparator"] = family[best].name
+            point["bound"], point["comparator"] = value, family[best].name
         if loss_there is not None:  # at w^tau itself one evaluation serves for both
             point["loss"] = float(loss_there) if t else start
         result.curve.append(point)
+    result.refuted = "" if result.in_expectation else _refuted(result.curve, start, weight.dtype)
     return result
+
+
+def _refuted(curve: list[dict[str, Any]], start: float, dtype: torch.dtype) -> str:
+    """Where the measured losses are above their bounds, "" where none is; start: at w^tau."""
+    known = [p for p in curve if "loss" in p]
+    eps = torch.finfo(dtype).eps
+    above = [
+        p
+        for p in known
+        if not p["loss"] <= p["bound"] + MEASURED * eps * (abs(p["loss"]) + abs(start))
+    ]
+    if not above:
+        return ""
+    p = above[0]
+    return (
+        f"measured above the bound at {len(above)} of {len(known)} points, first after "
+        f"{p['steps']} steps: {p['loss']:.6g} > {bound_text(p['bound'], 6, upper=True)}; {CHECK}"
+    )
 
 
 def _known(bound: float) -> float:
@@ -229,10 +293,16 @@ def _blocks(features: Blocks | tuple[Any, Any], loss: ConvexLoss, outputs: int) 
     return lambda: [(h, targets)]
 
 
-def _check_shapes(blocks: Blocks, weight: Tensor, bias: Tensor | None) -> None:
-    """ValueError for features, weight and bias that do not fit, or are not finite."""
+def _check_shapes(blocks: Blocks, weight: Tensor, bias: Tensor | None, loss: ConvexLoss) -> None:
+    """ValueError for features, weight and bias that do not fit, or are not finite.
+
+    ValueError too for a loss that is not what it declares, TypeError for complex numbers.
+    """
     n = 0
     for h, targets in blocks():
+        for name, part in (("features", h), ("targets", targets)):
+            if part.is_complex():
+                raise TypeError(f"features: expected real {name}, got {part.dtype}")
         if h.device != weight.device:
             raise ValueError(
                 f"features: expected the device of weight, {weight.device}, got {h.device}"
@@ -248,6 +318,8 @@ def _check_shapes(blocks: Blocks, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"features: {len(h)} rows do not fit {len(targets)} targets")
         if targets.is_floating_point() and not bool(torch.isfinite(targets).all()):
             raise ValueError("features: expected finite targets, got NaN or infinity")
+        if n == 0 and len(h) and (problem := loss_problem(loss, len(weight), targets)):
+            raise ValueError(problem)
         n += len(h)
     if n == 0:
         raise ValueError("features: expected at least one sample, got none")

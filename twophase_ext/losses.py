@@ -1,21 +1,32 @@
 """Losses that satisfy Assumption 2: differentiable and convex in the output, Lipschitz gradient."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+SAMPLES = 16  # that a declaration is tried on
+EXCESS = 1e-3  # of L_ell: a loss may compute in float32
 
 
 @dataclass(frozen=True)
 class ConvexLoss:
     """A loss averaged over samples, declared convex in the output by whoever builds it.
 
-    function: (outputs [b, m_y], targets [b, ...]) -> 0-d tensor, the mean over the b samples.
+    function: (outputs [b, m_y], targets [b, ...]) -> 0-d tensor, the mean over the b samples, for
+    outputs of any floating dtype: bounds are evaluated in float64.
     smoothness: L_ell, the Lipschitz constant of the gradient of one sample's loss in the 2-norm
     (Assumption 2), > 0. name appears in logs.
+
+    A declaration is tried on a few samples: torch's own losses when it is made, others by the
+    Trainer and `guarantee` with the targets. Raises TypeError for what is no function, ValueError
+    for another reduction than the mean, and for a gradient that is seen to change by more than
+    L_ell times the distance of the outputs, or not to be that of a convex function.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
@@ -28,10 +39,121 @@ class ConvexLoss:
             raise TypeError(f"function: expected a callable, got {type(self.function).__name__}")
         if not (isinstance(self.smoothness, int | float) and 0 < self.smoothness < float("inf")):
             raise ValueError(f"smoothness: expected a number L_ell > 0, got {self.smoothness!r}")
+        reduction = getattr(self.function, "reduction", "mean")
+        if reduction in ("sum", "none"):
+            raise ValueError(
+                f"function: expected the mean over samples, got reduction={reduction!r}"
+            )
+        if _of_torch(self.function) and (reason := _tried_on_made_up(self)):
+            raise ValueError(f"function: {reason}")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch."""
         return self.function(outputs, targets)
+
+
+def counterexample(loss: ConvexLoss, outputs: int, targets: Tensor) -> str:
+    """What of the declaration is seen to be wrong on a few samples; "" where nothing is.
+
+    targets: those of b samples, as `prepare_targets` leaves them; outputs: m_y. Outputs are made
+    up, in float64: random ones, zeros, and ties of two, where logistic losses bend most; they move
+    along the axes, along differences of two axes and at random. What the function raises, on
+    float64 or on anything else, is left to the caller.
+    """
+    y = targets[:SAMPLES]
+    y = y.double() if y.is_floating_point() else y
+    generator = torch.Generator().manual_seed(0)
+    kind: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    steps = torch.randn(3, len(y), outputs, generator=generator, **kind)
+    i, j = (torch.randint(outputs, (len(y),), generator=generator, device="cpu") for _ in "ij")
+    axis, other = (torch.eye(outputs, **kind)[k] for k in (i, j))
+    bases = [3 * steps[0], 0 * steps[0], 5 * (axis + other)]
+    moves = [steps[1], 0.1 * steps[2], 0.1 * axis, 0.1 * (axis - other)]
+    bases, moves = ([part.to(y.device) for part in parts] for parts in (bases, moves))
+
+    def value(q: Tensor, y: Tensor) -> Tensor:
+        found = loss(q, y)
+        if not isinstance(found, Tensor) or found.dim() != 0:
+            got = (
+                f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            )
+            raise TypeError(f"expected a 0-d tensor, got {got}")
+        return found
+
+    with torch.enable_grad():
+        whole = float(value(bases[0], y).detach())
+        rows = zip(bases[0].split(1), y.split(1), strict=True)
+        each = [float(value(q, target).detach()) for q, target in rows]
+        mean, size = sum(each) / len(y), sum(map(abs, each)) / len(y)
+        if abs(whole - mean) > EXCESS * size + 1e-6:
+            return (
+                f"expected the mean over samples (reduction='mean', no weights in the divisor), "
+                f"got {whole:.4g} for {len(y)} samples whose own losses have the mean {mean:.4g}"
+            )
+
+        def gradient(q: Tensor) -> Tensor:
+            q = q.clone().requires_grad_()
+            return torch.autograd.grad(value(q, y), q)[0].double() * len(y)
+
+        for base in bases:
+            here = gradient(base)
+            for move in moves:
+                change, length = gradient(base + move) - here, move.norm(dim=1)
+                slope = change.norm(dim=1) - (1 + EXCESS) * loss.smoothness * length
+                if bool((slope > 1e-5).any()):
+                    k = int(slope.argmax())
+                    found = float(change[k].norm() / length[k])
+                    return (
+                        f"smoothness: expected L_ell, got {loss.smoothness:g}, but between two "
+                        f"outputs of a sample the gradient changes by {found:.4g} times their "
+                        "distance"
+                    )
+                if bool(((change * move).sum(1) < -EXCESS * loss.smoothness * length**2).any()):
+                    return "expected a function convex in the output; along a line its slope falls"
+    return ""
+
+
+def loss_problem(loss: ConvexLoss, outputs: int, targets: Tensor) -> str:
+    """Why bounds of `loss` would not hold or not be evaluated, for these targets; "" for no reason.
+
+    targets: as of `counterexample`. The losses that the package knows are not tried.
+    """
+    if loss in (CROSS_ENTROPY, SQUARED_ERROR):
+        return ""
+    try:
+        reason = counterexample(loss, outputs, targets)
+    except Exception as error:  # whatever the user's own function raises
+        first = (str(error).splitlines() or [""])[0]
+        reason = (
+            f"fails on float64 outputs [{len(targets[:SAMPLES])}, {outputs}], in which bounds are "
+            f"evaluated ({type(error).__name__}: {first}); let its own tensors follow "
+            "outputs.dtype and outputs.device"
+        )
+    return f"loss: {loss.name}: {reason}" if reason else ""
+
+
+def _of_torch(function: Any) -> bool:
+    """Whether calling it does what torch's documentation says, and nothing else."""
+    if isinstance(function, partial):
+        return _of_torch(function.func)
+    kind = type(function) if isinstance(function, nn.Module) else function
+    return str(getattr(kind, "__module__", "")).split(".")[0] == "torch"
+
+
+def _tried_on_made_up(loss: ConvexLoss) -> str:
+    """`counterexample` with labels, one-hot rows and 0 or 1, whichever the function takes."""
+    labels = torch.tensor([0, 2, 1, 1], device="cpu")
+    one_hot = F.one_hot(labels, 3).double()
+    for outputs, targets in ((3, labels), (3, one_hot), (1, one_hot[:, :1])):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of shapes that do not fit
+                reason = counterexample(loss, outputs, targets)
+            if reason:
+                return reason
+        except Exception:  # not its kind of targets: what it is given in earnest is tried then
+            continue
+    return ""
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -67,12 +189,14 @@ def prepare_targets(
 ) -> Tensor:
     """Targets in the form that the loss takes: int64 labels, or float [n, m_y].
 
-    Raises TypeError for labels that are not integers, ValueError for labels outside
-    [0, outputs) (the first such sample is named) or a target of another shape. indices: the
-    samples' numbers where y holds only some of them.
+    Raises TypeError for complex targets and for labels that are not integers, ValueError for
+    labels outside [0, outputs) (the first such sample is named) or a target of another shape.
+    indices: the samples' numbers where y holds only some of them.
     """
+    if y.is_complex():
+        raise TypeError(f"{name}: expected real targets, got {y.dtype}")
     if loss is CROSS_ENTROPY:
-        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        if y.is_floating_point() or y.dtype == torch.bool:
             raise TypeError(f"{name}: expected integer class labels, got {y.dtype}")
         if y.dim() == 2 and y.shape[1] == 1:
             y = y[:, 0]

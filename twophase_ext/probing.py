@@ -223,7 +223,9 @@ def state_tensors(model: nn.Module) -> list[Tensor]:
 
 def same_values(a: Tensor, b: Tensor) -> bool:
     """Equal, NaN where the other is NaN too."""
-    return a.shape == b.shape and (torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all()))
+    return a.shape == b.shape and (
+        torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())
+    )
 
 
 def require_pure(model: nn.Module, example: Tensor) -> None:

@@ -51,13 +51,14 @@ def run_figure(folder: str | Path) -> list[Path]:
     holds no finished run.
     """
     folder = Path(folder)
-    history, curve, _ = read_run(folder)
+    history, curve, result = read_run(folder)
+    refuted = bool((result.get("guarantee") or {}).get("refuted"))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2 if curve else 3.8, 2.8), layout="constrained")
         axes = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
         draw_history(axes[0], {"training": history})
         if curve:
-            draw_bound(axes[1], curve)
+            draw_bound(axes[1], curve, "refuted bound" if refuted else "guaranteed")
         return save(figure, folder / "loss")
 
 
@@ -80,11 +81,11 @@ def draw_history(axes: Axes, runs: Mapping[str, Sequence[Mapping[str, float]]]) 
     axes.legend(frameon=False)
 
 
-def draw_bound(axes: Axes, curve: Sequence[Mapping[str, float]]) -> None:
-    """Measured and guaranteed loss by the steps since tau."""
+def draw_bound(axes: Axes, curve: Sequence[Mapping[str, float]], name: str = "guaranteed") -> None:
+    """Measured and guaranteed loss by the steps since tau; name: what the bound is."""
     known = [(p["steps"], p["loss"]) for p in curve if "loss" in p]
     finite = [(p["steps"], p["bound"]) for p in curve if "bound" in p]
-    axes.plot(*zip(*finite, strict=True), color=BOUND, ls="--", label="guaranteed (Theorem 1)")
+    axes.plot(*zip(*finite, strict=True), color=BOUND, ls="--", label=f"{name} (Theorem 1)")
     axes.plot(*zip(*known, strict=True), color=MEASURED, label="measured")
     axes.set(xlabel="steps since tau", ylabel="training loss", yscale="log")
     axes.legend(frameon=False)

@@ -13,6 +13,10 @@ from twophase_ext.files import inside
 from .assembly import DataName, build_model, load_inputs
 from .pictures import culprit_picture
 
+# What a model's own code raises, and files that lack what they should hold; wrong arguments are
+# the errors that the command line names with exit code 2.
+FAILURES = (RuntimeError, MemoryError, LookupError, ArithmeticError, AssertionError)
+
 OPTIONS = "options.yaml"  # what `twophase train` leaves in a run folder
 
 
@@ -67,20 +71,22 @@ def verify(
         "seed": seed,
     }
     if recheck is not None:
-        verdict = tp.Verdict.load(recheck)
-        network, inputs = _problem(verdict.source or {"run": str(Path(recheck).parent)}, model)
-        return 0 if verdict.recheck(network, inputs, folder=folder) else 1
-    network, inputs = _problem(source, model)
-    verdict = tp.verify_expressivity(
-        network,
-        inputs,
-        w=w,
-        method=method,
-        factorization=factorization,
-        seed=seed,
-        folder=folder,
-        progress=progress,
-    )
+        return _recheck(recheck, model, folder)
+    try:
+        network, inputs = _problem(source, model)
+        verdict = tp.verify_expressivity(
+            network,
+            inputs,
+            w=w,
+            method=method,
+            factorization=factorization,
+            seed=seed,
+            folder=folder,
+            progress=progress,
+        )
+    except FAILURES as error:
+        print(f"undecided: {_said(error)}")
+        return 1
     verdict.source = source
     if progress:
         print(verdict)
@@ -91,6 +97,21 @@ def verify(
             print(f"certificate: {out}; prove it again with: twophase verify --recheck {out}{own}")
         draw_culprits(verdict, inputs, Path(out).with_suffix(".png"))
     return 0 if verdict.status == "proved" else 1
+
+
+def _recheck(path: str, model: str, folder: str | None) -> int:
+    """0 where the certificate holds, else 1 and the reason."""
+    verdict = tp.Verdict.load(path)
+    try:
+        network, inputs = _problem(verdict.source or {"run": str(Path(path).parent)}, model)
+    except FAILURES as error:
+        print(f"does not hold: its model and data cannot be made: {_said(error)}")
+        return 1
+    return 0 if verdict.recheck(network, inputs, folder=folder) else 1
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def draw_culprits(verdict: tp.Verdict, inputs: Tensor, path: Path) -> bool:

@@ -201,9 +201,7 @@ def _observe(problem: "Problem", model: nn.Module, x: Tensor) -> _Seen:
     return _Seen(caught.get(0) if len(chain) > 1 else None, h, output)
 
 
-def _compare(
-    problem: "Problem", expected: Expected, seen: _Seen, index: Tensor, what: str
-) -> None:
+def _compare(problem: "Problem", expected: Expected, seen: _Seen, index: Tensor, what: str) -> None:
     for name, value, allowed, own in (
         ("the wide layer's input", expected.z, expected.z_allowed, seen.z),
         ("h", expected.h, expected.h_allowed, seen.h),

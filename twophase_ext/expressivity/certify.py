@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, bound_text
+from ..linalg.bounds import SLACK, UNDERFLOW, UNIT_ROUNDOFF, below, bound_text, minus
 from ..linalg.certificate import GramCertificate, certify_gram
 from ..linalg.gram_tiles import PANEL, MatrixSource
 from ..linalg.norms import frobenius_upper
@@ -21,10 +21,11 @@ from ..linalg.preconditioned import preconditioned_sigma_min
 from ..linalg.progress import Stages
 from ..memory import available_memory
 from ..ops import softplus_
+from .attempts import failure
 from .bounded import Unbounded
-from .culprits import describe, find_culprits
+from .culprits import Culprit, describe, find_culprits
 from .problem import Problem
-from .triangular import certify_triangular, preactivation_error
+from .triangular import certify_triangular, preactivation_error, promoted_log_det
 from .witness import local_kinks, spread_kinks, whiten
 
 # The preconditioned bound keeps about six n x p matrices and does some 6 n^2 p operations.
@@ -134,24 +135,24 @@ def certify_witness(
                 "claim": "exists",
                 "factorization": "triangular",
                 "sigma_min_lower": proof.sigma_min_lower,
-                "logabsdet_lower": proof.logdet_lower,
-                "margin": 1 / (proof.inverse_norm * proof.distance),
+                "logabsdet_lower": _finite(proof.logdet_lower),
+                "margin": below(below(1 / proof.inverse_norm) / proof.distance),
                 "feature_error": proof.preactivation,
                 "witness": dict(problem.changes),
             }
-        reason = proof.reason
+        reason = f"triangular: {proof.reason}"
         if proof.offending is not None:
             groups = find_culprits(z, error)
             pair = [sorted(proof.offending)]
             common["culprits"] = [sorted(c.samples) for c in groups] or pair
             common["explanation"] = describe(groups)
     if factorization == "triangular":
-        reason = reason or f"one neuron a sample needs m_H >= n, got {m} < {n}"
+        reason = reason or f"triangular: one neuron a sample needs m_H >= n, got {m} < {n}"
         return common | {"status": "undecided", "claim": "exists", "reason": reason}
     generator = torch.Generator().manual_seed(seed)
     weight, bias = spread_kinks(whitening, m, problem.dtype, generator)
     source = WideSource(z, weight, bias, problem.beta, problem.ones)
-    common |= certify_matrix(
+    dense = certify_matrix(
         source,
         preactivation_error(z, error, weight, bias),
         factorization=factorization,
@@ -161,12 +162,16 @@ def certify_witness(
         assumptions=found.assumptions,
         key=key,
     )
-    if common["status"] == "proved":
+    if dense["status"] == "proved":
         _load_witness(problem, weight, bias)
-        common["witness"] = dict(problem.changes)
-    elif reason:
-        common["reason"] = f"{reason}; {common.get('reason', '')}".rstrip("; ")
-    return common | {"claim": "exists"}
+        # what stood in the triangular certificate's way is settled
+        return dense | {"claim": "exists", "witness": dict(problem.changes)}
+    dense["reason"] = "; ".join(part for part in (reason, dense["reason"]) if part)
+    return (
+        dense
+        | {k: v for k, v in common.items() if k in ("culprits", "explanation") and v}
+        | {"claim": "exists"}
+    )
 
 
 def certify_given(
@@ -224,28 +229,41 @@ def certify_matrix(
     """
     n, columns = source.n, source.columns
     sigma, used, lower, estimate, size = 0.0, "", None, None, None
-    assumptions = list(assumptions)
+    assumptions, tried = list(assumptions), []
     if factorization in ("auto", "gram"):
         # softplus features of one layer have rows of about one size
         scale = None if isinstance(source, MatrixSource) else False
-        if gram is None:
-            gram = certify_gram(source, folder=folder, key=key, scale_rows=scale, stages=stages)
-        assumptions += [a for a in gram.assumptions if a not in assumptions]
-        constants |= {"gram": gram.constants()}
-        sigma, used = gram.sigma_min_lower, "gram"
-        lower, estimate = gram.logdet_lower, gram.logdet_estimate
-        size = math.sqrt(gram.trace) if math.isfinite(gram.trace) else None
+        try:
+            if gram is None:
+                gram = certify_gram(source, folder=folder, key=key, scale_rows=scale, stages=stages)
+        except Exception as failed:
+            tried.append(f"gram: {failure(failed, folder)}")
+        else:
+            assumptions += [a for a in gram.assumptions if a not in assumptions]
+            constants |= {"gram": gram.constants()}
+            sigma, used = gram.sigma_min_lower, "gram"
+            lower, estimate = gram.logdet_lower, gram.logdet_estimate
+            size = math.sqrt(gram.trace) if math.isfinite(gram.trace) else None
+            tried.append(f"gram: {gram.reason or _stored(sigma)}")
     error = _feature_error(source, spread, size)
     enough = sigma > (0.0 if error is None else error)
     bytes_needed = PRECONDITIONED_COPIES * 8 * n * columns
     affordable = bytes_needed <= available_memory(source.device) and n <= PRECONDITIONED_ROWS
     if factorization == "preconditioned" or (factorization == "auto" and not enough and affordable):
-        with stages.stage("preconditioned certificate", 6 * n * n * columns):
-            matrix = _whole(source)
-            better = preconditioned_sigma_min(matrix)
-            error = _feature_error(source, spread, frobenius_upper(matrix))
-        if better > sigma:
-            sigma, used, lower = better, "preconditioned", None
+        try:
+            with stages.stage("preconditioned certificate", 6 * n * n * columns):
+                matrix = _whole(source)
+                better = preconditioned_sigma_min(matrix)
+                error = _feature_error(source, spread, frobenius_upper(matrix))
+        except Exception as failed:
+            tried.append(f"preconditioned: {failure(failed, folder)}")
+        else:
+            tried.append(f"preconditioned: {_stored(better)}")
+            if better > sigma:
+                sigma, used, lower = better, "preconditioned", None
+    elif factorization == "auto" and not enough:
+        size_needed = f"{bytes_needed / 2**30:.3g} GiB"
+        tried.append(f"preconditioned: not tried for n = {n}, which takes {size_needed} in memory")
     fields: dict[str, Any] = {
         "factorization": used,
         "assumptions": assumptions,
@@ -254,18 +272,15 @@ def certify_matrix(
         "feature_error": error,
         "claim": "at w",
     }
-    if error is not None and sigma > error:
-        exact = (sigma - error) * (1 - 2.0**-40)
-        if lower is not None and math.isfinite(lower):
+    exact = 0.0 if error is None else minus(sigma, error)
+    margin = 0.0 if not exact > 0 else below(sigma / error) if error else math.inf
+    if margin > 1:
+        if lower is not None:
             # On the row space of the stored M, exact = (I + X) stored, ||X||_F <= error / sigma;
             # what lies outside adds to det(M M^T). Then as in triangular.py.
-            e = error / sigma * SLACK
-            fields["logabsdet_lower"] = lower - 2 * math.sqrt(n) * e / (1 - e) * SLACK
-        return fields | {
-            "status": "proved",
-            "sigma_min_lower": exact,
-            "margin": sigma / error if error > 0 else math.inf,
-        }
+            e = 0.0 if not error else error / sigma * SLACK
+            fields["logabsdet_lower"] = _finite(promoted_log_det(lower, n, e))
+        return fields | {"status": "proved", "sigma_min_lower": exact, "margin": margin}
     if sigma > 0:
         why = (
             "no error bound of the features" if error is None else f"their error bound {error:.1e}"
@@ -275,13 +290,32 @@ def certify_matrix(
             "reason": f"the stored features have sigma_min >= {bound_text(sigma)} (certified), "
             f"which {why} does not let carry over to the exact function",
         }
-    groups = find_culprits(torch.arange(n, device="cpu"), None, lambda: _whole(source))
+    groups = _dependent_rows(source)
     return fields | {
         "status": "undecided",
-        "reason": "sigma_min is below what rounding lets the certificate see",
+        "reason": "; ".join(tried),
         "culprits": [c.samples for c in groups],
         "explanation": describe(groups),
     }
+
+
+def _stored(sigma: float) -> str:
+    """What a factorization found about the stored matrix."""
+    if sigma > 0:
+        return f"sigma_min >= {bound_text(sigma)} of the stored matrix"
+    return "sigma_min is below what rounding lets the certificate see"
+
+
+def _finite(bound: float) -> float | None:
+    return bound if math.isfinite(bound) else None
+
+
+def _dependent_rows(source: Source) -> list[Culprit]:
+    """The rows of M that depend on others; none where M is not finite or too large."""
+    try:
+        return find_culprits(torch.arange(source.n), None, lambda: _whole(source))
+    except (ValueError, MemoryError, RuntimeError):
+        return []  # a diagnosis that fails takes no verdict with it
 
 
 def _whole(source: Source) -> Tensor:
@@ -290,12 +324,12 @@ def _whole(source: Source) -> Tensor:
 
 
 def _feature_error(source: Source, spread: float | None, size: float | None) -> float | None:
-    """||dH||_F: spread (softplus is 1-Lipschitz) + 8u ||h||_F + 8u sqrt(n m) / beta."""
+    """||dH||_F: spread (softplus is 1-Lipschitz) + 8u ||h||_F + 8u sqrt(n m) / beta, rounded up."""
     if spread is None or size is None or isinstance(source, MatrixSource):
         return spread
     n, m = source.n, len(source.weight)
     evaluation = 8 * UNIT_ROUNDOFF * (size + math.sqrt(n * m) / source.beta)
-    return (spread + evaluation) * SLACK
+    return (spread + evaluation) * SLACK + UNDERFLOW
 
 
 def _load_witness(problem: Problem, weight: Tensor, bias: Tensor) -> None:

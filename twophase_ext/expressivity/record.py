@@ -1,11 +1,11 @@
-"""The certificate file, and proving it again. docs/certificate.md describes the format."""
+"""The certificate file. docs/certificate.md describes the format."""
 
 import hashlib
 import json
 import math
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,7 @@ from torch import Tensor, nn
 from .._load import build_info
 from ..files import write_json
 
-if TYPE_CHECKING:
-    from .verdict import Verdict
-
 SCHEMA = "twophase-verdict/1"
-TOLERANCE = 1e-3  # by which a bound may differ on another processor
 # Numbers that JSON has no word for.
 _WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
@@ -105,41 +101,3 @@ def hash_hidden_layers(model: nn.Module, state: dict[str, Tensor], last_layer: s
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def recheck(verdict: "Verdict", model: nn.Module, x: Any, folder: str | Path | None) -> str:
-    """Why the verdict does not hold for model and data, "" where it does."""
-    from .verify import hashes_of, verify_expressivity
-
-    if verdict.status not in ("proved", "deficient"):
-        return f"the status {verdict.status!r} claims nothing that could be proved again"
-    last_layer = verdict.last_layer or None
-    try:
-        now = hashes_of(model, x, last_layer)
-    except (ValueError, TypeError) as error:
-        return str(error)
-    for what, name in (("data", "the data are"), ("model", "the model is")):
-        if verdict.hashes.get(what) != now[what]:
-            return f"{name} not the one of the certificate (SHA-256 differs)"
-    again = verify_expressivity(
-        model,
-        x,
-        w=verdict.w,
-        method=verdict.method if verdict.status == "proved" else "auto",
-        last_layer=last_layer,
-        seed=verdict.seed,
-        folder=folder,
-    )
-    for name in ("status", "claim", "method", "n", "width", "bias", "batch_norm", "dtype", "w"):
-        written, proved = getattr(verdict, name), getattr(again, name)
-        if written != proved:
-            return f"{name}: {written!r} is written, {proved!r} is proved"
-    for name in ("sigma_min_lower", "logabsdet_lower", "margin"):
-        written, proved = getattr(verdict, name), getattr(again, name)
-        if written is None:
-            continue
-        slack = TOLERANCE * (abs(proved) if proved is not None else 0.0) + TOLERANCE
-        slack = slack if name == "logabsdet_lower" else slack - TOLERANCE
-        if proved is None or not written <= proved + slack:
-            return f"{name}: {written!r} is written, {proved!r} is proved"
-    return "" if sorted(verdict.culprits) == sorted(again.culprits) else "the culprits are others"

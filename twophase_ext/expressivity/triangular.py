@@ -30,13 +30,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
+from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, above, below, gamma, minus
 from ..linalg.norms import frobenius_upper, norm_upper
 from ..ops.softplus import softplus
 
 BLOCK = 512  # neurons at a time
 SHARPEST = 1e-18  # ||entries taken as zero||_F stays below it
 ROUNDS = 8  # of the power iteration that chooses y
+LARGEST_SHARE = 1 - 2.0**-10  # of sigma_min that an error may have for a bound of log det
 MAX_ENTRIES = 1 << 27  # non-zeros of L: 2 GiB of indices and values
 
 Say = Callable[[int], object]  # called with the number of neurons done
@@ -48,7 +49,8 @@ class TriangularCertificate:
 
     inverse_norm: upper bound of ||<L>^-1||_2. distance: upper bound of ||T - L||_F, the sum of
     preactivation (rounding and feature error), evaluation (of softplus) and rest (entries taken as
-    zero). entries: non-zeros of L below its diagonal. logdet_lower: of log det(M M^T).
+    zero). entries: non-zeros of L below its diagonal. logdet_lower: of log det(M M^T), -inf where
+    there is none.
     offending: a pair (earlier sample, sample) whose neuron is on at the earlier one.
     """
 
@@ -164,12 +166,25 @@ def certify_triangular(
     }
     if not e < 1:
         return result("the errors exceed the smallest singular value", **bounds)
-    sigma = (1 / inverse_norm - distance) * (1 - 2.0**-40)
+    sigma = minus(below(1 / inverse_norm), distance)
+    if not sigma > 0:
+        return result("the errors exceed the smallest singular value", **bounds)
     logarithms = diagonal.log()
     # libm's log within 4 ulp, the sum in any order
     lost = gamma(n + 8) * float(logarithms.abs().sum()) * SLACK
-    logdet = 2 * (float(logarithms.sum()) - lost - math.sqrt(n) * e / (1 - e) * SLACK)
+    logdet = promoted_log_det(2 * minus(float(logarithms.sum()), lost), n, e)
     return result("", sigma, logdet, **bounds)
+
+
+def promoted_log_det(lower: float, n: int, e: float) -> float:
+    """A lower bound of log det(M' M'^T) from one of log det(M M^T); -inf where there is none.
+
+    e >= ||M' - M||_F / sigma_min(M), n rows: the theorem's 2 sqrt(n) e / (1 - e) is taken away.
+    As e comes near 1 that grows without bound, and nothing is left.
+    """
+    if not e <= LARGEST_SHARE:
+        return -math.inf
+    return minus(lower, 2 * math.sqrt(n) * e / (1 - e) * SLACK)
 
 
 def preactivation_error(z: Tensor, error: Tensor, weight: Tensor, bias: Tensor) -> float:
@@ -193,18 +208,21 @@ def _inverse_norm(diagonal: Tensor, rows: Tensor, columns: Tensor, values: Tenso
     from scipy.sparse.linalg import spsolve_triangular
 
     n = len(diagonal)
-    center = diagonal.cpu().numpy()
-    below = csr_matrix(
-        (values.cpu().numpy(), (rows.cpu().numpy(), columns.cpu().numpy())), shape=(n, n)
+    # scaled to a largest diagonal entry near 1: nothing below over- or underflows
+    scale = 2.0 ** max(min(-math.frexp(float(diagonal.max()))[1], 1000), -1000)
+    center = diagonal.cpu().numpy() * scale
+    rest = csr_matrix(
+        (values.cpu().numpy() * scale, (rows.cpu().numpy(), columns.cpu().numpy())), shape=(n, n)
     )
-    comparison = (diags(center) - below).tocsr()
+    comparison = (diags(center) - rest).tocsr()
     transposed = comparison.T.tocsr()
 
     def guaranteed(negated: csr_matrix, x: np.ndarray, y: np.ndarray) -> float:
         """The largest a that is proved to have <L> x >= a y; `negated` = minus the rest of <L>."""
         terms = np.diff(negated.indptr).max(initial=0) + 2
         own, others = center * x, negated @ x
-        proved = own - others - gamma(int(terms) + 2) * SLACK * (own + others)
+        proved = own - others - gamma(int(terms) + 3) * SLACK * (own + others)
+        proved -= terms * 2.0**-1000  # products that vanish
         return float((proved / y).min()) * (1 - 2.0**-40)
 
     with np.errstate(all="ignore"):
@@ -222,8 +240,10 @@ def _inverse_norm(diagonal: Tensor, rows: Tensor, columns: Tensor, values: Tenso
         z = spsolve_triangular(transposed, x, lower=False)
         if not (np.isfinite(z).all() and (x > 0).all() and (z > 0).all()):
             return math.inf
-        a, b = guaranteed(below, x, y), guaranteed(below.T.tocsr(), z, x)
+        a, b = guaranteed(rest, x, y), guaranteed(rest.T.tocsr(), z, x)
         if not (a > 0 and b > 0):
             return math.inf
         rho = float((z / y).max()) / (a * b) * (1 + 2.0**-40)
-    return math.sqrt(rho) * (1 + 2.0**-40)
+    norm = math.sqrt(rho) * (1 + 2.0**-40)
+    # beyond, entries that vanished in the scaling might count
+    return above(norm * scale) if norm < 2.0**500 else math.inf

@@ -10,6 +10,11 @@ from torch import Tensor, inference_mode, nn
 from ..linalg.bounds import bound_text
 
 STATUSES = ("proved", "full rank", "deficient", "undecided")
+# What makes equal inputs equal rows of h_X, for every w.
+IDENTICAL_INPUTS = (
+    "the network is a deterministic function of each sample alone, whatever its place in the batch",
+    "inputs are equal as stored numbers: their comparison flushes none to zero",
+)
 
 
 @dataclass
@@ -108,6 +113,8 @@ class Verdict:
         if self.logabsdet is not None:
             lines.append(f"  log det of the Gram matrix: {self.logabsdet:.6g} (estimate)")
         lines += [f"  {line}" for line in self.explanation]
+        if self.assumptions:
+            lines.append(f"  assumed: {'; '.join(self.assumptions)}")
         how = self.method + (f" ({self.factorization})" if self.factorization else "")
         lines.append(f"  method {how}, {self.seconds:.1f} s")
         return "\n".join(lines)
@@ -156,13 +163,15 @@ class Verdict:
     ) -> bool:
         """Prove the verdict again from the model and the data: does it hold?
 
-        False, with the reason given to `say`, where the data or the hidden layers are others, or
-        where what is proved now falls short of what is written: status, claim, or a bound by more
-        than a thousandth (another processor rounds otherwise). Only "proved" and "deficient" can
-        hold. x, folder as in `verify_expressivity`.
+        False, with the reason given to `say`, where the data or the hidden layers are others,
+        where any field but those that the printed line names as not compared is not what is proved
+        now, or where nothing can be proved, for whatever reason: it raises nothing. A bound may
+        exceed the one proved now, which is printed, by another processor's rounding (recheck.py
+        has the tolerances). Only "proved" and "deficient" can hold. x, folder as in
+        `verify_expressivity`.
         """
-        from . import record
+        from .recheck import recheck  # it verifies, and verifying makes verdicts
 
-        reason = record.recheck(self, model, x, folder)
-        say(f"holds: {self.status}, {self.claim}" if not reason else f"does not hold: {reason}")
-        return not reason
+        holds, found = recheck(self, model, x, folder)
+        say(f"holds: {self.status}, {self.claim}{found}" if holds else f"does not hold: {found}")
+        return holds

@@ -15,13 +15,14 @@ from ..linalg.progress import Stages
 from ..memory import available_memory
 from ..network import Network
 from . import record
+from .attempts import failure, float64_rate, kept, reasons, require_memory
 from .certify import certify_given, certify_matrix, certify_witness
 from .culprits import describe, find_culprits
 from .forward_error import Unbounded
 from .inputs import as_example, batches, checked_inputs, first_parameter, identical_rows
 from .problem import Problem
 from .separation import separate
-from .verdict import Verdict
+from .verdict import IDENTICAL_INPUTS, Verdict
 
 WEIGHTS = ("current", "init", "witness")
 METHODS = ("auto", "separation", "certificate", "svd")
@@ -188,11 +189,16 @@ def verify_network(
             "w; remove all but one of each group",
             culprits=culprits,
             explanation=_named(culprits, "have identical inputs"),
+            assumptions=list(IDENTICAL_INPUTS),
         )
-    problem = Problem(network, inputs, n, ones)
     key = " ".join([*common["hashes"].values(), w, str(seed), str(ones)])
-    attempt = _Attempt(problem, w, seed, factorization, folder, stages, key, training)
-    return verdict(**getattr(attempt, method)())
+    try:  # the model is copied, and may be initialised anew
+        problem = Problem(network, inputs, n, ones)
+        attempt = _Attempt(problem, w, seed, factorization, folder, stages, key, training)
+        return verdict(**getattr(attempt, method)())
+    except Exception as error:
+        reason = failure(error, folder)
+        return verdict(status="undecided", claim="exists", method="none", reason=reason)
 
 
 @dataclass
@@ -213,6 +219,7 @@ class _Attempt:
         if self.w == "init":
             self.problem.reinitialise(self.seed)
 
+    @kept
     def separation(self) -> dict[str, Any]:
         """Distinct backbone features: some weights of the wide layer have rank n."""
         problem = self.problem
@@ -254,6 +261,7 @@ class _Attempt:
             ],
         }
 
+    @kept
     def certificate(self) -> dict[str, Any]:
         """A lower bound of sigma_min."""
         arguments: dict[str, Any] = {
@@ -263,6 +271,11 @@ class _Attempt:
             "stages": self.stages,
         }
         fields: dict[str, Any] = {"method": "certificate"}
+        problem = self.problem
+        if self.factorization == "gram" or (self.w != "witness" and self.factorization == "auto"):
+            # before the features are paid for
+            device = problem.inputs[0].device
+            require_memory("certificate", problem.n, problem.columns, device, self.folder)
         try:
             if self.w == "witness":
                 if constraint := self.problem.constraint():
@@ -285,9 +298,11 @@ class _Attempt:
         witness = dict(self.problem.changes) or None
         return fields | found | {"claim": claim, "witness": witness}
 
+    @kept
     def svd(self) -> dict[str, Any]:
         """Singular values in float64, counted by numpy's rule."""
         problem = self.problem
+        require_memory("svd", problem.n, problem.columns, problem.inputs[0].device)
         h = problem.plain_features()
         matrix = torch.cat([h, h.new_ones(len(h), int(problem.ones))], 1)
         fields: dict[str, Any] = {
@@ -296,7 +311,7 @@ class _Attempt:
             "status": "undecided",
         }
         if not bool(torch.isfinite(matrix).all()):
-            return fields | {"reason": "the features hold NaN or infinity"}
+            return fields | {"reason": "svd: the features hold NaN or infinity"}
         with self.stages.stage("svd", SVD_FLOPS * problem.n**2 * problem.columns):
             sigma = torch.linalg.svdvals(matrix)
         tolerance = float(sigma[0]) * problem.columns * torch.finfo(torch.float64).eps
@@ -327,6 +342,7 @@ class _Attempt:
         if self.training and found["status"] == "proved" and n * n * columns > AUTO_TRAINING:
             return found
         at_w: dict[str, Any] = {}
+        certified: dict[str, Any] = {}
         allowed, plan = self._affordable("svd", SVD_FLOPS * n * n * columns, 3 * 8 * n * columns)
         if allowed:
             at_w = self.svd()
@@ -334,7 +350,7 @@ class _Attempt:
         allowed, plan = self._affordable(
             "certificate", n * n * (columns + n / 3), 8 * n * (n + 2 * min(columns, 2048))
         )
-        if allowed and at_w.get("status") != "undecided":
+        if allowed and at_w.get("rank", n) == n:
             say(plan)
             certified = self.certificate()
             if certified["status"] == "proved":
@@ -345,8 +361,8 @@ class _Attempt:
             return estimates | found | {"reason": "" if at_w else f"at these weights {left}"}
         if at_w:
             more = {k: found[k] for k in ("culprits", "explanation") if k in found}
-            return more | at_w
-        reason = "; ".join(r for r in (found.get("reason", ""), left) if r)
+            return more | at_w | {"reason": reasons(at_w, found, certified)}
+        reason = reasons(found, certified, left)
         return (
             {"status": "undecided", "claim": "at w", "method": "none"} | found | {"reason": reason}
         )
@@ -360,13 +376,17 @@ class _Attempt:
         )
         self.stages.say(plan)
         with self.problem.restored():
-            found = self.certificate() if allowed else {"status": "undecided"}
-        return found if found["status"] == "proved" else self.separation()
+            found = self.certificate() if allowed else {"status": "undecided", "reason": plan}
+        if found["status"] == "proved":
+            return found
+        other = self.separation()
+        reason = "" if other["status"] == "proved" else reasons(found, other)
+        return other | {"reason": reason}
 
     def _affordable(self, what: str, flops: float, size: float) -> tuple[bool, str]:
         """Whether "auto" may do it, and the plan in words."""
         device = self.problem.inputs[0].device
-        seconds = flops / _float64_rate(device)
+        seconds = flops / float64_rate(device)
         length = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
         plan = (
             f"{what} of {self.problem.n} x {self.problem.columns} in float64: about {length} and "
@@ -379,12 +399,3 @@ class _Attempt:
 def _named(groups: list[list[int]], what: str) -> list[str]:
     lines = [f"samples {', '.join(map(str, group[:8]))} {what}" for group in groups[:5]]
     return lines + ([f"... and {len(groups) - 5} more such groups"] if len(groups) > 5 else [])
-
-
-def _float64_rate(device: torch.device) -> float:
-    """Float64 operations a second of a matrix product of 512 on this device."""
-    a = torch.ones(512, 512, dtype=torch.float64, device=device)  # no draw: the caller's generator
-    (a @ a).sum().item()
-    started = time.perf_counter()
-    (a @ a).sum().item()
-    return 2 * 512**3 / max(time.perf_counter() - started, 1e-6)

@@ -36,6 +36,20 @@ def above(x: float) -> float:
     return math.nextafter(x, math.inf)
 
 
+def minus(x: float, *terms: float) -> float:
+    """A lower bound of x minus the terms, one by one."""
+    for term in terms:
+        x = below(x - term)
+    return x
+
+
+def plus(x: float, *terms: float) -> float:
+    """An upper bound of x plus the terms, one by one; of any sign."""
+    for term in terms:
+        x = above(x + term)
+    return x
+
+
 def bound_text(value: float, digits: int = 4, *, upper: bool = False) -> str:
     """A proved bound as text, rounded so that it stays one: down, an upper bound up."""
     if not math.isfinite(value):

@@ -16,7 +16,8 @@ off by gamma_b |L||L|^T on its terms, x l^T included. Hence, entry by entry,
 Norms: the first part is at most gamma ||L_i|| ||L_j||, a matrix of rank one with 2-norm
 gamma ||L||_F^2. So
     || L L^T - A ||_2 <= e_C = gamma_(b+N+D+1) ||L||_F^2 + (1 + 2^-20) ||fl(R)||_F
-but for underflow (n^2 eta at most, UNDERFLOW covers it). ||L||_F^2 is about trace(A), and fl(R) of
+but for underflow: n^2 eta at most, which UNDERFLOW covers, and squares of fl(R) below 2^-1022,
+which add n 2^-510 to its norm. ||L||_F^2 is about trace(A), and fl(R) of
 a backward stable leaf is smaller than the first part. Nothing is assumed of the library's leaf.
 """
 
@@ -45,8 +46,9 @@ class Factorization:
     tiles: int
 
     def e_C(self, grid: Grid) -> float:
-        """Bound of || L L^T - A ||_2 but for underflow."""
-        return (gamma(_roundings(grid)) * self.size + math.sqrt(self.residual)) * SLACK
+        """Bound of || L L^T - A ||_2 but for underflow of products."""
+        lost = grid.n * 2.0**-510  # squares of residuals below 2^-1022
+        return (gamma(_roundings(grid)) * self.size + math.sqrt(self.residual) + lost) * SLACK
 
 
 def expected_e_C(trace: float, grid: Grid) -> float:

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from .bounds import SLACK, gamma
+from .bounds import SLACK, above, gamma
 
 SQUARINGS = 6  # ||A||_F <= sqrt(d) ||A||_2 shrinks to d^(1 / 2^(SQUARINGS + 2)) times ||A||_2
 
@@ -16,7 +16,7 @@ def frobenius_upper(a: Tensor) -> float:
         return largest
     scale = 2.0 ** min(max(-math.frexp(largest)[1], -1000), 1000)
     total = float((a * scale).square().sum()) * (1 + gamma(a.numel() + 4))
-    return math.sqrt(total + a.numel() * 2.0**-1022) / scale * SLACK
+    return above(math.sqrt(total + a.numel() * 2.0**-1022) / scale * SLACK)
 
 
 def norm_upper(a: Tensor) -> float:
@@ -38,7 +38,7 @@ def norm_upper(a: Tensor) -> float:
     gram = _symmetric(scaled.T @ scaled)
     error = gamma(len(a) + 2) * (size * scale) ** 2 + a.numel() * 2.0**-1022
     squared = (_symmetric_norm(gram, SQUARINGS) + error) * SLACK
-    return min(size, math.sqrt(squared) / scale * SLACK)
+    return min(size, above(math.sqrt(squared) / scale * SLACK))
 
 
 def _symmetric(a: Tensor) -> Tensor:

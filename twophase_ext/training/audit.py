@@ -1,5 +1,6 @@
 """The premise audit: what Theorem 1 asks of a run, whether it held, and the evidence."""
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..linalg.bounds import bound_text
@@ -14,11 +15,13 @@ from ..premises import (
     width_premise,
 )
 from .batchnorm import batch_norms
+from .declared import problem_of
 
 if TYPE_CHECKING:
     from .engine import Run
 
 Premise = tuple[str, str, str]
+REFUTES = 1e-3  # relative rise of a custom loss's objective that float32 hardly explains
 
 
 def premises(run: "Run") -> list[Premise]:
@@ -29,7 +32,7 @@ def premises(run: "Run") -> list[Premise]:
     """
     network = run.network
     rows = [_plain(row) for row in analytic_premises(network.model)]
-    rows += [_plain(loss_premise(run.loss)), _plain(depth_premise(network.model, network))]
+    rows += [_loss(run), _plain(depth_premise(network.model, network))]
     rows += [_plain(width_premise(network, run.train.n)), _expressivity(run)]
     if run.config.second_phase == "none":
         return [*rows, ("perturbation, frozen layers", FAILED, "there was no second phase")]
@@ -40,6 +43,14 @@ def premises(run: "Run") -> list[Premise]:
 
 def _plain(row: Assumption) -> Premise:
     return row.name, row.status, row.evidence
+
+
+def _loss(run: "Run") -> Premise:
+    """Assumption 2, as declared; what a few samples and the run itself have to say about it."""
+    name, status, evidence = _plain(loss_premise(run.loss))
+    if problem := problem_of(run.loss, run.network.outputs, run.train):
+        return name, FAILED, problem
+    return name, status, evidence
 
 
 def _expressivity(run: "Run") -> Premise:
@@ -62,8 +73,12 @@ def _expressivity(run: "Run") -> Premise:
 def _noise(run: "Run") -> Premise:
     sigma = run.config.noise_std
     shown = f"{sigma:g}" if isinstance(sigma, float) else f"{min(sigma.values()):g} or more"
-    count = len(run.network.hidden_parameters())
-    return "Gaussian noise at tau", HELD, f"sigma = {shown} on {count} hidden tensors"
+    name, count = "Gaussian noise at tau", len(run.network.hidden_parameters())
+    others = len(run.network.hidden_state(buffers=False)) - count
+    frozen = f"; {others} frozen: constants" if others else ""
+    if count == 0:
+        return name, FAILED, f"there is no hidden tensor to perturb{frozen}"
+    return name, HELD, f"sigma = {shown} on {count} hidden tensors{frozen}"
 
 
 def _frozen(run: "Run") -> Premise:
@@ -133,7 +148,7 @@ def _steps(run: "Run") -> list[Premise]:
             evidence = f"the objective did not rise in {steps} steps beyond rounding"
             found.append(("monotone descent", HELD, evidence))
         else:
-            found.append(("monotone descent", UNCHECKED, "no bound of rounding for this loss"))
+            found.append(_descent(run))
         return found
     if config.sgd is not None:
         c = config.sgd.c if config.sgd.c is not None else 1 / known.get("smoothness", float("nan"))
@@ -162,6 +177,17 @@ def _steps(run: "Run") -> list[Premise]:
             f"{kind}, momentum {momentum}, weight decay {decay}",
         ),
     ]
+
+
+def _descent(run: "Run") -> Premise:
+    """For a loss whose rounding has no bound here: the objectives at the epochs' starts."""
+    name = "monotone descent"
+    known = [row["objective"] for row in run.history if row.get("objective") is not None]
+    for k, (before, after) in enumerate(pairwise(known), 1):
+        if after > before + REFUTES * max(abs(before), abs(after)):
+            rise = f"the objective rose from {before:.6g} to {after:.6g} in epoch {k}"
+            return name, FAILED, f"{rise} of the second phase: L_ell is too small, or rounding"
+    return name, UNCHECKED, "no bound of rounding for this loss"
 
 
 def _form(settings: object) -> str:

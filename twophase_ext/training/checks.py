@@ -6,8 +6,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
-from ..network import Network
 from ..probing import eager, main_output, record, untouched
 from .data import Samples
 
@@ -76,36 +74,6 @@ def check_trains(model: nn.Module, example: Tensor, outputs: int) -> None:
             f"model: expected an output of shape {expected} in training mode, as in evaluation "
             f"mode, or a tuple that begins with it, got{first} {shape}"
         )
-
-
-def check_loss(loss: ConvexLoss, network: Network, x: Tensor, y: Tensor) -> None:
-    """ValueError where the loss of a batch is no number with a gradient.
-
-    In the model's dtype and in float64, in which the bounds are evaluated.
-    """
-    if loss in (CROSS_ENTROPY, SQUARED_ERROR):
-        return
-    with untouched(network.model):
-        outputs = network.model(x)
-    for dtype in (outputs.dtype, torch.float64):
-        target = y.to(dtype) if y.is_floating_point() else y
-        try:
-            with torch.enable_grad():
-                given = outputs.detach().to(dtype).requires_grad_()
-                value = loss(given, target)
-                shape = list(value.shape)
-                if shape == []:
-                    torch.autograd.grad(value, given)
-        except Exception as error:  # whatever the user's own function raises
-            raise ValueError(
-                f"loss: {loss.name} fails on outputs {list(outputs.shape)} in {dtype}: "
-                f"{_first_line(error)}"
-            ) from error
-        if shape != []:
-            raise ValueError(
-                f"loss: expected one number from {loss.name}, the mean over the samples, got shape "
-                f"{shape}"
-            )
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from ..linalg.bounds import bound_text
 from ..losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
 from ..network import Network
 from ..ntk import float64_copy, method_at_w, rank_shown
+from ..premises import loss_premise
 from .audit import fixed_premise
 from .engine import Run
 from .features import BATCH
@@ -259,10 +260,11 @@ class LazyRun(Run):
             step = ("0 < eta_bar < 1", "not checked", "the step is the learning rate")
         else:
             step = ("0 < eta_bar < 1", "held", f"eta_bar = {self.settings.eta_bar:g}")
+        declared = loss_premise(self.loss)
         result = LazyGuarantee(
             [
                 ("Assumption 1, at w^tau", at_tau, _why(self.verdict)),
-                ("Assumption 2", "held", f"{self.loss.name}, L_ell = {self.loss.smoothness:g}"),
+                ("Assumption 2", declared.status, declared.evidence),
                 ("L-smooth objective", *smoothness),
                 step,
                 fixed_premise(self),

@@ -8,10 +8,11 @@ from torch import Tensor
 from ..losses import ConvexLoss
 from ..network import Network
 from . import runfolder
-from .checks import check_loss, check_trains
+from .checks import check_trains
 from .config import Config
 from .data import Samples
-from .features import BATCH, plan_for
+from .declared import check_loss
+from .features import plan_for
 from .fixed import Agreement, agreement
 from .progress import Progress
 from .ranks import Ranks
@@ -35,8 +36,7 @@ def look_at(
     train = sets[0]
     with train.held():
         train.prepare(loss, network.outputs)
-        x, y = next(train.in_order(BATCH))
-        check_loss(loss, network, x[:2], y[:2])
+        check_loss(loss, network.outputs, train, config)
         if train.random and config.augment_copies is None:
             compare = False  # nothing is cached or claimed
         fixed = agreement(network, train, config.batch_size, ranks) if compare else Agreement()

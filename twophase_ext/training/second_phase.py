@@ -158,17 +158,25 @@ class TheoremRun(HeadRun):
             start = self.descent["start"]
             fixed = None if layer.bias is None or self.ones else layer.bias.detach()
             self.progress.say("guarantee: the bound is minimised over comparators")
-            with self._timed("guarantee"):
-                found = guarantee(
-                    self.blocks,
-                    start[0],
-                    start[1] if self.ones else fixed,
-                    loss=self.loss,
-                    mode=self.config.second_phase,
-                    ones=self.ones,
-                    candidates=[("the last weights", *(p.detach() for p in self._moving()))],
-                    **arguments,
-                )
+            # A pass in float64 costs about two in float32: no longer than the phase in all.
+            rows = self.config.batch_size if self.config.second_phase == "sgd" else self.train.n
+            passes = max(arguments["steps"]) * rows / self.train.n / 2
+            try:
+                with self._timed("guarantee"):
+                    found = guarantee(
+                        self.blocks,
+                        start[0],
+                        start[1] if self.ones else fixed,
+                        loss=self.loss,
+                        mode=self.config.second_phase,
+                        ones=self.ones,
+                        candidates=[("the last weights", *(p.detach() for p in self._moving()))],
+                        passes=passes,
+                        **arguments,
+                    )
+            except Exception as error:  # a bound that cannot be evaluated ends no run
+                found.reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                self.progress.say(f"guarantee: no bound is claimed, {found.reason}")
         found.premises = premises(self)
         return found
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..expressivity.attempts import require_memory
 from ..files import write_json
 from ..losses import ConvexLoss, resolve_loss
 from ..network import Network
@@ -321,6 +322,8 @@ class Trainer:
         compare = self.compares and self.known is None
         fixed = outset.look_at(network, self.loss, config, sets, examples[0], ranks, compare)
         fixed = self.known or fixed
+        if config.second_phase != "none":
+            require_memory(str(config.verify), samples.n, network.width + 1, self.device)
         outset.describe(network, samples, progress)
         mode = outset.plan(network, sets, config, progress, ranks, fixed)
         optimizer = make_optimizer(self.optimizer, network, config.noise_std)

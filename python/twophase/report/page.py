@@ -102,6 +102,7 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any] | None:
     if verdict.status == "deficient":
         claim = "for all weights"
     explanation = [line.strip() for line in str(verdict).splitlines()]
+    explanation = [line for line in explanation if not line.startswith("assumed: ")]
     return {
         "explanation": [line[:1].upper() + line[1:] for line in explanation],
         "numbers": [
@@ -142,7 +143,7 @@ def _constants(record: RunRecord) -> list[tuple[str, str]]:
     if closest:
         ratio = f"{closest['bound'] / closest['loss']:.4g} times the measured loss"
         rows.append(("closest", f"{ratio} after {closest['steps']:,} steps"))
-    return rows
+    return rows + [("assumed", text) for text in found.assumptions]
 
 
 def _checks(record: RunRecord) -> list[list[str]]:
@@ -191,14 +192,17 @@ def _charts(key: str, record: RunRecord) -> list[Chart]:
             )
         )
     if record.curve:
+        name = words.bound_name(record)
         lines = [
-            Line("guaranteed", [(p["steps"], p["bound"]) for p in record.curve], 1, 1),
+            Line(
+                name.removesuffix(" loss"), [(p["steps"], p["bound"]) for p in record.curve], 1, 1
+            ),
             Line("measured", [(p["steps"], p["loss"]) for p in record.curve if "loss" in p]),
         ]
         drawn.append(
             chart(
                 f"{key}-bound",
-                "Guaranteed and measured loss by step since tau",
+                f"{name.capitalize()} and measured loss by step since tau",
                 lines,
                 xlabel="step",
                 ylabel="training loss",
@@ -245,7 +249,7 @@ def _bounds(record: RunRecord) -> dict[str, Any]:
         [f"{p['steps']:,.0f}", words.number(p["bound"], 6), words.number(p.get("loss"), 6)]
         for p in thinned(record.curve)
     ]
-    return {"rows": rows, "total": len(record.curve)}
+    return {"rows": rows, "total": len(record.curve), "name": words.bound_name(record)}
 
 
 def _timings(record: RunRecord) -> list[tuple[str, str]]:

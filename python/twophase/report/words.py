@@ -144,8 +144,16 @@ def guarantee(record: RunRecord) -> tuple[str, str]:
             + (" and ranks counted numerically." if "numerical" in premises else "."),
         )
     if not record.curve:
-        return "no claim", f"No bound of Theorem 1 is claimed for this run{because}."
+        why = f" ({found.reason})" if found.reason else ""
+        return "no claim", f"No bound of Theorem 1 is claimed for this run{why}{because}."
     return _bound(record, found, because)
+
+
+def bound_name(record: RunRecord) -> str:
+    """What the curve of the bound is called."""
+    found = record.guarantee
+    refuted = isinstance(found, Guarantee) and found.refuted
+    return "refuted bound" if refuted else "guaranteed loss"
 
 
 def _bound(record: RunRecord, found: Guarantee, because: str) -> tuple[str, str]:
@@ -169,6 +177,8 @@ def _bound(record: RunRecord, found: Guarantee, because: str) -> tuple[str, str]
         said += f". What was measured is above the bound at {above} of {len(known)} points"
     if not rigorous:
         said += ". A constant of the bound was measured: it is no proof"
+    if found.refuted:
+        return "REFUTED", f"REFUTED: {said}, so that it is no bound: {found.refuted}."
     if because:
         verdict, start = "not guaranteed", "The bound rests on premises that are not established"
         return verdict, f"{start}{because}. {said}."

@@ -1,0 +1,74 @@
+"""What became of a method that raised: a reason, not the end of the run that asked for it."""
+
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..linalg.plan import plan
+from ..memory import available_memory
+
+
+class _Attempt(Protocol):
+    folder: Path | None
+
+
+Fields = dict[str, Any]
+
+
+def kept(method: Callable[[Any], Fields]) -> Callable[[Any], Fields]:
+    """The method, but that an exception becomes an "undecided" with the reason."""
+
+    @wraps(method)
+    def run(self: _Attempt) -> Fields:
+        try:
+            return method(self)
+        except Exception as error:
+            reason = f"{method.__name__}: {failure(error, self.folder)}"
+            name = method.__name__
+            return {"status": "undecided", "claim": "exists", "method": name, "reason": reason}
+
+    return run
+
+
+def require_memory(
+    method: str, n: int, columns: int, device: torch.device, folder: Path | None = None
+) -> None:
+    """MemoryError where M [n, columns] fits nowhere by method "svd" or the Gram "certificate"."""
+    if n > columns:
+        return  # deficient, without any matrix
+    if method == "svd":
+        needed, have = 3 * 8 * n * columns, available_memory(device)
+        if needed > have:
+            raise MemoryError(
+                f"svd of {n} x {columns} in float64 takes {needed / 2**30:.3g} GiB, "
+                f"{have / 2**30:.3g} GiB are available"
+            )
+    elif method == "certificate" and device.type == "cpu":  # CUDA has a way in place, too
+        plan(n, columns, folder=folder, device=device, rate=1.0)
+
+
+def reasons(*parts: Fields | str) -> str:
+    """What each attempt came to, without repetition."""
+    said = [p if isinstance(p, str) else str(p.get("reason", "")) for p in parts]
+    return "; ".join(dict.fromkeys(part for part in said if part))
+
+
+def failure(error: Exception, folder: Path | None = None) -> str:
+    """The error in a line of text; raised again where it is about the caller's folder."""
+    if folder is not None and str(folder) in str(error):
+        raise error
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def float64_rate(device: torch.device) -> float:
+    """Float64 operations a second of a matrix product of 512 on this device."""
+    a = torch.ones(512, 512, dtype=torch.float64, device=device)  # no draw: the caller's generator
+    (a @ a).sum().item()
+    started = time.perf_counter()
+    (a @ a).sum().item()
+    return 2 * 512**3 / max(time.perf_counter() - started, 1e-6)

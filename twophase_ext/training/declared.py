@@ -1,0 +1,47 @@
+"""The loss that a run is given, tried on its first targets before the first step."""
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..losses import CROSS_ENTROPY, SAMPLES, SQUARED_ERROR, ConvexLoss, loss_problem
+from .data import Samples
+
+if TYPE_CHECKING:
+    from .config import Config
+
+BOUNDED = ("gd", "sgd", "lazy")  # second phases with a bound to evaluate
+
+
+def problem_of(loss: ConvexLoss, outputs: int, samples: Samples) -> str:
+    """`loss_problem` on the run's first targets; nothing is fetched for a loss of the package."""
+    if loss in (CROSS_ENTROPY, SQUARED_ERROR):
+        return ""
+    _, targets = samples.fetch(torch.arange(min(samples.n, SAMPLES), device="cpu"), augmented=False)
+    return loss_problem(loss, outputs, targets)
+
+
+def check_loss(loss: ConvexLoss, outputs: int, samples: Samples, config: "Config") -> None:
+    """ValueError for a loss that no bound of this run would hold for, or be evaluated for.
+
+    A warning where the run has no bound: its audit then says "failed". ValueError too where the
+    loss does not take outputs of the training precision.
+    """
+    if loss in (CROSS_ENTROPY, SQUARED_ERROR):
+        return
+    count = min(samples.n, 2)
+    _, targets = samples.fetch(torch.arange(count, device="cpu"), augmented=False)
+    made_up = torch.zeros(count, outputs, dtype=samples.dtype, device=samples.device)
+    try:
+        float(loss(made_up, targets))
+    except Exception as error:  # whatever the user's own function raises
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"loss: {loss.name} fails on outputs {made_up.dtype} {list(made_up.shape)} and targets "
+            f"{targets.dtype} {list(targets.shape)} ({type(error).__name__}: {first})"
+        ) from error
+    if problem := problem_of(loss, outputs, samples):
+        if config.second_phase in BOUNDED:
+            raise ValueError(problem)
+        warnings.warn(f"{problem}. Theorem 1 does not apply to this run", stacklevel=6)
