@@ -227,7 +227,7 @@ def test_what_auto_says_of_these_weights_is_of_these_weights(tmp_path, monkeypat
         printed = re.search(r"smallest singular value >= (\S+)", str(verdict))
         assert printed and float(printed[1]) <= verdict.sigma_min_lower
     if stored:
-        assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["damped0.pt", "features0.pt"]
+        assert len(list(tmp_path.glob("features-*.pt"))) == 2  # damped, and as they are
 
 
 def test_auto_counts_at_these_weights_where_separation_alone_proves():

@@ -6,7 +6,6 @@ lambda_min(K) >= sigma_min(M)^2, and K has full rank n m_y wherever M has rank n
 Theorem 3).
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from .expressivity.verify import hashes_of, verify_network
 from .linalg.bounds import bound_text
 from .memory import available_memory
 from .network import Network
-from .probing import record, unwrap
+from .probing import copy_model, unwrap
 
 METHODS = ("auto", "full", "bound")
 FULL_SIZE = 2000  # n m_y up to which "auto" forms K
@@ -135,7 +134,7 @@ def ntk_rank(
         )
     _bound(found, verdict)
     if found.method == "full":
-        copied, _ = float64_copy(network, as_example(x, parameter))
+        copied, _ = float64_copy(network)
         x = x.double() if x.is_floating_point() else x
         kernel = _kernel(copied, x, found.size)
         if not bool(torch.isfinite(kernel).all()):
@@ -161,16 +160,11 @@ def rank_shown(verdict: Verdict) -> bool:
     return verdict.claim == "at w" and verdict.status in ("proved", "full rank")
 
 
-def float64_copy(network: Network, example: Tensor) -> tuple[nn.Module, nn.Linear]:
-    """A float64 copy of the network's model in evaluation mode, and the last layer in it.
-
-    example: inputs that the model takes, run once without gradients: torch.nn.utils.weight_norm
-    keeps a weight with its graph after a training step, which deepcopy refuses.
-    """
-    record(network.model, example, ())
+def float64_copy(network: Network) -> tuple[nn.Module, nn.Linear]:
+    """A float64 copy of the network's model in evaluation mode, and the last layer in it."""
     model = unwrap(network.model)
     name = next(k for k, module in model.named_modules() if module is network.last.module)
-    model = copy.deepcopy(model).double().eval()
+    model = copy_model(model).double().eval()
     last = model.get_submodule(name)
     assert isinstance(last, nn.Linear)
     return model, last

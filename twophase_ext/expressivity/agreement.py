@@ -32,6 +32,7 @@ BATCH = 192  # samples; the features are computed 256 at a time
 # bound would do. Without bounds: networks that mix nothing agree to 1e-10 between batch sizes.
 ERRORS, RELATIVE = 8, 1e-9
 OWN_EPS = 4096  # roundings of the model's own precision, relative to the sizes that enter
+SCALES = (1.0, 30.0)  # of the wide layer's weights drawn anew: guards show at large values
 NOISE = 1e-2  # relative, of the weights at which equal inputs have to give equal rows
 
 
@@ -112,20 +113,39 @@ class Stored:
 
 @torch.no_grad()
 def require_agreement(problem: "Problem", expected: Reference | Stored) -> None:
-    """Raise Disagrees where the model gives other features, or another output, than expected.
+    """The model's own features and outputs are those expected, over all samples.
+
+    Raise Disagrees where the model gives other features, or another output, than expected.
 
     Two passes over all samples: the float64 copy, its last layer's weights drawn anew, in a random
     order and batches of BATCH; and the user's own model, or a copy of it that holds the witness, in
     its own precision. Both keep every parameter and buffer to the bit. Features that are not finite
     are left to the methods.
     """
-    with _other_last_layer(problem), _constant(problem.model):
-        for index, seen in _passes(problem, problem.model, torch.float64, shuffled=True):
-            _compare(problem, expected(index), seen, index, "float64")
+    _require_copy(problem, expected)
     own = problem.own_model()
     with untouched(own), _constant(own):
         for index, seen in _passes(problem, own, problem.dtype, shuffled=False):
             _compare_own(expected(index), seen, index, problem.dtype)
+
+
+def _require_copy(problem: "Problem", expected: Reference | Stored) -> None:
+    with _other_last_layer(problem), _constant(problem.model):
+        for index, seen in _passes(problem, problem.model, torch.float64, shuffled=True):
+            _compare(problem, expected(index), seen, index, "float64")
+
+
+@torch.no_grad()
+def require_free_wide_layer(problem: "Problem") -> None:
+    """Raise Disagrees where h is not softplus(z W^T + b) at other W and b, or z is another one.
+
+    The claim "some weights of the wide layer" is about weights that the model does not hold.
+    """
+    assert problem.wide is not None
+    for scale in SCALES:
+        with _drawn(list(problem.wide.parameters()), scale):
+            _require_copy(problem, Reference(problem, through_wide=True))
+    require_agreement(problem, Reference(problem, through_wide=False))
 
 
 @torch.no_grad()
@@ -242,10 +262,11 @@ def _require_close(
     if bool(bad.any()):
         k = int(bad.nonzero()[0])
         raise Disagrees(
-            f"what the model computes is not what was bounded: {name} of sample {int(index[k])} is "
-            f"{float(apart[k]):.2g} from it where rounding allows {float(allowed[k]):.2g} ({what}); "
-            "hooks, replaced forwards, values that depend on other samples of the batch, on earlier "
-            "calls or on control flow do that"
+            f"what the model computes is not what was bounded: {name} of sample {int(index[k])} "
+            f"is {float(apart[k]):.2g} from it where rounding allows {float(allowed[k]):.2g} "
+            f"({what}); "
+            "hooks, replaced forwards, values that depend on other samples of the batch, "
+            "on earlier calls or on control flow do that"
         )
 
 
@@ -267,14 +288,6 @@ def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
 def _other_last_layer(problem: "Problem") -> Iterator[None]:
     """Weights of the last layer at which nothing that follows it can hide."""
     with _drawn([p for p in problem.last.parameters()], 1.0):
-        yield
-
-
-@contextmanager
-def other_wide_layer(problem: "Problem") -> Iterator[None]:
-    """Other weights of the wide layer: the features into it must not know."""
-    assert problem.wide is not None
-    with _drawn(list(problem.wide.parameters()), 1.0):
         yield
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ..linalg.plan import plan
 from ..memory import available_memory
+from .bounded import Unbounded
 
 
 class _Attempt(Protocol):
@@ -62,6 +63,8 @@ def failure(error: Exception, folder: Path | None = None) -> str:
     if folder is not None and str(folder) in str(error):
         raise error
     first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, Unbounded):
+        return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 

@@ -22,7 +22,6 @@ from ..linalg.progress import Stages
 from ..memory import available_memory
 from ..ops import softplus_
 from .attempts import failure
-from .bounded import Unbounded
 from .culprits import Culprit, describe, find_culprits
 from .problem import Problem
 from .triangular import certify_triangular, preactivation_error, promoted_log_det
@@ -179,8 +178,6 @@ def certify_given(
 ) -> dict[str, Any]:
     """Verdict fields for the weights that the problem holds (w = "current" or "init")."""
     constants: dict[str, Any] = {}
-    if altered := problem.altered():
-        raise Unbounded(altered)
     if problem.wide is not None:
         with stages.stage("backbone features", problem.n, "samples") as stage:
             found = problem.features(problem.wide, stage, folder=folder)

@@ -5,6 +5,7 @@ from numbers import Real
 
 from torch import Tensor, fx, nn
 
+from ..holding import trainable
 from ..probing import unwrap
 from .backbone_graph import WEIGHTED, BackboneGraph, backbone_graph
 from .bounded import Unbounded
@@ -22,8 +23,9 @@ def damped(model: nn.Module, factor: float, identity: float | None = None) -> di
     for some weights, these are as good a witness as any.
 
     Factors lie between 0 and 1, exact in any dtype for 0 and powers of two. Names and dtypes are
-    the model's; {} where no residual sum is found, as in a model that cannot be traced. The model
-    is not changed. Raises TypeError and ValueError for a wrong factor.
+    the model's; {} where no residual sum is found, as in a model that cannot be traced. Branches
+    whose last layer is frozen (requires_grad=False) keep it. The model is not changed. Raises
+    TypeError and ValueError for a wrong factor.
     """
     identity = factor if identity is None else identity
     for name, value in (("factor", factor), ("identity", identity)):
@@ -40,6 +42,9 @@ def damped(model: nn.Module, factor: float, identity: float | None = None) -> di
     changed: dict[str, Tensor] = {}
     for layer, plain in _last_layers(graph):
         times = identity if plain else factor
+        module = source.get_submodule(layer)
+        if not all(trainable(module, name) for name, _ in module.named_parameters(recurse=False)):
+            continue
         for name in (f"{layer}.weight", f"{layer}.bias"):
             if name in state and times != 1:
                 changed[name] = state[name].detach() * times

@@ -1,6 +1,6 @@
 """What is verified: a network, its inputs in index order, and the weights asked for."""
 
-import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,16 +8,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..files import inside, write_atomically
+from ..gate import Narrowed, Readers, overlap
 from ..holding import trainable
+from ..layers import wide_chain
 from ..linalg.progress import Stage
-from ..names import canonical_name
 from ..network import Network
-from ..probing import input_of, record, unwrap
+from ..probing import copy_model, eager, input_of, rows_into, unwrap
+from .bounded import Disagrees
 from .forward_error import BoundedFeatures, Unbounded, bounded_features, damped
-from .record import hash_tensors
+from .record import describe_model, hash_tensors
 from .witness import whiten
 
 CHUNK = 8192  # samples
@@ -41,21 +42,33 @@ class Problem:
     ones: bool
     changes: dict[str, Tensor] = field(default_factory=dict)
     damped: bool = False
+    bounded: BoundedFeatures | None = None  # of all samples, as `features` found them last
 
     def __post_init__(self) -> None:
-        """Copy the model."""
-        source = unwrap(self.network.model)
-        # A forward pass without gradients first: torch.nn.utils.weight_norm keeps the weight of the
-        # last training step with its graph, and deepcopy refuses such a tensor.
-        parameter = next(source.parameters())
-        first = self.inputs[0][:2]
-        record(source, first.to(parameter.dtype) if first.is_floating_point() else first, ())
-        self._names = {module: name for name, module in source.named_modules()}
-        self.model = copy.deepcopy(source).double().eval()
+        """Copy the model; Unbounded where that fails, or where the copy does not run in float64."""
+        self.source = unwrap(self.network.model)
+        self._names = {module: name for name, module in self.source.named_modules()}
+        self.dtype = next(self.source.parameters()).dtype
+        try:
+            self.model = copy_model(self.source).double().eval()
+        except Exception as error:  # whatever a user's tensors raise
+            raise Unbounded(f"the model cannot be copied in float64 ({_line(error)})") from error
         self.last = self._twin(self.network.last.module)
         wide = self.network.wide
         self.wide = None if wide is None else self._twin(wide.linear)
-        self.dtype = parameter.dtype
+        self.eps, self.narrowed = self._precision()
+        self._plain: Tensor | None = None
+
+    def _precision(self) -> tuple[float, str]:
+        """eps of the coarsest type that float64 numbers pass through, and by which operator."""
+        x = self.batches(2)[0]
+        x = x.clone()
+        try:
+            with torch.no_grad(), eager(), Narrowed(x) as seen:
+                self.model(x)
+        except Exception as error:  # whatever a user's forward raises
+            raise Unbounded(f"the model does not run in float64 ({_line(error)})") from error
+        return torch.finfo(seen.dtype).eps, f"{seen.found[0]} to {seen.dtype}" if seen.found else ""
 
     def _twin(self, module: nn.Module) -> nn.Linear:
         return dict(self.model.named_modules())[self._names[module]]  # type: ignore[return-value]
@@ -81,36 +94,58 @@ class Problem:
         """Why the wide layer's weights cannot be chosen at will, "" where they can.
 
         A witness chooses them, and separation says that a choice exists: neither would be true of
-        weights that are normalised, shared, frozen, without bias, or changed on the way by a hook.
+        weights that are shared, frozen or without bias.
         """
         if self.wide is None or self.network.wide is None:
             return (
-                "there is no wide layer (affine + exact softplus); tp.nn.widen(model, n) adds one"
+                "there is no wide layer (affine + exact softplus, neither parametrized nor with "
+                "hooks or a replaced forward); tp.nn.widen(model, n) adds one"
             )
         wide = self.network.wide.linear
         if wide.bias is None:
             return "the wide layer has no bias"
-        if altered := self.altered():
-            return altered
         own = [wide.weight, wide.bias]
         others = [p for m in self._names if m is not wide for p in m._parameters.values()]
-        if any(p is q for p in own for q in others):
+        others += [b for m in self._names for b in m._buffers.values()]
+        if any(overlap(p, q) for p in own for q in others if q is not None):
             return "the wide layer shares its weights with another layer"
         if not (trainable(wide, "weight") and trainable(wide, "bias")):
             return "the wide layer is frozen (requires_grad=False)"
+        with torch.no_grad(), eager(), Readers(self.wide.parameters()) as readers:
+            input_of(self.model, self.wide, self.batches(2)[0])
+        if readers.found:
+            return f"the layers before it read the wide layer's weights ({readers.found[0]})"
         return ""
 
-    def altered(self) -> str:
-        """Why M may not be what the weights of the last layers say, "" where it is."""
-        last: list[nn.Module] = [self.network.last.module]
-        if self.network.wide is not None:
-            activation = self.network.wide.activation_name
-            last += [m for m, name in self._names.items() if canonical_name(name) == activation]
-            last.append(self.network.wide.linear)
-        hooks = ("_forward_hooks", "_forward_pre_hooks")
-        if any(is_parametrized(m) or any(getattr(m, h) for h in hooks) for m in last):
-            return "the wide or the last layer is parametrized or has hooks"
-        return ""
+    def chain_in(self, model: nn.Module) -> list[nn.Module]:
+        """The wide layer, its softplus and the last layer, or the last alone, in a model's copy."""
+        last, wide = self.network.last, self.network.wide
+        chain = [last.module] if wide is None else wide_chain(self.source, wide, last)
+        named = dict(model.named_modules())
+        return [named[self._names[module]] for module in chain]
+
+    def own_model(self) -> nn.Module:
+        """The user's own model; a copy of it in its own precision where weights were changed."""
+        if not self.changes:
+            return self.source
+        if self.dtype == torch.float64:
+            return self.model
+        try:
+            own = copy_model(self.source).eval()
+        except Exception as error:
+            raise Disagrees(f"the model cannot be copied ({_line(error)})") from error
+        state = own.state_dict()
+        with torch.no_grad():
+            for name, value in self.changes.items():
+                state[name].copy_(value)
+        return own
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The inputs of the samples `index`, as the model is fed."""
+        starts = torch.tensor([0, *(len(x) for x in self.inputs)], device="cpu").cumsum(0)
+        batch = torch.bucketize(index, starts[1:], right=True)
+        rows = [self.inputs[int(b)][int(i - starts[b])] for b, i in zip(batch, index, strict=True)]
+        return torch.stack(rows)
 
     def load(self, changes: dict[str, Tensor]) -> None:
         """Change weights of the copy; names as in the model's own state dict."""
@@ -119,6 +154,7 @@ class Problem:
             for name, value in changes.items():
                 state[name].copy_(value)
         self.changes.update(changes)
+        self._plain = None
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -132,10 +168,10 @@ class Problem:
             self.changes, self.damped = changes, was_damped
 
     def reinitialise(self, seed: int) -> None:
-        """Default initialisation of every layer under the seed; running statistics stay."""
+        """Default initialisation under the seed; running statistics and frozen weights stay."""
         from ..training.streams import stream_seed  # training imports this package
 
-        fresh = copy.deepcopy(unwrap(self.network.model))
+        fresh = copy_model(self.source)
         buffers = {name: b.clone() for name, b in fresh.named_buffers()}
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(stream_seed(seed, "init"))
@@ -145,7 +181,13 @@ class Problem:
                     reset()
             for name, buffer in fresh.named_buffers():
                 buffer.copy_(buffers[name])
-        self.load({name: p.detach() for name, p in fresh.named_parameters()})
+        free = {
+            f"{path}.{name}".lstrip(".")
+            for path, module in self.source.named_modules()
+            for name, _ in module.named_parameters(recurse=False)
+            if trainable(module, name)
+        }
+        self.load({name: p.detach() for name, p in fresh.named_parameters() if name in free})
 
     def batches(self, count: int | None = None) -> list[Tensor]:
         """The first `count` inputs (all by default) in float64."""
@@ -153,7 +195,9 @@ class Problem:
         for x in self.inputs:
             if left <= 0:
                 break
-            parts.append(x[:left].double() if x.is_floating_point() else x[:left])
+            part = x[:left]
+            # a copy, whatever the dtype: a forward may work in place on its input
+            parts.append(part.to(torch.float64, copy=True) if x.is_floating_point() else part)
             left -= len(x)
         return parts
 
@@ -174,10 +218,7 @@ class Problem:
             for k, batch in enumerate(batches, 1):
                 chunk.append(batch)
                 if sum(map(len, chunk)) >= CHUNK or k == len(batches):
-                    # "auto" needs both backbones, each with files of its own
-                    stem = "damped" if self.damped else "features"
-                    path = inside(folder, f"{stem}{len(parts)}.pt")
-                    parts.append(self._kept(stop, chunk, stage, path))
+                    parts.append(self._kept(stop, chunk, stage, folder))
                     chunk = []
         found = BoundedFeatures(
             torch.cat([part.z for part in parts]),
@@ -188,6 +229,8 @@ class Problem:
         assert len(found.z) == size
         if not bool((found.z.isfinite().all(1) & found.error.isfinite()).all()):
             raise Unbounded("the features hold NaN or infinity")
+        if count is None:
+            self.bounded = found
         return found
 
     def _bounded(self, stop: nn.Module, batches: list[Tensor], stage: Stage) -> BoundedFeatures:
@@ -195,9 +238,14 @@ class Problem:
         return bounded_features(self.model, stop, batches, n=n, progress=stage.advance)
 
     def _kept(
-        self, stop: nn.Module, batches: list[Tensor], stage: Stage, path: Path
+        self, stop: nn.Module, batches: list[Tensor], stage: Stage, folder: Path
     ) -> BoundedFeatures:
-        key = hash_tensors([*batches, *(v for v in self.model.state_dict().values())])
+        """From the file that is named by what the features follow from, or computed and kept."""
+        layer = next(name for name, module in self.model.named_modules() if module is stop)
+        state = hash_tensors([*batches, *self.model.state_dict().values()])
+        content = f"{state} {describe_model(self.source)} {layer}"
+        key = hashlib.sha256(content.encode()).hexdigest()
+        path = inside(folder, f"features-{key[:24]}.pt")
         if path.exists():
             found = _read_features(path, key, batches[0].device)
             stage.advance(len(found.z))
@@ -210,14 +258,18 @@ class Problem:
     @torch.no_grad()
     def plain_features(self) -> Tensor:
         """h [n, m_H] in float64 without error bounds, for any model."""
+        if self._plain is not None:
+            return self._plain
         h = None
         done = 0
         for x in self.batches():
-            rows = input_of(self.model, self.last, x).flatten(1)
+            with eager():
+                rows = rows_into(self.model, [self.last], x).flatten(1)
             h = rows.new_empty(self.n, rows.shape[1]) if h is None else h
             h[done : done + len(rows)] = rows
             done += len(rows)
         assert h is not None
+        self._plain = h
         return h
 
     def choose_backbone(self, stage: Stage) -> str:
@@ -231,7 +283,7 @@ class Problem:
         own = {name: value.clone() for name, value in self.model.state_dict().items()}
         best: tuple[int, str, dict[str, Tensor]] | None = None
         for factors in DAMPINGS:
-            changes = damped(self.model, *factors)
+            changes = damped(self.model, *factors)  # of trainable weights alone
             if factors != (1.0, 1.0) and not changes:
                 continue
             with torch.no_grad():
@@ -252,6 +304,10 @@ class Problem:
         self.load({name: value.to(self.dtype) for name, value in changes.items()})
         self.damped = self.damped or bool(changes)
         return f"{what} ({resolved} directions resolved on {min(PILOT, self.n)} samples)"
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
 
 
 def _checksum(found: BoundedFeatures) -> str:

@@ -93,6 +93,50 @@ def hash_tensors(tensors: list[Tensor]) -> str:
     return digest.hexdigest()
 
 
+def describe_model(model: nn.Module) -> str:
+    """SHA-256 of what a model computes besides its state: classes, plain attributes, forwards."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        kind = type(module)
+        digest.update(f"{name} {kind.__module__}.{kind.__qualname__} {module.training}\n".encode())
+        for attribute in sorted(vars(module)):
+            if not attribute.startswith("_") and attribute not in ("training", "train"):
+                value = vars(module)[attribute]
+                digest.update(f"{attribute}={_content(value)}\n".encode())
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            digest.update(repr([_content(hook) for hook in hooks.values()]).encode())
+        digest.update(_content(kind.forward).encode())
+    return digest.hexdigest()
+
+
+def _content(value: Any) -> str:
+    """A plain value, a tensor or a function in words that tell it from another one."""
+    if isinstance(value, Tensor):
+        return hash_tensors([value[None]]) if not value.is_meta else str(value.shape)
+    if isinstance(value, list | tuple | set):
+        return f"{type(value).__name__}({', '.join(map(_content, value))})"
+    if isinstance(value, dict):
+        return repr({str(k): _content(v) for k, v in value.items()})
+    if isinstance(value, nn.Module):
+        return type(value).__qualname__
+    code = getattr(getattr(value, "__func__", value), "__code__", None)
+    if code is not None:
+        constants = [c if not hasattr(c, "co_code") else c.co_code.hex() for c in code.co_consts]
+        held = [c.cell_contents for c in getattr(value, "__closure__", None) or () if _filled(c)]
+        plain = [c for c in held if isinstance(c, int | float | str | bool | None)]
+        return f"{code.co_code.hex()} {constants} {code.co_names} {plain}"
+    if isinstance(value, int | float | complex | str | bytes | torch.dtype | None):
+        return repr(value)
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
 def hash_hidden_layers(model: nn.Module, state: dict[str, Tensor], last_layer: str) -> str:
     """SHA-256 of the architecture, the last layer's name and the hidden layers' state."""
     digest = hashlib.sha256(f"{model}\n{last_layer}\n".encode())

@@ -15,7 +15,15 @@ from ..linalg.progress import Stages
 from ..memory import available_memory
 from ..network import Network
 from . import record
+from .agreement import (
+    Reference,
+    Stored,
+    require_agreement,
+    require_equal_rows,
+    require_free_wide_layer,
+)
 from .attempts import failure, float64_rate, kept, reasons, require_memory
+from .bounded import Disagrees
 from .certify import certify_given, certify_matrix, certify_witness
 from .culprits import describe, find_culprits
 from .forward_error import Unbounded
@@ -168,6 +176,14 @@ def verify_network(
             method="none",
             reason="mini-batch statistics hide dependent samples: use batch_norm='frozen'",
         )
+    if _flushes_subnormals():
+        return verdict(
+            status="undecided",
+            claim="at w",
+            method="none",
+            reason="flush-to-zero is on, the bounds need subnormal numbers: call "
+            "torch.set_flush_denormal(False) first",
+        )
     inputs = [x for x, _ in samples]
     common["hashes"] = _hashes(network, inputs)
     columns = network.width + ones
@@ -180,25 +196,29 @@ def verify_network(
             "tp.nn.widen(model, n) adds a wide enough layer",
         )
     culprits = identical_rows(torch.cat([x.cpu().flatten(1) for x in inputs]))
-    if culprits:
-        return verdict(
-            status="deficient",
-            claim="exists",
-            method="identical inputs",
-            reason=f"{len(culprits)} groups of identical inputs: their rows of h_X agree for every "
-            "w; remove all but one of each group",
-            culprits=culprits,
-            explanation=_named(culprits, "have identical inputs"),
-            assumptions=list(IDENTICAL_INPUTS),
-        )
     key = " ".join([*common["hashes"].values(), w, str(seed), str(ones)])
-    try:  # the model is copied, and may be initialised anew
+    try:  # the model is copied, run, and may be initialised anew
         problem = Problem(network, inputs, n, ones)
+        if culprits:
+            require_equal_rows(problem, culprits)
+            return verdict(
+                status="deficient",
+                claim="exists",
+                method="identical inputs",
+                reason=f"{len(culprits)} groups of identical inputs: their rows of h_X agree for "
+                "every w; remove all but one of each group",
+                culprits=culprits,
+                explanation=_named(culprits, "have identical inputs"),
+                assumptions=list(IDENTICAL_INPUTS),
+            )
+        key += f" {record.describe_model(problem.source)}"
         attempt = _Attempt(problem, w, seed, factorization, folder, stages, key, training)
         return verdict(**getattr(attempt, method)())
     except Exception as error:
         reason = failure(error, folder)
-        return verdict(status="undecided", claim="exists", method="none", reason=reason)
+        return verdict(
+            status="undecided", claim="exists", method="none", reason=reason, culprits=culprits
+        )
 
 
 @dataclass
@@ -248,6 +268,7 @@ class _Attempt:
             "constants": {"backbone": chosen},
         }
         if separation.proved:
+            require_free_wide_layer(problem)
             return fields | {"status": "proved", "witness": dict(problem.changes)}
         groups = find_culprits(found.z, found.error)
         pairs = [sorted((i, j)) for i, j, _, _ in separation.closest]
@@ -281,11 +302,24 @@ class _Attempt:
                 if constraint := self.problem.constraint():
                     reason = f"a witness needs free weights: {constraint}"
                     return fields | {"status": "undecided", "claim": "exists", "reason": reason}
-                return fields | certify_witness(self.problem, seed=self.seed, **arguments)
-            found = certify_given(self.problem, **arguments)
+                found = certify_witness(problem, seed=self.seed, **arguments)
+                if found["status"] != "undecided":
+                    require_agreement(problem, Reference(problem, through_wide=True))
+                return fields | found
+            found = certify_given(problem, **arguments)
+            if found["status"] != "undecided":
+                require_agreement(problem, Reference(problem, through_wide=True))
+        except Disagrees:
+            raise
         except Unbounded as error:
             # any model at all: the stored matrix, without promotion to the function
+            if problem.narrowed:
+                raise Unbounded(
+                    f"{error}; the model computes in less than float64 ({problem.narrowed}), whose "
+                    "rounding fills up the rank of stored features"
+                ) from error
             h = self.problem.plain_features()
+            require_agreement(problem, Stored(h, problem.eps))
             matrix = torch.cat([h, h.new_ones(len(h), int(self.problem.ones))], 1)
             found = certify_matrix(
                 MatrixSource(matrix),
@@ -312,9 +346,13 @@ class _Attempt:
         }
         if not bool(torch.isfinite(matrix).all()):
             return fields | {"reason": "svd: the features hold NaN or infinity"}
+        require_agreement(problem, Stored(h, problem.eps))
         with self.stages.stage("svd", SVD_FLOPS * problem.n**2 * problem.columns):
             sigma = torch.linalg.svdvals(matrix)
-        tolerance = float(sigma[0]) * problem.columns * torch.finfo(torch.float64).eps
+        # numpy's rule, with the precision that the numbers passed through
+        tolerance = float(sigma[0]) * problem.columns * problem.eps
+        if problem.narrowed:
+            fields["dtype"] = f"float64, but for {problem.narrowed} within the model"
         rank, smallest = int((sigma > tolerance).sum()), float(sigma[-1])
         low = "numerically low rank, which is no proof of a low one"
         if rank < problem.n:
@@ -394,6 +432,11 @@ class _Attempt:
         )
         fits = size <= AUTO_SHARE * available_memory(device)
         return fits and seconds <= AUTO_SECONDS[self.w], plan
+
+
+def _flushes_subnormals() -> bool:
+    tiny = torch.full((64,), 2.0**-1074, dtype=torch.float64, device="cpu")
+    return not bool((tiny * 1.0).all())
 
 
 def _named(groups: list[list[int]], what: str) -> list[str]:

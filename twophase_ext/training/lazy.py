@@ -338,7 +338,7 @@ def lemma7(
         return None
     batches = list(batches)
     n = sum(len(y) for _, y in batches)
-    model, last = float64_copy(network, batches[0][0][:2])
+    model, last = float64_copy(network)
     hidden: list[Tensor] = []
 
     def keep(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
