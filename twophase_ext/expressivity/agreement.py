@@ -185,7 +185,8 @@ def _passes(
         if shuffled
         else torch.arange(problem.n, device="cpu")
     )
-    for index in order.split(BATCH):
+    # few samples come in several batches too
+    for index in order.split(BATCH if problem.n > BATCH else -(-3 * problem.n // 8)):
         x = problem.rows(index)
         yield index, _observe(problem, model, x.to(dtype) if x.is_floating_point() else x)
 
