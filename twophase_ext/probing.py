@@ -124,16 +124,17 @@ def rows_into(model: nn.Module, chain: list[nn.Module], x: Tensor) -> Tensor:
     if caught.dim() != 3:
         return caught
 
-    def hand_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> Any:
-        return args[0] if args else kwargs["input"]
+    def hand_on(input: Tensor) -> Tensor:
+        return input
 
-    handles = [m.register_forward_hook(hand_on, with_kwargs=True) for m in chain]
+    for module in chain:  # none of them has a replaced forward of its own: gate.py
+        object.__setattr__(module, "forward", hand_on)
     try:
         with eager():
             return unwrap(model)(x.clone())
     finally:
-        for handle in handles:
-            handle.remove()
+        for module in chain:
+            object.__delattr__(module, "forward")
 
 
 def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], Any]:

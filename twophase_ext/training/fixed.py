@@ -121,7 +121,8 @@ def _run(network: Network, x: Tensor) -> tuple[Tensor, Any]:
             outputs = network.model(x.clone())
     finally:
         handle.remove()
-    return caught[-1], outputs
+    h = caught[-1]
+    return (h if h.dim() == 2 else network.hidden(x)), outputs  # of one token, where it is picked
 
 
 def _regrouped(
