@@ -4,7 +4,7 @@ import copy
 import gc
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -105,7 +105,7 @@ def input_of(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
 
     handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with _eager():
+        with eager():
             unwrap(model)(x)
     except _Stop:
         return caught[0]
@@ -140,7 +140,7 @@ def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], 
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
     try:
-        with untouched(model), _eager():
+        with untouched(model), eager():
             output = model(example)
     finally:
         for handle in handles:
@@ -148,8 +148,17 @@ def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], 
     return calls, output
 
 
-def _eager() -> AbstractContextManager[Any]:
-    """Run compiled submodules eagerly: compiled code need not see a hook that came after it."""
+def main_output(output: Any) -> Tensor | None:
+    """A model's output, or the first one of several: auxiliary heads come behind it."""
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Runs compiled submodules eagerly: compiled code need not see a hook that came after it."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing it takes seconds
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..probing import record
+from ..losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
+from ..network import Network
+from ..probing import eager, main_output, record, untouched
 from .data import Samples
 
 
@@ -31,17 +33,83 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def check_runs(model: nn.Module, samples: Samples) -> None:
-    """Run the model on two samples; ValueError where it does not take such inputs."""
+def check_runs(model: nn.Module, samples: Samples) -> Tensor:
+    """Run the model on two samples and return them.
+
+    ValueError where it does not take such inputs.
+    """
     x: Tensor = next(samples.in_order(2))[0][:2]
     try:
         record(model, x, ())
     except Exception as error:  # whatever the user's own forward pass raises
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        whole = not (x.is_floating_point() or x.is_complex())
+        advice = "; integers are not converted: make measurements floats (x.float())"
         raise ValueError(
             f"{samples.name}: the model does not run on inputs of shape "
-            f"[n, {', '.join(map(str, x.shape[1:]))}] and {x.dtype}: {first_line}"
+            f"[n, {', '.join(map(str, x.shape[1:]))}] and {x.dtype}: {_first_line(error)}"
+            f"{advice if whole else ''}"
         ) from error
+    return x
+
+
+def check_trains(model: nn.Module, example: Tensor, outputs: int) -> None:
+    """ValueError where training mode gives no output [b, m_y], alone or as a tuple's first.
+
+    example: two samples, or one. Nothing of the model has changed afterwards.
+    """
+    try:
+        with untouched(model), eager():
+            model.train()
+            found = model(example)
+    except Exception as error:  # whatever the user's own forward pass raises
+        if len(example) < 2:  # BatchNorm has no variance over one sample
+            return
+        raise ValueError(
+            f"model: it runs in evaluation mode, but not in training mode: {_first_line(error)}"
+        ) from error
+    main = main_output(found)
+    expected = [len(example), outputs]
+    if main is None or list(main.shape) != expected:
+        first = "" if isinstance(found, Tensor) else f" a {type(found).__name__} with first"
+        shape = type(main).__name__ if main is None else list(main.shape)
+        raise ValueError(
+            f"model: expected an output of shape {expected} in training mode, as in evaluation "
+            f"mode, or a tuple that begins with it, got{first} {shape}"
+        )
+
+
+def check_loss(loss: ConvexLoss, network: Network, x: Tensor, y: Tensor) -> None:
+    """ValueError where the loss of a batch is no number with a gradient.
+
+    In the model's dtype and in float64, in which the bounds are evaluated.
+    """
+    if loss in (CROSS_ENTROPY, SQUARED_ERROR):
+        return
+    with untouched(network.model):
+        outputs = network.model(x)
+    for dtype in (outputs.dtype, torch.float64):
+        target = y.to(dtype) if y.is_floating_point() else y
+        try:
+            with torch.enable_grad():
+                given = outputs.detach().to(dtype).requires_grad_()
+                value = loss(given, target)
+                shape = list(value.shape)
+                if shape == []:
+                    torch.autograd.grad(value, given)
+        except Exception as error:  # whatever the user's own function raises
+            raise ValueError(
+                f"loss: {loss.name} fails on outputs {list(outputs.shape)} in {dtype}: "
+                f"{_first_line(error)}"
+            ) from error
+        if shape != []:
+            raise ValueError(
+                f"loss: expected one number from {loss.name}, the mean over the samples, got shape "
+                f"{shape}"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def model_device(model: nn.Module, device: str | torch.device) -> torch.device:
@@ -52,6 +120,11 @@ def model_device(model: nn.Module, device: str | torch.device) -> torch.device:
         raise ValueError(f"model: expected all parameters on one device, got {found}")
     if not devices:
         raise ValueError("model: has no parameters")
+    if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            "model: it was made under torch.inference_mode, so that it cannot be trained; make it "
+            "outside"
+        )
     own = devices.pop()
     if device != "auto":
         asked = torch.device(device)

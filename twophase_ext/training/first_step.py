@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..losses import ConvexLoss
 from ..network import Network
+from ..probing import main_output
 from .batchnorm import batch_norms
 from .config import Config
 from .schedule import Schedule
@@ -56,7 +57,8 @@ class FirstStep:
         """(mean loss before the update, outputs [b, m_y]) of a batch x [b, ...], y [b, ...].
 
         The batch goes through in config.accumulate parts as equal as can be, each weighted by its
-        number of samples: the gradient is that of the whole batch. On several processes, forward:
+        number of samples: the gradient is that of the whole batch. Of several outputs in training
+        mode (auxiliary heads) the first one is trained. On several processes, forward:
         in place of the model; weight: a factor of the loss; rows: of the shortest of their parts.
         """
         self.optimizer.zero_grad(set_to_none=True)
@@ -66,7 +68,9 @@ class FirstStep:
         for inputs, targets in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
             with self.config.autocast(self.device):
                 output = run(inputs)
-            output = output.to(self.config.dtype)
+            main = output if isinstance(output, Tensor) else main_output(output)
+            assert main is not None  # as `check_trains` found
+            output = main.to(self.config.dtype)
             share = weight * len(targets) / len(y)
             loss = self.loss(output, targets)
             loss = loss if share == 1 else loss * share
