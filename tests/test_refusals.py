@@ -85,8 +85,8 @@ def test_samples_of_odd_structure():
     refused(
         toy_mlp(),
         ValueError,
-        r"train: expected samples \(x, y\), got dict",
-        Listed(x, y, lambda x, y: {"x": x, "y": y}),
+        r"train: expected samples \(x, y\), got a mapping with \['left', 'right'\]",
+        Listed(x, y, lambda x, y: {"left": x, "right": y}),
     )
     refused(toy_mlp(), TypeError, "train", Listed(x, y, lambda x, y: ({"ids": x}, y)))
     refused(toy_mlp(), ValueError, r"train: .*\(x, y\)", Listed(x, y, lambda x, y: (x, y, 1)))

@@ -1,13 +1,14 @@
 """Arrays of NumPy, CuPy and others as torch tensors, without a copy where memory can be shared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# torch stores uint16, uint32 and uint64 too, but hardly computes with them: refused, not shared.
+# torch stores these too, but hardly computes with them: refused, not shared.
+_STORED_ONLY = (torch.uint16, torch.uint32, torch.uint64)
 _NUMPY_DTYPES = frozenset(
     np.dtype(name)
     for name in (
@@ -25,13 +26,16 @@ def as_tensor(a: Any, *, name: str) -> Tensor:
     arrays that are read-only (torch has no read-only tensors, and an in-place operation would
     write into them; a memory map opened with mode "c" is shared), of foreign byte order, or with
     strides that torch lacks (negative ones); objects with `__array__` alone; nested lists of
-    numbers (int64, float64, ...).
+    numbers (int64, float64, ...), and other sequences by their [:] (a column of Hugging Face's
+    datasets).
 
     name: the argument's name, for the errors. Raises TypeError for what is no array or has a dtype
     that torch does not compute with (uint16, uint32, uint64, longdouble, object, strings),
     ValueError for a ragged list.
     """
     if isinstance(a, Tensor):
+        if a.dtype in _STORED_ONLY:
+            raise TypeError(f"{name}: {_no_arithmetic('tensors', str(a.dtype))}")
         return a
     if isinstance(a, np.ndarray | np.generic):
         return _from_numpy(a, name)
@@ -43,7 +47,24 @@ def as_tensor(a: Any, *, name: str) -> Tensor:
         return _from_numpy(np.asarray(a), name)
     if isinstance(a, list | tuple | int | float | complex):
         return _from_numbers(a, name)
+    if isinstance(a, Sequence) and not isinstance(a, str | bytes):
+        whole = a[:]
+        return (
+            _from_numbers(list(a), name) if type(whole) is type(a) else as_tensor(whole, name=name)
+        )
     raise TypeError(f"{name}: expected a tensor, an array or numbers, got {type(a).__name__}")
+
+
+def as_data(a: Any, *, name: str) -> Tensor:
+    """`as_tensor` of data, which no gradient reaches.
+
+    A tensor with a graph is detached. One that was made under torch.inference_mode has no version
+    counter and cannot enter a graph: it is copied where it is used outside.
+    """
+    found = as_tensor(a, name=name).detach()
+    if found.is_inference() and not torch.is_inference_mode_enabled():
+        return found.clone()
+    return found
 
 
 def require_finite(x: Tensor, name: str, what: str, indices: list[int] | None = None) -> None:
@@ -69,13 +90,21 @@ def _from_numpy(a: np.ndarray | np.generic, name: str) -> Tensor:
     array = np.asarray(a)
     native = array.dtype.newbyteorder("=")
     if native not in _NUMPY_DTYPES:
-        advice = "; convert it, for example to int64" if native.kind == "u" else ""
-        raise TypeError(f"{name}: arrays of dtype {array.dtype} are not supported{advice}")
+        if native.kind == "u":
+            raise TypeError(f"{name}: {_no_arithmetic('arrays', str(array.dtype))}")
+        raise TypeError(f"{name}: arrays of dtype {array.dtype} are not supported")
     shareable = array.flags.writeable and array.dtype.isnative
     strides_fit = all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
     if not (shareable and strides_fit):
         array = np.array(array, dtype=native, order="C")
     return torch.from_numpy(array)
+
+
+def _no_arithmetic(what: str, dtype: str) -> str:
+    return (
+        f"{what} of dtype {dtype} are not supported; convert measurements to float32 (scaled as "
+        "the model expects them), labels and token numbers to int64"
+    )
 
 
 def _shared(convert: Callable[[Any], Tensor], a: Any, name: str) -> Tensor:

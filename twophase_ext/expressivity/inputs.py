@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arrays import as_tensor, require_finite
+from ..arrays import as_data, require_finite
 from ..probing import require_module
 
 
 def checked_inputs(x: Any) -> Tensor:
     """The argument x as a tensor [n, ...]; ValueError where it is empty or not finite."""
-    x = as_tensor(x, name="x")
+    x = as_data(x, name="x")
     if x.dim() == 0 or len(x) == 0:
         raise ValueError("x: the data set is empty")
     require_finite(x, "x", "input")

@@ -1,30 +1,26 @@
 """Training data in one form: batches by sample index, checked before anything is trained."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    TensorDataset,
-    default_collate,
-)
+from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
-from ..arrays import as_tensor, require_finite
+from ..arrays import as_data, require_finite
 from ..losses import ConvexLoss, prepare_targets
 from ..memory import available_memory
+from .loaders import batching, chosen, is_loader, is_map_style, tell_ignored
 from .streams import host_stream, stream_seed
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _CHECKED = 256  # samples of a Dataset looked at together before training
 _SHARE = 4  # inputs that take at most 1 / _SHARE of the device's free memory are moved there
-_VISITED_TWICE = 16  # samples fetched twice to see whether a Dataset is random
+_LOOKED_AT = 8  # samples fetched at once, to be compared while all are checked before training
+_TARGETS = ("y", "label", "labels", "target", "targets")  # names of y in samples that are dicts
 
 
 class Samples:
@@ -32,7 +28,8 @@ class Samples:
 
     Made by `Samples.of` from a pair of arrays, a map-style Dataset or a DataLoader over one. uint8
     inputs are scaled to [0, 1] when they are fetched, so that images stay small in memory.
-    random: fetching a sample twice gives different inputs; what its transforms draw comes from
+    random: fetching a sample again gave another one, at whichever fetch: every sample is compared,
+    by a hash, with what it was before; `changed` says which. What its transforms draw comes from
     (seed, epoch), which the engine sets, and the batch. augment: a transform of whole batches,
     (x [b, ...], torch.Generator) -> x, likewise.
     """
@@ -41,21 +38,26 @@ class Samples:
         """Use `Samples.of`."""
         self.name, self.n, self.device, self.dtype = name, n, device, dtype
         self.batch_size: int | None = None
-        self.random = False
+        self.random, self.changed = False, "the inputs are transformed at random at every visit"
         self.seed, self.epoch = 0, 0
         self.augment: Augment | None = None
 
     @staticmethod
     def of(source: Any, *, name: str, device: torch.device, dtype: torch.dtype) -> "Samples":
         """Samples from `source`; see the class. Errors name the argument `name`."""
-        if isinstance(source, DataLoader):
+        if is_loader(source):
             return _from_loader(source, name, device, dtype)
         if isinstance(source, IterableDataset):
             raise ValueError(f"{name}: expected a map-style dataset, got an IterableDataset")
-        if isinstance(source, Dataset):
-            return _from_dataset(source, default_collate, name, device, dtype)
         if isinstance(source, tuple | list) and len(source) == 2:
             return _Arrays(source[0], source[1], name, device, dtype)
+        other = (tuple, list, Mapping, str, bytes, Tensor)
+        if (
+            is_map_style(source)
+            and not isinstance(source, other)
+            and not hasattr(source, "__array__")
+        ):
+            return _from_dataset(source, default_collate, name, device, dtype)
         raise TypeError(
             f"{name}: expected (x, y), a Dataset or a DataLoader, got {type(source).__name__}"
         )
@@ -81,6 +83,11 @@ class Samples:
         """Check every sample, and convert the targets for `loss` and `outputs` outputs."""
         raise NotImplementedError
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it no batch is fetched twice, as far as memory allows."""
+        yield
+
     def in_order(self, size: int, *, augmented: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of `size` in index order; see `batches`."""
         yield from self.visit(self.batches(size), augmented=augmented)
@@ -101,7 +108,7 @@ class Samples:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The samples start to end - 1 of each batch."""
         for start, end in batches:
-            yield self.fetch(torch.arange(start, end), augmented=augmented)
+            yield self.fetch(torch.arange(start, end, device="cpu"), augmented=augmented)
 
     def _place(self, x: Tensor) -> Tensor:
         x = x.to(self.device, non_blocking=True)
@@ -121,8 +128,8 @@ class _Arrays(Samples):
     """Two arrays held whole, on the device where they fit: the batch is one index_select."""
 
     def __init__(self, x: Any, y: Any, name: str, device: torch.device, dtype: torch.dtype) -> None:
-        self.x = as_tensor(x, name=f"{name}[0]")
-        self.y = as_tensor(y, name=f"{name}[1]")
+        self.x = as_data(x, name=f"{name}[0]")
+        self.y = as_data(y, name=f"{name}[1]")
         for part, tensor in (("x", self.x), ("y", self.y)):
             if tensor.is_meta:
                 raise ValueError(f"{name}: expected {part} with data, got a meta tensor")
@@ -131,10 +138,14 @@ class _Arrays(Samples):
         _check_length(name, len(self.x), len(self.y))
         require_finite(self.x, name, "input")
         require_finite(self.y, name, "target")
+        largest = torch.finfo(dtype).max
+        wide = self.x.dtype is torch.float64 and self.x.numel() > 0
+        if wide and float(torch.stack(self.x.aminmax()).abs().max()) > largest:
+            raise ValueError(f"{name}: expected inputs within {dtype}'s range, up to {largest:.3g}")
         super().__init__(name, len(self.x), device, dtype)
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
-        self.y = prepare_targets(loss, self.y, outputs, name=self.name)
+        self.y = prepare_targets(loss, _real(self.y, self.name), outputs, name=self.name)
         if self.y.is_floating_point():
             self.y = self.y.to(self.dtype)
         # Labels are small: on the device once. So are inputs that fit; others move batch by batch.
@@ -164,19 +175,59 @@ class _Fetched(Samples):
         self.dataset, self.collate = dataset, collate
         self.loss: ConvexLoss | None = None
         self.outputs = 0
-        # A random transform gives another x at every visit: such features cannot be cached.
-        some = list(range(0, self.n, -(-self.n // _VISITED_TWICE)))
+        self._seen = np.zeros((self.n, 2), np.int64)  # of each sample: its form, and a hash of it
+        self._kept: dict[Any, tuple[Tensor, Tensor]] | None = None
+        self._room = 0
+        # Most transforms at random are known before training: the check there looks again.
+        some = list(range(0, self.n, -(-self.n // _LOOKED_AT)))
         with host_stream(0):
-            self.random = any(
-                not torch.equal(self._collate([i])[0], self._collate([i])[0]) for i in some
-            )
+            for i in some:
+                self._compare(*self._collate([i]), [i])
 
     def _collate(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        batch = self.collate([self.dataset[i] for i in indices])
-        if not (isinstance(batch, tuple | list) and len(batch) == 2):
-            raise ValueError(f"{self.name}: expected samples (x, y), got {type(batch).__name__}")
-        x, y = (as_tensor(part, name=self.name) for part in batch)
+        if hasattr(self.dataset, "__getitems__"):  # as torch's DataLoader does
+            items = self.dataset.__getitems__(indices)
+        else:
+            items = [self.dataset[i] for i in indices]
+        try:
+            batch = self.collate(items)
+        except Exception as error:  # whatever the user's own function raises
+            shown = ", ".join(map(str, indices[:3])) + (", ..." if len(indices) > 3 else "")
+            raise ValueError(
+                f"{self.name}: the collate function fails on samples {shown}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        x, y = (as_data(part, name=self.name) for part in _pair(batch, self.name))
+        for part, what in ((x, "inputs"), (y, "targets")):
+            if part.dim() == 0 or len(part) != len(indices):
+                got = f"of shape {list(part.shape)}" if part.dim() == 0 else f"for {len(part)}"
+                raise ValueError(
+                    f"{self.name}: expected {what} for {len(indices)} samples from the collate "
+                    f"function, got {what} {got}: one that adds or drops samples, or lists numbers "
+                    "by column, has to do so in the dataset (Hugging Face's: with_format('torch'))"
+                )
         return x, y
+
+    def _compare(self, x: Tensor, y: Tensor, indices: list[int]) -> None:
+        """Set `random` where a sample is not what it was. Forms differ where batches are padded."""
+        if self.random:
+            return
+        form = hash((x.shape[1:], x.dtype, y.shape[1:], y.dtype)) | 1
+        for i, *parts in zip(indices, _rows(x), _rows(y), strict=True):
+            known, value = self._seen[i].tolist(), hash(tuple(parts))
+            if known[0] == form and known[1] != value:
+                self.random = True
+                self.changed = f"sample {i} was another one when it was fetched again"
+                return
+            self._seen[i] = form, value
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self._kept, self._room = {}, available_memory(torch.device("cpu")) // _SHARE
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
         self.loss, self.outputs = loss, outputs
@@ -185,17 +236,57 @@ class _Fetched(Samples):
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         indices = index.tolist()
-        if self.random:  # in one epoch a sample comes once: the first one tells the batch
-            with host_stream(stream_seed(self.seed, "augment", self.epoch, indices[0])):
-                x, y = self._collate(indices)
-        else:
+        key = (self.epoch if self.random else None, tuple(indices))
+        x, y = (self._kept or {}).get(key) or self._read(indices)
+        if self._kept is not None:
+            if key not in self._kept and x.nbytes + y.nbytes <= self._room:
+                self._kept[key] = x, y
+                self._room -= x.nbytes + y.nbytes
+            x = x.clone()  # a model may write into its inputs
+        y = y.to(self.device)
+        return self._place(x), y.to(self.dtype) if y.is_floating_point() else y
+
+    def _read(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        # in one epoch a sample comes once: the first one tells the batch
+        with host_stream(stream_seed(self.seed, "augment", self.epoch, indices[0])):
             x, y = self._collate(indices)
         require_finite(x, self.name, "input", indices)
         require_finite(y, self.name, "target", indices)
+        self._compare(x, y, indices)
         if self.loss is not None:
+            y = _real(y, self.name)
             y = prepare_targets(self.loss, y, self.outputs, name=self.name, indices=indices)
-        y = y.to(self.device)
-        return self._place(x), y.to(self.dtype) if y.is_floating_point() else y
+        return x, y
+
+
+def _pair(batch: Any, name: str) -> tuple[Any, Any]:
+    """x and y of a collated batch; ValueError where they cannot be told."""
+    if isinstance(batch, Mapping):
+        targets = [key for key in batch if key in _TARGETS]
+        inputs = [key for key in batch if key not in _TARGETS]
+        if len(targets) == len(inputs) == 1:
+            return batch[inputs[0]], batch[targets[0]]
+        raise ValueError(
+            f"{name}: expected samples (x, y), got a mapping with {list(batch)}; pass a DataLoader "
+            "whose collate_fn returns (x, y)"
+        )
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        raise ValueError(f"{name}: expected samples (x, y), got {type(batch).__name__}")
+    return batch[0], batch[1]
+
+
+def _real(y: Tensor, name: str) -> Tensor:
+    if y.is_complex():
+        raise TypeError(f"{name}: expected real targets, got {y.dtype}")
+    return y
+
+
+def _rows(x: Tensor) -> list[bytes]:
+    """The bytes of each sample."""
+    if x[0].numel() == 0:
+        return [b""] * len(x)
+    flat = x.cpu().contiguous().reshape(len(x), -1).view(torch.uint8).numpy()
+    return [row.tobytes() for row in flat]
 
 
 def _from_dataset(
@@ -206,26 +297,18 @@ def _from_dataset(
     return _Fetched(dataset, collate, name, device, dtype)
 
 
-def _from_loader(
-    loader: DataLoader, name: str, device: torch.device, dtype: torch.dtype
-) -> Samples:
-    """A DataLoader's dataset, collate function and batch size; the order stays the Trainer's."""
-    if isinstance(loader.dataset, IterableDataset):
+def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    """A DataLoader's samples, collate function and batch size; the order stays the Trainer's."""
+    dataset, collate = loader.dataset, loader.collate_fn
+    if isinstance(dataset, IterableDataset) or not is_map_style(dataset):
         raise ValueError(f"{name}: expected a loader over a map-style dataset")
-    sampler, refused = loader.sampler, ""
-    if not isinstance(sampler, RandomSampler | SequentialSampler):
-        refused = type(sampler).__name__
-    elif isinstance(sampler, RandomSampler) and (
-        sampler.replacement or sampler.num_samples != len(loader.dataset)  # type: ignore[arg-type]
-    ):
-        refused = "replacement or num_samples"
-    elif loader.batch_size is None:
-        refused = "a batch_sampler or without batches"
-    if refused:
-        raise ValueError(
-            f"{name}: the order of samples comes from the Trainer's seed; a DataLoader with "
-            f"{refused} cannot be honoured, pass its dataset"
-        )
-    samples = _from_dataset(loader.dataset, loader.collate_fn, name, device, dtype)
-    samples.batch_size = loader.batch_size
+    part = chosen(loader, name)
+    if part is not None and type(dataset) is TensorDataset:
+        dataset = TensorDataset(*(tensor[part] for tensor in dataset.tensors))
+    elif part is not None:
+        dataset = Subset(dataset, part)
+    samples = _from_dataset(dataset, collate, name, device, dtype)
+    if not isinstance(samples, _Arrays):
+        tell_ignored(loader, name)
+    samples.batch_size = batching(loader)[1]
     return samples
