@@ -185,7 +185,8 @@ def test_nothing_but_the_last_layer_moves_after_tau():
     }  # fmt: skip
     assert moved == {"head.out.weight", "head.out.bias"}
     assert seen[: 5 * TAU] == [(True, True)] * 5 * TAU
-    assert [m.training for m in module.net.modules()] == [True] * 10  # unfrozen
+    assert [m.training for m in module.net.modules()] == [False] * 10  # BatchNorm's statistics stay
+    assert module.net.train().training and module.net.bn.weight.requires_grad  # unfrozen
 
 
 def test_what_moves_all_the_same_ends_the_fit():

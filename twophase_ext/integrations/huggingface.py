@@ -42,9 +42,12 @@ class TwoPhaseCallback(TrainerCallback, ExportableState):
     Its state is in the Trainer's checkpoints, and is read from there whatever
     restore_callback_states_from_checkpoint says (True is refused: the Trainer would make a new
     callback, without the data). A run resumed after tau adds no second noise; `verdict` is None in
-    it. After a Ctrl-C, `release()` gives the model back unfrozen.
+    it. After a Ctrl-C, `release()` gives the model back unfrozen; at the end it is in evaluation
+    mode.
 
-    Raises ValueError or TypeError that name what is wrong, when training begins where possible.
+    Raises ValueError or TypeError that name what is wrong, when training begins:
+    load_best_model_at_end, bf16 and fp16 with data, sharded parameters, weights in bfloat16 or
+    float16, data that the model does not take, a last layer that is not found.
     """
 
     def __init__(
@@ -91,21 +94,35 @@ class TwoPhaseCallback(TrainerCallback, ExportableState):
                 "ddp_find_unused_parameters: expected True with several processes, as "
                 "DistributedDataParallel waits for the gradients of the frozen layers"
             )
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end: expected False, got True: the best checkpoint may be from "
+                "before tau, or of other hidden layers; choose one after training"
+            )
+        if (args.bf16 or args.fp16) and self.data is not None:
+            raise ValueError(
+                "bf16, fp16: expected neither with data, as accelerate then replaces the model's "
+                "forward, whose outputs are no affine layer's any more; train in float32, or pass "
+                "data=None and last_layer, which verifies nothing"
+            )
         model = objects["model"]
         check_optimizer(objects["optimizer"], model)
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
         if saved.get("hash") is None:
             self.tau_epoch = resolve_tau(self._switch.tau, int(state.num_train_epochs))
+            self._switch.check(self._network(model), self.data)
             return
         self.tau_epoch = saved["tau_epoch"]
         self._switch.load({**saved, "verdict": None})
         self._switch.resume(model)
 
+    def _network(self, model: nn.Module) -> nn.Module:
+        return model if self.data is None else Logits(model)
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """The switch at tau."""
         if self.hidden_hash is None and int(state.epoch + 1e-6) >= self.tau_epoch:
-            model = objects["model"]
-            self._switch.start(model if self.data is None else Logits(model), self.data)
+            self._switch.start(self._network(objects["model"]), self.data)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """RuntimeError where the hidden layers moved; the model is given back unfrozen."""

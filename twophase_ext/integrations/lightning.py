@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from ..expressivity import Verdict
 from ..losses import ConvexLoss, resolve_loss
 from ..probing import unwrap
 from ..training.config import resolve_tau
+from ..training.loaders import chosen
 from ..training.own_loop import FeatureCache, fit_last_layer
 from .switch import Switch, check_optimizer
 
@@ -29,7 +30,7 @@ class TwoPhaseCallback(Callback):
 
     tau: fraction of max_epochs or an epoch, at which the second phase begins.
     data: the training data as `tp.Trainer.fit` takes them, for the statistics, the verification and
-        the cache; by default the train dataloader's dataset.
+        the cache; by default the samples that the train dataloader's sampler draws in every epoch.
     noise_std, seed, verify, last_layer: as of `tp.Trainer`.
     model: the name of the submodule that maps inputs to outputs, where that is not the module's own
         forward; names of parameters (the noise depends on them) are relative to it.
@@ -100,9 +101,12 @@ class TwoPhaseCallback(Callback):
             self._check_cache(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Freeze again in a run that was resumed after tau."""
+        """Refuse what cannot work with these data; freeze again in a run resumed after tau."""
+        network, data = self._network(pl_module), self._data(trainer)
         if self.hidden_hash is not None:
-            self._switch.resume(self._network(pl_module))
+            self._switch.resume(network)
+        else:
+            self._switch.check(network, data)
         if self.cache and trainer.current_epoch >= self.tau_epoch:
             self._train_on_cache(trainer, pl_module)
 
@@ -150,8 +154,22 @@ class TwoPhaseCallback(Callback):
                 f"data: expected the training data, as the train dataloader is a "
                 f"{type(loader).__name__}"
             )
-        # The dataset in index order, whatever the loader's sampler.
-        return DataLoader(loader.dataset, batch_size=1, collate_fn=loader.collate_fn)
+        sampler, dataset = loader.sampler, loader.dataset
+        used, batches = trainer.num_training_batches, len(loader)
+        if used < batches:
+            raise ValueError(
+                f"limit_train_batches, overfit_batches: expected all {batches} batches of the "
+                f"train dataloader, got {used}; pass data, the samples that are trained on"
+            )
+        # Lightning's own for several processes, which all samples are divided among.
+        divided = isinstance(sampler, DistributedSampler) and trainer.world_size > 1
+        part = None if divided else chosen(loader, "train dataloader")
+        # In index order, whatever the sampler's.
+        return DataLoader(
+            dataset if part is None else Subset(dataset, part),
+            batch_size=1,
+            collate_fn=loader.collate_fn,
+        )
 
     def _start(self, trainer: Any, module: Any) -> None:
         network = self._network(module)

@@ -10,7 +10,10 @@ from .. import layers, ops
 from ..expressivity import Verdict, verify_network
 from ..expressivity.verify import METHODS
 from ..network import Network
+from ..ops.perturb import checked_tensors
+from ..training import batchnorm
 from ..training.config import resolve_noise, resolve_tau
+from ..training.data import Samples
 from ..training.features import BATCH
 from ..training.freeze import Frozen, freeze, samples_of
 from ..training.settings import integer
@@ -40,6 +43,31 @@ class Switch:
         self.hash: str | None = None  # of the hidden layers; set at tau
         self.name: str | None = None  # of the last layer
 
+    def check(self, model: nn.Module, data: Any) -> None:
+        """Refuse, before the first step, what `start` would refuse at tau; arguments as of it."""
+        if data is None:
+            last = self._named(model)
+        else:
+            last = self._network(model, samples_of(model, data, "data")).last
+        batchnorm.check_freezable(model)
+        hidden = checked_tensors(layers.hidden_parameters(model, last))
+        if isinstance(self.noise_std, dict):
+            wrong = sorted(set(hidden) ^ set(self.noise_std))
+            if wrong:
+                raise ValueError(
+                    f"noise_std: expected one sigma per hidden parameter, missing or unknown: "
+                    f"{', '.join(wrong[:3])}"
+                )
+
+    def _named(self, model: nn.Module) -> layers.LastLayer:
+        if self.last_layer is None:
+            raise ValueError("last_layer: expected a module or a name where data is None")
+        return layers.named_last_layer(model, self.last_layer)
+
+    def _network(self, model: nn.Module, samples: Samples) -> Network:
+        return Network(model, next(samples.in_order(2))[0][:2], self.last_layer)
+
+    @torch.inference_mode(False)
     def start(self, model: nn.Module, data: Any) -> None:
         """At tau: noise on the hidden layers, BatchNorm's statistics over `data`, freeze, verify.
 
@@ -47,12 +75,10 @@ class Switch:
         """
         network = None
         if data is None:
-            if self.last_layer is None:
-                raise ValueError("last_layer: expected a module or a name where data is None")
-            last = layers.named_last_layer(model, self.last_layer)
+            last = self._named(model)
         else:
             samples = samples_of(model, data, "data")
-            network = Network(model, next(samples.in_order(2))[0][:2], self.last_layer)
+            network = self._network(model, samples)
             last = network.last
         hidden = layers.hidden_parameters(model, last)
         ops.perturb_(hidden, self.noise_std, seed=stream_seed(self.seed, "noise"))
@@ -83,12 +109,19 @@ class Switch:
             )
 
     def finish(self) -> None:
-        """Prove that the hidden layers did not move, and give the model back unfrozen."""
+        """Prove that the hidden layers did not move, and give the model back unfrozen.
+
+        It stays in evaluation mode, where it was frozen: in training mode a forward pass would move
+        the statistics that the verdict is about.
+        """
+        model = None if self.frozen is None else self.frozen.model
         try:
             if self.frozen is not None:
                 self.frozen.verify()
         finally:
             self.release()
+        if model is not None:
+            model.eval()
 
     def release(self) -> None:
         """Unfreeze without a proof."""
