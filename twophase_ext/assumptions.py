@@ -62,6 +62,7 @@ class Assumptions:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)
 def check_assumptions(
     model: nn.Module,
     x: Any,

@@ -169,7 +169,7 @@ def _ridge(
             value += l2 / 2 * (math.sqrt(distance2) - float(w.norm())) ** 2
             alpha = moved / damp[:, None]
             tried.append((value, distance2, f"ridge {ridge:.0e}, {name}", alpha))
-    values = torch.tensor([value for value, *_ in tried], dtype=torch.float64)
-    squares = torch.tensor([square for _, square, *_ in tried], dtype=torch.float64)
+    values = torch.tensor([value for value, *_ in tried], dtype=torch.float64, device="cpu")
+    squares = torch.tensor([square for _, square, *_ in tried], dtype=torch.float64, device="cpu")
     for i in sorted({int((values + f * squares).argmin()) for f in distances}):
         yield tried[i][2], (m.T @ (q @ tried[i][3])).T

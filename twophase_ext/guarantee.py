@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arrays import as_tensor
+from .arrays import as_data
 from .comparators import Blocks, Comparator, comparators, last_layer_objective
 from .linalg.bounds import bound_text
 from .losses import CROSS_ENTROPY, ConvexLoss, prepare_targets, resolve_loss
@@ -125,6 +125,7 @@ def smoothness(
 
 
 @torch.no_grad()
+@torch.inference_mode(False)
 def guarantee(
     features: Blocks | tuple[Any, Any],
     weight: Tensor,
@@ -223,7 +224,7 @@ def _known(bound: float) -> float:
 def _blocks(features: Blocks | tuple[Any, Any], loss: ConvexLoss, outputs: int) -> Blocks:
     if not isinstance(features, tuple):
         return features
-    h, y = (as_tensor(part, name=f"features[{i}]") for i, part in enumerate(features))
+    h, y = (as_data(part, name=f"features[{i}]") for i, part in enumerate(features))
     targets = prepare_targets(loss, y, outputs, name="features[1]")
     return lambda: [(h, targets)]
 
@@ -288,8 +289,8 @@ def _sgd_weights(
     else:
         square, result.rigorous = float(gradient_bound), False
     result.constants = {"G^2": square}
-    sums = torch.tensor(list(rates), dtype=torch.float64).cumsum(0)
-    squares_of = torch.tensor(list(rates), dtype=torch.float64).square().cumsum(0)
+    sums = torch.tensor(list(rates), dtype=torch.float64, device="cpu").cumsum(0)
+    squares_of = torch.tensor(list(rates), dtype=torch.float64, device="cpu").square().cumsum(0)
     up = 1 + 2 * len(rates) * UNIT
     weights = {}
     for t in steps:

@@ -79,6 +79,7 @@ class NtkRank:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)
 def ntk_rank(
     model: nn.Module,
     x: Any,

@@ -275,7 +275,7 @@ def certify_matrix(
             "reason": f"the stored features have sigma_min >= {bound_text(sigma)} (certified), "
             f"which {why} does not let carry over to the exact function",
         }
-    groups = find_culprits(torch.arange(n), None, lambda: _whole(source))
+    groups = find_culprits(torch.arange(n, device="cpu"), None, lambda: _whole(source))
     return fields | {
         "status": "undecided",
         "reason": "sigma_min is below what rounding lets the certificate see",

@@ -136,7 +136,9 @@ def _near_identical(z: Tensor, error: Tensor, samples: Tensor) -> list[Culprit]:
     z, error = z.index_select(0, samples), error.to(z.device).double().index_select(0, samples)
     if len(z) < 2:
         return []
-    u = torch.randn(z.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u = torch.randn(
+        z.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+    )
     u = (u / u.norm()).to(z.device)
     projected = torch.cat([part.double() @ u for part in z.split(max(CHUNK // z.shape[1], 1))])
     # The projections are off by (d + 1) u ||z_i||, and twice that is added: nothing gets lost.

@@ -268,7 +268,7 @@ class Rules:
         if isinstance(by, Bounded):
             return refuse("no rule for a product of two activations")
         factor = constant(by, x.value.shape, "the product")
-        largest = float(torch.as_tensor(factor).abs().max())
+        largest = float(torch.as_tensor(factor, device="cpu").abs().max())
         return rounded(x.value * factor, largest * x.error)
 
     def div(self, input: Any, other: Any, *, rounding_mode: str | None = None) -> Bounded:

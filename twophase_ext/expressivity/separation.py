@@ -137,8 +137,8 @@ def _lines(z: Tensor, seed: int) -> Tensor:
     """Directions [d, k], random ones turned towards those in which the features spread."""
     generator = torch.Generator().manual_seed(seed)
     d = z.shape[1]
-    lines = torch.randn(d, min(d, LINES), dtype=torch.float64, generator=generator)
-    sample = z[torch.randperm(len(z), generator=generator)[:SUBSAMPLE]]
+    lines = torch.randn(d, min(d, LINES), dtype=torch.float64, generator=generator, device="cpu")
+    sample = z[torch.randperm(len(z), generator=generator, device="cpu")[:SUBSAMPLE]]
     sample = sample - sample.mean(0)
     largest = float(sample.abs().max())
     for _ in range(2 if largest > 0 else 0):
@@ -221,7 +221,7 @@ def _sweep(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """(order by low, how many of the next ones in this order each interval overlaps)."""
     low, order = low.sort()
     ends = torch.searchsorted(low, high[order], right=True)
-    return order, ends - torch.arange(1, len(low) + 1)
+    return order, ends - torch.arange(1, len(low) + 1, device=ends.device)
 
 
 def _pairs(order: Tensor, ahead: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -234,7 +234,9 @@ def _pairs(order: Tensor, ahead: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         part, starts = starts[:count], starts[count:]
         repeats = ahead[part]
         left = part.repeat_interleave(repeats)
-        offset = torch.arange(len(left)) - (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
+        offset = torch.arange(len(left), device=left.device) - (
+            repeats.cumsum(0) - repeats
+        ).repeat_interleave(repeats)
         yield order[left], order[left + 1 + offset]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from torch import Tensor, nn
+from torch import Tensor, inference_mode, nn
 
 from ..linalg.bounds import bound_text
 
@@ -145,6 +145,7 @@ class Verdict:
                 )
         return verdict
 
+    @inference_mode(False)
     def recheck(
         self,
         model: nn.Module,

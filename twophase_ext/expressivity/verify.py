@@ -36,6 +36,7 @@ AUTO_SHARE = 0.6  # of the memory available
 AUTO_TRAINING = 4e9
 
 
+@torch.inference_mode(False)
 def verify_expressivity(
     model: nn.Module,
     x: Any,

@@ -124,7 +124,7 @@ def spread_kinks(
 ) -> tuple[Tensor, Tensor]:
     """(weight [units, d], bias [units]) float64: random directions, kinks at the samples' mean."""
     r = len(whitening.map)
-    directions = torch.randn(units, r, dtype=torch.float64, generator=generator)
+    directions = torch.randn(units, r, dtype=torch.float64, generator=generator, device="cpu")
     directions /= directions.norm(dim=1, keepdim=True)
     weight = (directions.to(whitening.map.device) @ whitening.map).to(dtype).double()
     return weight, (-(weight @ whitening.mean)).to(dtype).double()

@@ -62,7 +62,7 @@ class Axis:
 
 def indices(slices: list[slice]) -> Tensor:
     """int64: the numbers of all slices, one after another."""
-    return torch.cat([torch.arange(0), *(torch.arange(s.start, s.stop) for s in slices)])
+    return torch.cat([torch.arange(s.start, s.stop, device="cpu") for s in (slice(0, 0), *slices)])
 
 
 class BlockCyclic:
@@ -75,7 +75,7 @@ class BlockCyclic:
         (P, Q), (p, q) = ranks.grid, ranks.place
         self.rows, self.columns = Axis(n, block, P, p), Axis(n, block, Q, q)
         width = len(self.columns.index)
-        self.local = torch.zeros(width, len(self.rows.index), dtype=torch.float64)
+        self.local = torch.zeros(width, len(self.rows.index), dtype=torch.float64, device="cpu")
         # upper halves of the blocks of the diagonal
         self.corners = {b: torch.zeros_like(self.own(b)) for b in self.rows.blocks if b % Q == q}
         self._product = self.local.new_empty(width * block)
@@ -142,7 +142,7 @@ class BlockCyclic:
     def submatrix(self, count: int) -> Tensor:
         """`count` rows taken evenly, and the same columns, on every rank."""
         (P, Q), (p, q) = self.ranks.grid, self.ranks.place
-        chosen = torch.arange(count) * self.n // count
+        chosen = torch.arange(count, device="cpu") * self.n // count
         blocks, within = chosen // self.block, chosen % self.block
         r, c = (blocks % P == p).nonzero()[:, 0], (blocks % Q == q).nonzero()[:, 0]
         at_row = blocks[r] // P * self.block + within[r]
@@ -163,7 +163,7 @@ class BlockCyclic:
         """
         bits = self.local.view(torch.int64)
         weights = 2 * self.rows.index.square() + 1
-        sums = torch.zeros(len(bits), dtype=torch.int64)
+        sums = torch.zeros(len(bits), dtype=torch.int64, device="cpu")
         for b in self.rows.blocks:
             i, c = self.rows.local(b), self.columns.start(b + 1)
             sums[c:] += (bits[c:, i] * weights[i]).sum(1)

@@ -147,7 +147,7 @@ class _Run:
             stage.advance(n * n * result.columns)
         result.passes = 1
         diagonal = self.gram.diagonal()
-        exponents = torch.zeros(len(diagonal), dtype=torch.int64)
+        exponents = torch.zeros(len(diagonal), dtype=torch.int64, device="cpu")
         if scale_rows and bool(diagonal.isfinite().all()):
             exponents = moderate(exponents_of(diagonal.sqrt()).clamp(-SCALED, SCALED))
             self.gram.scale(power_of_two(-exponents))
@@ -184,7 +184,7 @@ class _Run:
         panel = self.gram.local.new_ones(len(rows.index), end - start)
         for b in rows.blocks if stop > start else ():
             span = rows.rows(b).start, rows.rows(b).stop, start, stop
-            part = torch.as_tensor(self.block_of(*span))
+            part = torch.as_tensor(self.block_of(*span), device="cpu")
             expected = [span[1] - span[0], stop - start]
             if part.dtype != torch.float64 or list(part.shape) != expected:
                 raise ValueError(

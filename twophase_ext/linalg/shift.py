@@ -37,8 +37,8 @@ def subsample(n: int) -> int:
 def submatrix(gram: Tiles, count: int) -> Tensor:
     """float64 [count, count]: `count` rows of G taken evenly, and the same columns."""
     grid = gram.grid
-    chosen = torch.arange(count) * grid.n // count
-    edges = torch.tensor([grid.rows(i).start for i in range(grid.count)] + [grid.n])
+    chosen = torch.arange(count, device="cpu") * grid.n // count
+    edges = torch.tensor([grid.rows(i).start for i in range(grid.count)] + [grid.n], device="cpu")
     bounds = torch.searchsorted(chosen, edges).tolist()
     result = gram.read(0, 0).new_zeros(count, count)
     for i, j in grid.lower():
@@ -58,7 +58,7 @@ def _smallest(matrix: Tensor) -> float:
         return 0.0
     generator = torch.Generator().manual_seed(0)
     width = min(VECTORS, len(matrix))
-    block = torch.randn(len(matrix), width, generator=generator, dtype=torch.float64)
+    block = torch.randn(len(matrix), width, generator=generator, dtype=torch.float64, device="cpu")
     block = block.to(matrix.device)
     for _ in range(STEPS):
         block = torch.linalg.qr(torch.cholesky_solve(block, factor))[0]

@@ -88,7 +88,7 @@ class MemoryTiles:
     def write(self, i: int, j: int, tile: Tensor) -> None:
         """Keep the tensor itself where it lies on the right device, else a copy."""
         if tile.device.type != self._keep_on.type:
-            host = torch.empty(tile.shape, dtype=tile.dtype, pin_memory=tile.is_cuda)
+            host = torch.empty(tile.shape, dtype=tile.dtype, pin_memory=tile.is_cuda, device="cpu")
             tile = host.copy_(tile)
         self._tiles[i, j] = tile
 

@@ -32,7 +32,7 @@ class DataParallelStep:
     def _some_unused(self) -> bool:
         """Whether the loss does not depend on some parameter: DDP has to look for those."""
         run, model = self.run, self.run.network.model
-        x, y = run.train.fetch(torch.arange(min(2, run.train.n)), augmented=False)
+        x, y = run.train.fetch(torch.arange(min(2, run.train.n), device="cpu"), augmented=False)
         modes = {module: module.training for module in model.modules()}
         model.eval()
         with torch.enable_grad():

@@ -32,6 +32,6 @@ def measure(
             correct += int((outputs.argmax(1) == y).sum())
     model.train(mode)
     if not isinstance(source, Features):
-        sums = ranks.sum_(torch.tensor([total, correct], dtype=torch.float64))
+        sums = ranks.sum_(torch.tensor([total, correct], dtype=torch.float64, device="cpu"))
         total, correct = float(sums[0]), int(sums[1])
     return total / source.n, correct / source.n if loss is CROSS_ENTROPY else None

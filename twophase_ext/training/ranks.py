@@ -54,7 +54,9 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        return flag if self.size == 1 else bool(self.sum_(torch.tensor(int(flag))) > 0)
+        return (
+            flag if self.size == 1 else bool(self.sum_(torch.tensor(int(flag), device="cpu")) > 0)
+        )
 
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers."""
