@@ -114,6 +114,7 @@ def test_known_l_monotone_and_within_theorem_3():
         "Assumption 2": "held",
         "L-smooth objective": "not checked",
         "0 < eta_bar < 1": "held",
+        "fixed features": "held",
         "rank preserved": "numerical",
     }
     for check, row in zip(checks, found, strict=False):

@@ -157,7 +157,7 @@ def test_the_callers_random_state_is_untouched():
     state = torch.get_rng_state()
     quiet(model).fit((x, y))
     assert torch.equal(state, torch.get_rng_state())
-    assert model.training  # as it came
+    assert not model.training  # the statistics of the second phase stay
 
 
 def test_any_optimizer_plain_loop(monkeypatch):

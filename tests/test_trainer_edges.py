@@ -30,8 +30,12 @@ def test_modes_of_submodules_come_back():
     model = toy_convnet()
     model.bn.eval()
     modes = [m.training for m in model.modules()]
-    quiet(model).fit(toy_images())
+    quiet(model, second_phase="none").fit(toy_images())
     assert [m.training for m in model.modules()] == modes
+    quiet(model, batch_norm="batch").fit(toy_images())
+    assert [m.training for m in model.modules()] == modes
+    quiet(model).fit(toy_images())  # frozen statistics: see Trainer.fit
+    assert not any(m.training for m in model.modules())
 
 
 NORMS = {

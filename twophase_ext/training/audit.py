@@ -92,9 +92,15 @@ def _features(run: "Run") -> Premise:
                 f"for these {copies * run.train.n} samples"
             ),
         )
-    if run.train.random:
-        return name, FAILED, "the inputs are transformed at random at every visit"
-    return name, HELD, f"cached: {run.cache_mode}"
+    return fixed_premise(run)
+
+
+def fixed_premise(run: "Run") -> Premise:
+    """Whether h was the same function of each sample at every visit and in every batch."""
+    name = "fixed features"
+    if run.unfixed:
+        return name, FAILED, run.unfixed
+    return name, HELD, f"cached: {run.cache_mode}; {run.fixed.extent}"
 
 
 def _gradient(run: "Run") -> Premise:
@@ -121,7 +127,9 @@ def _steps(run: "Run") -> list[Premise]:
             ("no momentum, no weight decay", HELD, "plain steps"),
         ]
         steps = (run.epoch - config.tau_epoch) * config.gd.steps
-        if "rise" in known:
+        if run.unfixed:
+            found.append(("monotone descent", UNCHECKED, "the features are not fixed"))
+        elif "rise" in known:
             evidence = f"the objective did not rise in {steps} steps beyond rounding"
             found.append(("monotone descent", HELD, evidence))
         else:

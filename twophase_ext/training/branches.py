@@ -52,6 +52,9 @@ def branch(
         verify=False,
         augment_copies=None,
     )
+    first.compares = any(
+        t.get("batch_norm", trainer.config.batch_norm) == "frozen" for t in branches.values()
+    )
     run = first._prepare(train, val, _checkpoint(first, resume))
     try:
         return _grow(trainer, branches, first, run, train, val, resume, root)
@@ -94,6 +97,7 @@ def _grow(
                 f"branches: {name} begins at epoch {tau}, but the trunk in {root} is at epoch "
                 f"{run.epoch} already; begin again in another run_dir"
             )
+        second.known = run.fixed if run.fixed.compared else None
         continued = second._prepare(train, val, checkpoint)
         if checkpoint is None:
             adopt(continued, run)

@@ -1,21 +1,57 @@
 """A run's caches of features, filled at tau."""
 
+import warnings
 from typing import TYPE_CHECKING
 
 from .columns import cached
-from .features import smaller_mode
+from .features import Features, smaller_mode
+from .fixed import cache_disagreement
 
 if TYPE_CHECKING:
     from .engine import Run
 
 
 def fill(run: "Run") -> None:
-    """Fill the run's caches, in a smaller mode where memory runs out."""
+    """Fill the run's caches, in a smaller mode where memory runs out; empty where h is not fixed.
+
+    What is cached is compared with what the model itself gives, for every sample.
+    """
     run.network.model.train(run.config.batch_norm == "batch")
+    if run.unfixed:
+        run.cache_mode = "none"
+    _fill(run)
+    if run.cache_mode == "none" or run.config.second_phase == "lazy":
+        return
+    evidence = run.unfixed or _compare(run)
+    if evidence is None:
+        return
+    if run.ranks.size > 1:
+        raise RuntimeError(f"features are not fixed, which several processes need: {evidence}")
+    run.unfixed, run.cache_mode = evidence, "none"
+    warnings.warn(f"nothing is cached and nothing claimed: {evidence}", stacklevel=2)
+    _fill(run)
+
+
+def _compare(run: "Run") -> str | None:
+    """`cache_disagreement` of the training samples; known of branches with the same features."""
+    key = (run.hidden_hash, f"compared {run.cache_mode}")
+    shared = {} if run.shared is None else run.shared
+    features = run.train_features
+    # rounded features and copies are no claim; on several ranks no process has all columns
+    other = run.cache_mode == "hidden-bfloat16" or run.config.augment_copies is not None
+    if other or run.ranks.size > 1 or features is None:
+        return None
+    if key not in shared:
+        with run._timed("features"):
+            shared[key] = cache_disagreement(features, run.network, run.config.batch_size)
+    return shared[key]
+
+
+def _fill(run: "Run") -> None:
     while True:
         try:
             return run._fill_caches(run.cache_mode)
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, OSError) as error:
             if run.ranks.size > 1:  # the others go on in this mode
                 raise
             run.train_features = run.val_features = None
@@ -50,5 +86,8 @@ def fill_in(run: "Run", mode: str) -> None:
             kept = mode if samples is run.train else exact
             run.train.epoch = config.tau_epoch
             shared[key] = cached(samples, run.network, kept, advance, copies, run.ranks)
-        setattr(run, name, shared[key])
+        features = shared[key]
+        if samples is run.val and samples.random and mode != "none":  # seen while it was filled
+            features = Features(samples, run.network, "none")
+        setattr(run, name, features)
     run.progress.end("features")

@@ -43,19 +43,8 @@ ELEMENTWISE = (
 )
 
 
-def check_several(run: "Run", mode: str) -> None:
-    """Raise ValueError for what several processes do not train; one process trains everything.
-
-    mode: the feature cache of the second phase. RuntimeError where the processes were not given the
-    same arguments and data.
-    """
-    model, ranks, phase = run.network.model, run.ranks, run.config.second_phase
-    if ranks.size == 1:
-        return
-    for name, value in run.identity().items():
-        ranks.agree(name, value)
-    x, y = run.train.fetch(torch.arange(min(2, run.train.n)), augmented=False)
-    ranks.agree("train: SHA-256 of the first samples", tensors_hash({"x": x, "y": y}))
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError for a model that several processes do not train."""
     if isinstance(model, DistributedDataParallel | nn.DataParallel):
         raise ValueError(f"model: expected the module itself, got it in {type(model).__name__}")
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
@@ -63,6 +52,21 @@ def check_several(run: "Run", mode: str) -> None:
             "model: expected no SyncBatchNorm, whose layers wait for each other where each rank "
             "passes its own batches; leave BatchNorm as it is"
         )
+
+
+def check_several(run: "Run", mode: str) -> None:
+    """Raise ValueError for what several processes do not train; one process trains everything.
+
+    mode: the feature cache of the second phase. RuntimeError where the processes were not given the
+    same arguments and data.
+    """
+    ranks, phase = run.ranks, run.config.second_phase
+    if ranks.size == 1:
+        return
+    for name, value in run.identity().items():
+        ranks.agree(name, value)
+    x, y = run.train.fetch(torch.arange(min(2, run.train.n), device="cpu"), augmented=False)
+    ranks.agree("train: SHA-256 of the first samples", tensors_hash({"x": x, "y": y}))
     if run.compiled is not None:
         raise ValueError(f"compile: expected False on several processes, got {run.compiled}")
     if phase == "lazy":
@@ -176,7 +180,10 @@ class Columns(Features):
         weight = layer.weight.detach()[:, self.own].contiguous()
         bias = None if layer.bias is None else layer.bias.detach()
         for h, y in self.own_blocks(size):
-            yield self.logits(weight, bias, h, torch.arange(len(h))).to(weight.dtype), y
+            yield (
+                self.logits(weight, bias, h, torch.arange(len(h), device="cpu")).to(weight.dtype),
+                y,
+            )
 
     def logits(self, weight: Tensor, bias: Tensor | None, h: Tensor, index: Tensor) -> Tensor:
         """Float64 logits of all columns, from this rank's of weight and of the rows h[index]."""
@@ -189,7 +196,10 @@ class Columns(Features):
         weight = layer.weight.detach()[:, self.own].contiguous()
         bias = None if layer.bias is None else layer.bias.detach()
         assert self.targets is not None
-        partial = [_logits(weight, h, torch.arange(len(h))) for h, _ in self.own_blocks(BATCH)]
+        partial = [
+            _logits(weight, h, torch.arange(len(h), device="cpu"))
+            for h, _ in self.own_blocks(BATCH)
+        ]
         logits = self.ranks.sum_(torch.cat(partial))
         logits = logits if bias is None else logits + bias
         value, delta = _loss_and_delta(loss, logits, self.targets)
@@ -310,7 +320,7 @@ class ColumnStep(HeadStep):
                 h, y = features.cache, features.targets.index_select(0, rows)
             else:
                 h, y = features.batch(index)
-                rows = torch.arange(len(y))
+                rows = torch.arange(len(y), device="cpu")
             logits = features.logits(weight, None, h, rows)
             if fused:
                 losses.append(self._fused(h, rows, logits, y, rate))

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..expressivity import Verdict, verify_network
+from ..expressivity import Verdict
 from ..files import FolderLock
 from ..guarantee import Guarantee
 from ..losses import CROSS_ENTROPY, ConvexLoss
@@ -23,12 +23,14 @@ from .config import Config
 from .data import Samples
 from .data_parallel import DataParallelStep
 from .faults import Diverged, LossWatch
-from .features import BATCH, Features
+from .features import Features
 from .first_step import FirstStep
+from .fixed import Agreement
 from .freeze import tensors_hash
 from .interrupt import Interrupt
 from .measure import measure
 from .progress import Progress
+from .proof import verified
 from .ranks import Ranks
 from .schedule import Schedule
 from .streams import epoch_order, stream_seed
@@ -69,12 +71,15 @@ class Run:
         self.cadence = cadence  # of checkpoints
         self.fault: dict[str, Any] | None = None  # where the run diverged
         self.device = train.device
+        self.fixed = Agreement()  # whether h is the same in every batch, as found before training
         self.history: list[dict[str, Any]] = []
         self.timings: dict[str, float] = {}
         self.verdict: Verdict | None = None
         self.hidden_hash: str | None = None  # set at tau: the hidden layers are frozen from then
         self.epoch, self.batch = 0, 0  # the next batch to train on
-        self.sums = torch.zeros(2, dtype=torch.float64)  # loss * samples, correct: of this epoch
+        self.sums = torch.zeros(
+            2, dtype=torch.float64, device="cpu"
+        )  # loss * samples, correct: of this epoch
         self.rng: dict[str, Tensor] | None = None  # of a run interrupted within an epoch
         self.unchanged: bool | None = None  # the hidden layers, from tau to the end
         self.notes: dict[str, Any] = {}  # what the second phase adds to this epoch's row
@@ -93,12 +98,8 @@ class Run:
             self._call("on_fit_start")
             self.progress.begin("training", epochs, self.epoch)
             while self.epoch < epochs:
-                if self.phase == 2:
-                    if self.hidden_hash is None:
-                        self._perturb()
-                        self._save()  # the verification may have taken hours
-                    if self.train_features is None:
-                        self._cache_features()
+                if self.phase == 2 and (self.hidden_hash is None or self.train_features is None):
+                    self._begin_second_phase()
                 started = time.perf_counter()
                 try:
                     if not self._train_epoch(interrupt):
@@ -120,6 +121,25 @@ class Run:
         """1 before the perturbation, 2 after; 1 to the end without a second phase."""
         second = self.epoch >= self.config.tau_epoch and self.config.second_phase != "none"
         return 2 if second else 1
+
+    def _begin_second_phase(self) -> None:
+        """Noise, proof and caches, as far as they are not done; each sample is fetched once."""
+        with self.train.held(), nullcontext() if self.val is None else self.val.held():
+            if self.hidden_hash is None:
+                self._perturb()
+                self._save()  # the verification may have taken hours
+            if self.train_features is None:
+                self._cache_features()
+
+    @property
+    def unfixed(self) -> str | None:
+        """Evidence that h is no fixed function of the training data; None where nothing says so."""
+        moving = self.train.random and self.config.augment_copies is None
+        return self.descent.get("unfixed") or (self.train.changed if moving else None)
+
+    @unfixed.setter
+    def unfixed(self, evidence: str) -> None:
+        self.descent["unfixed"] = evidence  # checkpoints hold it
 
     def _perturb(self) -> None:
         """At tau: noise on the hidden parameters, BatchNorm statistics fixed, condition checked."""
@@ -155,15 +175,7 @@ class Run:
     def _verify(self, method: str | None = None) -> Verdict:
         """The expressivity condition at the weights as they are."""
         with self._timed("verification"):
-            return verify_network(
-                self.network,
-                self.train.in_order(BATCH),
-                n=self.train.n,
-                method=method or str(self.config.verify),
-                batch_norm=self.config.batch_norm,
-                training=True,
-                say=self.progress.say,
-            )
+            return verified(self, method or str(self.config.verify))
 
     def _cache_features(self) -> None:
         """Fill the caches of the frozen network's features, or take a branch's with the same."""
@@ -249,7 +261,7 @@ class Run:
             measured = self._measure(self.val_features, self.val)
         record = self._record(seconds, train_loss, accuracy, *measured)
         self.epoch, self.batch = self.epoch + 1, 0
-        self.sums, self.rng = torch.zeros(2, dtype=torch.float64), None
+        self.sums, self.rng = torch.zeros(2, dtype=torch.float64, device="cpu"), None
         self.schedule.end_epoch(phase, train_loss)
         # Before the checkpoint, so that it holds what a callback sets (a learning rate, say).
         self._call("on_epoch_end", record)

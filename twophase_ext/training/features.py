@@ -1,5 +1,6 @@
 """What the second phase keeps of the frozen network: h, the wide layer's input, or nothing."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -40,7 +41,7 @@ def plan_cache(
     available: int,
     disk: int,
     random: bool,
-    fixed_features: bool,
+    moving: str | None,
     copies: int | None = None,
     name: str = "feature_cache",
 ) -> CachePlan:
@@ -52,8 +53,9 @@ def plan_cache(
     the `disk` bytes that are free, 0 on an accelerator). "hidden-bfloat16" keeps h rounded to
     bfloat16, which is another h: only where it is asked for.
 
-    Features that change from visit to visit (random transforms without `copies`, BatchNorm on batch
-    statistics) cannot be cached: asking for it is a ValueError. So are "backbone" without a wide
+    Features that change from visit to visit (random transforms without `copies`; `moving`, what
+    else moves them, such as BatchNorm on batch statistics) cannot be cached: asking for it is a
+    ValueError. So are "backbone" without a wide
     softplus layer, "hidden-bfloat16" for other than float32, "disk" on an accelerator, and copies
     of data that do not change. `name` is the argument that errors name.
     """
@@ -64,8 +66,8 @@ def plan_cache(
             f"augment_copies: expected None, got {copies}: the training data do not change from "
             "visit to visit"
         )
-    if not fixed_features or (random and copies is None):
-        cause = "the training data change from visit to visit" if random else "batch_norm='batch'"
+    if moving or (random and copies is None):
+        cause = "the training data change from visit to visit" if random else moving
         if requested not in ("auto", "none"):
             raise ValueError(f"{name}: {requested!r} needs fixed features, but {cause}")
         return CachePlan("none", f"{cause}: features are recomputed every step")
@@ -103,6 +105,7 @@ def smaller_mode(
 ) -> str:
     """The mode to go on with where memory ran out in `mode`; raises `error` where it is another."""
     out = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    out = out or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
     if not (out or "can't allocate memory" in str(error)):
         raise error
     modes = ["hidden"]  # from the largest to nothing
@@ -125,7 +128,7 @@ def plan_for(
     sets: Sequence[Samples],
     requested: str,
     *,
-    fixed_features: bool = True,
+    moving: str | None = None,
     copies: int | None = None,
     name: str = "feature_cache",
     ranks: Ranks | None = None,
@@ -146,7 +149,7 @@ def plan_for(
         disk=ranks.least(free_disk(device)) // ranks.local_size,
         copies=copies,
         random=any(samples.random for samples in sets),
-        fixed_features=fixed_features,
+        moving=moving,
         name=name,
     )
 
@@ -209,7 +212,7 @@ class Features:
         epoch = self.samples.epoch
         if copies is not None:
             self.samples.epoch = epoch + copy
-        x, y = self.samples.fetch(torch.arange(start, end), augmented=True)
+        x, y = self.samples.fetch(torch.arange(start, end, device="cpu"), augmented=True)
         self.samples.epoch = epoch
         return x, y
 
@@ -225,8 +228,16 @@ class Features:
         with tempfile.NamedTemporaryFile(prefix="twophase-features-") as file:
             # Taken now, or an error now: a write to a mapped page without room ends the process.
             os.posix_fallocate(file.fileno(), 0, length)
-            flat = torch.from_file(file.name, shared=True, size=size, dtype=rows.dtype)
+            flat = torch.from_file(
+                file.name, shared=True, size=size, dtype=rows.dtype, device="cpu"
+            )
         return flat.view(shape)
+
+    def beside_inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x, h) of the batches that filled the cache, without copies: the inputs again."""
+        for copy, start, end in self._jobs():
+            x, _ = self._visit((copy, start, end), None)
+            yield x, self.batch(torch.arange(start, end, device="cpu"))[0]
 
     @property
     def hidden(self) -> bool:
@@ -255,7 +266,7 @@ class Features:
         for start in range(0, self.n, size):
             end = min(start + size, self.n)
             if self.cache is None or self.targets is None:
-                x, y = self.samples.fetch(torch.arange(start, end), augmented=False)
+                x, y = self.samples.fetch(torch.arange(start, end, device="cpu"), augmented=False)
                 yield self.network.hidden(x), y
             else:
                 yield self._h(self.cache[start:end]), self.targets[start:end]

@@ -74,6 +74,8 @@ class Frozen:
     def unfreeze(self) -> None:
         """Modes and requires_grad as before `freeze`; BatchNorm keeps its new statistics.
 
+        In training mode the next forward pass moves them: model.eval() keeps them.
+
         The last layer was trained on those. What has been unfrozen stays as it is.
         """
         release(self.model)
@@ -91,6 +93,7 @@ class Frozen:
             self.unfreeze()
 
 
+@torch.inference_mode(False)
 def freeze(
     model: nn.Module, *, train: Any = None, last_layer: nn.Module | str | None = None
 ) -> Frozen:

@@ -1,4 +1,4 @@
-"""Ctrl-C, or torchrun's SIGTERM, as a request: the step is finished and the state is saved."""
+"""Ctrl-C, or SIGTERM, as a request: the step is finished and the state is saved."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from .ranks import Ranks
 class Interrupt:
     """Within the context, the first SIGINT only sets `.requested`; a second one raises as usual.
 
-    On several processes SIGTERM does so too, which torchrun sends when it stops.
+    SIGTERM likewise, which torchrun, SLURM and Kubernetes send before they kill.
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
@@ -31,7 +31,7 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         """Install the handler (Python allows that in the main thread only)."""
         if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGINT] + ([signal.SIGTERM] if self.ranks.size > 1 else [])
+            numbers = [signal.SIGINT, signal.SIGTERM]
             self._previous = {number: signal.getsignal(number) for number in numbers}
             for number in numbers:
                 signal.signal(number, self._handle)

@@ -20,6 +20,7 @@ from ..linalg.bounds import bound_text
 from ..losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
 from ..network import Network
 from ..ntk import float64_copy, method_at_w, rank_shown
+from .audit import fixed_premise
 from .engine import Run
 from .features import BATCH
 from .interrupt import Interrupt
@@ -264,13 +265,19 @@ class LazyRun(Run):
                 ("Assumption 2", "held", f"{self.loss.name}, L_ell = {self.loss.smoothness:g}"),
                 ("L-smooth objective", *smoothness),
                 step,
+                fixed_premise(self),
                 ("rank preserved", shown, ranks),
             ],
             checks,
             self.stopped,
         )
         whole = shown in ("proved", "numerical") and len(checks) == len(rows) + 1
-        if whole and smoothness[0] != "failed" and self.settings.smoothness is not None:
+        if (
+            whole
+            and not self.unfixed
+            and smoothness[0] != "failed"
+            and self.settings.smoothness is not None
+        ):
             result.bound = self._rate(rows, checks, self.settings.smoothness)
         return result
 

@@ -15,7 +15,8 @@ from .. import layers, optim
 from ..losses import ConvexLoss, resolve_loss
 from ..network import Network
 from .batchnorm import batch_bounds
-from .features import Features, plan_for
+from .features import BATCH, Features, plan_for
+from .fixed import cache_disagreement
 from .freeze import samples_of
 from .head import HeadStep
 from .interrupt import Interrupt
@@ -32,6 +33,7 @@ class FeatureCache(Features):
     all; `mode` is what is cached, `bytes` its size, `n` the number of samples.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -50,14 +52,26 @@ class FeatureCache(Features):
         inputs that change from visit to visit). loss: what y is checked and converted for.
 
         Raises ValueError or TypeError that name the argument: a model in training mode, data that
-        do not fit model or loss, a mode that cannot be had.
+        do not fit model or loss, a mode that cannot be had, samples that change from visit to
+        visit, a model whose outputs are not the last layer's of these features in every batch.
         """
         self.loss = resolve_loss(loss)
         require_eval(model)
         samples = samples_of(model, data, "data")
         network = Network(model, next(samples.in_order(2))[0][:2], last_layer)
-        samples.prepare(self.loss, network.outputs)
-        super().__init__(samples, network, plan_for(network, [samples], mode, name="mode").mode)
+        with samples.held():
+            samples.prepare(self.loss, network.outputs)
+            mode = plan_for(network, [samples], mode, name="mode").mode
+            super().__init__(samples, network, mode)
+            if mode in ("none", "hidden-bfloat16"):
+                return
+            evidence = cache_disagreement(self, network, BATCH // 4)
+        evidence = samples.changed if samples.random else evidence
+        if evidence:
+            raise ValueError(
+                f"model: its features are not fixed, {evidence}; mode='none' computes them at "
+                "every step"
+            )
 
 
 def require_eval(model: nn.Module) -> None:
@@ -70,6 +84,7 @@ def require_eval(model: nn.Module) -> None:
         )
 
 
+@torch.inference_mode(False)
 def fit_last_layer(
     model: nn.Module,
     cache: FeatureCache,

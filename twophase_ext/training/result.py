@@ -61,6 +61,8 @@ class Result:
                 f"  hidden layers in phase 2: bit-identical (SHA-256 {self.hidden_hash[:12]}), "
                 f"features cached: {self.feature_cache}"
             )
+            if not self.model.training:
+                lines.append("  the model is in evaluation mode, the one that this is about")
         if self.verdict is not None:
             lines += ["  " + line for line in str(self.verdict).splitlines()]
         if self.guarantee is not None:

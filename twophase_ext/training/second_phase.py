@@ -140,7 +140,7 @@ class TheoremRun(HeadRun):
             largest = self._smoothness()
             if largest == 0:
                 raise ValueError("train: all features are 0 at tau, and the last layer has no bias")
-            self.descent = {
+            self.descent |= {
                 "start": [p.detach().clone() for p in self._moving()],
                 "norms": norms,
                 "smoothness": largest,
@@ -154,7 +154,7 @@ class TheoremRun(HeadRun):
         """The curve, where the run has come to its end, and the audit."""
         found = Guarantee(mode=self.config.second_phase)
         layer = self.network.last.module
-        if status == "completed":
+        if status == "completed" and not self.unfixed:
             start = self.descent["start"]
             fixed = None if layer.bias is None or self.ones else layer.bias.detach()
             self.progress.say("guarantee: the bound is minimised over comparators")
@@ -240,7 +240,12 @@ class GradientDescentRun(TheoremRun):
     def _check(self, objective: float) -> None:
         """Theorem 1 (i) rests on descent: a rise that rounding does not explain is an error."""
         known = self.descent
-        if known["objective"] is None or "rise" not in known or not math.isfinite(objective):
+        if (
+            self.unfixed
+            or known["objective"] is None
+            or "rise" not in known
+            or not math.isfinite(objective)
+        ):
             return
         if objective > known["objective"] + known["rise"]:
             raise RuntimeError(
@@ -286,7 +291,9 @@ class StochasticRun(TheoremRun):
         steps = math.ceil(self.train.n / size)
         seed = stream_seed(self.config.seed, "draw", self.epoch)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randint(self.train_features.n, (steps * size,), generator=generator)
+        order = torch.randint(
+            self.train_features.n, (steps * size,), generator=generator, device="cpu"
+        )
         return order, [size * s for s in range(steps + 1)]
 
     def _rates(self, epoch: int, steps: int) -> list[float]:

@@ -1,6 +1,5 @@
 """tp.Trainer: Algorithm 1 of the paper around any torch model and first-order optimizer."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,20 +13,20 @@ from ..files import write_json
 from ..losses import ConvexLoss, resolve_loss
 from ..network import Network
 from ..probing import unwrap
-from . import batchnorm, checkpoint, runfolder
+from . import batchnorm, checkpoint, outset, runfolder
 from .branches import branch
 from .cadence import Cadence
 from .checks import check_runs, model_device, unchanged_on_error
 from .columns import check_several
-from .config import SETTINGS, Config, compile_options, resolve
+from .config import SETTINGS, compile_options, resolve
 from .data import Augment, Samples
 from .engine import Run
-from .features import plan_for
 from .first_step import check_autocast
+from .fixed import Agreement
 from .lazy import LazyRun
 from .optimizers import OptimizerFactory, make_optimizer, paper_optimizer
 from .progress import Progress
-from .ranks import Ranks, joined
+from .ranks import joined
 from .result import Result
 from .schedule import SchedulerFactory, make_schedule
 from .second_phase import GradientDescentRun, HeadRun, StochasticRun
@@ -160,6 +159,9 @@ class Trainer:
         self.checkpoint_every = checkpoint_every
         Cadence(checkpoint_every)  # or an error now
         self.callbacks, self.progress = tuple(callbacks), progress
+        # whether h is compared before training, and what a branch's trunk found of it
+        self.compares = second_phase != "none" and batch_norm == "frozen"
+        self.known: Agreement | None = None
         self._arguments = {
             **settings,
             "loss": loss,
@@ -180,15 +182,18 @@ class Trainer:
         settings = dict.fromkeys(SETTINGS) if other else {}
         return Trainer(model, **{**self._arguments, **settings, **changes})
 
+    @torch.inference_mode(False)
     def fit(
         self, train: Any, val: Any = None, *, resume: bool | str | Path | None = None
     ) -> Result:
         """Train the model in place and return the Result.
 
         train, val: (x, y) tensors or arrays (NumPy, CuPy, anything with DLPack; uint8 inputs are
-        scaled to [0, 1]), a map-style Dataset, or a DataLoader over one (its dataset, collate
-        function and batch size are used; the order of samples comes from the seed, and no sample
-        is dropped). Every sample of a Dataset is fetched once before training, to be checked.
+        scaled to [0, 1], a graph is left behind), a map-style Dataset (Hugging Face's too), or a
+        DataLoader over one, also Fabric's, accelerate's or torchdata's: its dataset, the samples
+        that its sampler draws, collate function and batch size are used; the order comes from the
+        seed, no sample is dropped, num_workers is not used. Every sample is fetched once before
+        training, to be checked, and compared whenever it is fetched again.
         resume: True continues the run in run_dir, "auto" continues it where there is a checkpoint
         and begins where there is none, a path continues the run in that folder or checkpoint file.
         A run resumed on the CPU, with the number of threads, instruction set and torch of before,
@@ -196,12 +201,16 @@ class Trainer:
         callback's own state is not saved, but what it sets in the optimizer is.
 
         Under torchrun every process calls it with the same arguments (docs/several-processes.md).
-        Ctrl-C finishes the step, saves, and returns status "interrupted". Raises ValueError or
+        Ctrl-C, or SIGTERM (SLURM, Kubernetes), finishes the step, saves, and returns status
+        "interrupted". After tau the model is left in evaluation mode (but for batch_norm="batch"):
+        a forward pass in training mode would move the BatchNorm statistics that the verdict is
+        about; before tau in the mode that it came in. Raises ValueError or
         TypeError for unusable data, FileNotFoundError or ValueError for an unusable checkpoint,
         before the model has changed.
         """
         return self._execute(self._prepare(train, val, resume))
 
+    @torch.inference_mode(False)
     def branch(
         self,
         branches: Mapping[str, Mapping[str, Any]],
@@ -238,6 +247,8 @@ class Trainer:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            if run.hidden_hash is not None and run.config.batch_norm == "frozen":
+                self.model.eval()
             if run.lock is not None:
                 run.lock.release()
         told = run.ranks.once(lambda: (run.history, run.timings, run.folder))
@@ -286,30 +297,32 @@ class Trainer:
         ranks = joined()
         progress = Progress(self.progress and ranks.rank == 0)
         self.model.to(config.dtype)
-        samples = Samples.of(train, name="train", device=self.device, dtype=config.dtype)
-        held_out = (
+        data = [(train, "train"), (val, "val")]
+        samples, held_out = (
             None
-            if val is None
-            else Samples.of(val, name="val", device=self.device, dtype=config.dtype)
+            if source is None and name == "val"
+            else Samples.of(source, name=name, device=self.device, dtype=config.dtype)
+            for source, name in data
         )
+        assert samples is not None
         if samples.batch_size is not None and samples.batch_size != config.batch_size:
             progress.say(f"batch_size: {samples.batch_size}, the DataLoader's")
             config = replace(config, batch_size=samples.batch_size)
         if config.batch_norm == "frozen":
             batchnorm.check_freezable(self.model)
-        for part in (samples, held_out):
-            if part is not None:
-                part.seed = config.seed
-                if part is samples and self.augment is not None:
-                    part.augment, part.random = self.augment, True
-                with config.autocast(self.device):
-                    check_runs(self.model, part)
-        network = Network(self.model, next(samples.in_order(2))[0][:2], self.last_layer)
-        for part in (samples, held_out):
-            if part is not None:
-                part.prepare(self.loss, network.outputs)
-        self._describe(network, samples, progress)
-        mode = self._plan(network, samples, held_out, config, progress, ranks)
+        sets = [part for part in (samples, held_out) if part is not None]
+        for part in sets:
+            part.seed = config.seed
+        if self.augment is not None:
+            samples.augment, samples.random = self.augment, True
+        with config.autocast(self.device):
+            examples = [check_runs(self.model, part) for part in sets]
+        network = Network(self.model, examples[0], self.last_layer)
+        compare = self.compares and self.known is None
+        fixed = outset.look_at(network, self.loss, config, sets, examples[0], ranks, compare)
+        fixed = self.known or fixed
+        outset.describe(network, samples, progress)
+        mode = outset.plan(network, sets, config, progress, ranks, fixed)
         optimizer = make_optimizer(self.optimizer, network, config.noise_std)
         schedule = make_schedule(
             self.scheduler, optimizer, config.scheduler_interval, config.second_phase
@@ -329,9 +342,10 @@ class Trainer:
             ranks,
             self.compile,
         )
+        run.fixed = fixed
         state, source = ranks.once(lambda: checkpoint.find(resume, self.run_dir))
         check_several(run, mode if state is None else state["cache_mode"])
-        folder = ranks.once(lambda: self._open_folder(source, resume == "auto"))
+        folder = ranks.once(lambda: outset.open_folder(self.run_dir, source, resume == "auto"))
         run.folder = folder if ranks.rank == 0 else None
         with ExitStack() as on_error:  # a kept traceback would keep the lock
             if run.folder is not None:
@@ -339,6 +353,8 @@ class Trainer:
                 on_error.callback(run.lock.release)
             if state is not None:
                 run.restore(state)
+            if fixed.evidence:
+                run.unfixed = fixed.evidence
             if run.folder is not None:
                 runfolder.describe(
                     run.folder, run, type(unwrap(self.model)).__name__, new=state is None
@@ -347,48 +363,3 @@ class Trainer:
         if source is not None:
             progress.say(f"resumed from {source}: {run.epoch} epochs done")
         return run
-
-    def _describe(self, network: Network, samples: Samples, progress: Progress) -> None:
-        last = network.last
-        progress.say(f"last layer: {last.name} (affine, {network.width} -> {network.outputs})")
-        if network.wide is None:
-            progress.say("the last hidden layer is not affine + exact softplus")
-        if network.width < samples.n:
-            warnings.warn(
-                f"the last hidden layer has {network.width} units for n = {samples.n} samples: "
-                "Theorem 1's premise m_H >= n fails and no guarantee is claimed. "
-                "tp.nn.widen(model, n) adds such a layer",
-                stacklevel=5,
-            )
-
-    def _plan(
-        self,
-        network: Network,
-        samples: Samples,
-        held_out: Samples | None,
-        config: Config,
-        progress: Progress,
-        ranks: Ranks,
-    ) -> str:
-        if config.second_phase in ("lazy", "none"):
-            return "none"
-        plan = plan_for(
-            network,
-            [samples] if held_out is None else [samples, held_out],
-            config.feature_cache,
-            ranks=ranks,
-            fixed_features=config.batch_norm == "frozen",
-            copies=config.augment_copies,
-        )
-        progress.say(f"feature cache in phase 2: {plan.mode} ({plan.reason})")
-        return plan.mode
-
-    def _open_folder(self, source: Path | None, reopen: bool) -> Path | None:
-        """The run folder, reopened where the checkpoint `source` comes from it or as asked."""
-        if self.run_dir is False:
-            return None
-        run_dir = None if self.run_dir is True else self.run_dir
-        if run_dir is None and source is not None:
-            run_dir = source.parent
-        same = source is not None and source.parent.resolve() == Path(str(run_dir)).resolve()
-        return runfolder.create(run_dir, resuming=same or (reopen and source is None))

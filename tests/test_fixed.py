@@ -1,0 +1,185 @@
+"""Fixed features: one function of each sample, whatever is beside it; else nothing is cached."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import twophase_ext as tp
+from helpers import Given, bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
+from twophase_ext.network import Network
+from twophase_ext.training import fixed
+from twophase_ext.training.data import Samples
+
+pytestmark = pytest.mark.filterwarnings("ignore:nothing is cached")
+
+
+def net(between):
+    """`between` stands behind the first hidden layer: (module, h) -> h."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Given(
+            lambda m, x: m.c(torch.tanh(m.b(between(m, m.a(x))))),
+            a=nn.Linear(5, 16),
+            b=nn.Linear(16, 64),
+            c=nn.Linear(64, 3),
+        )
+
+
+def noise(m, h):
+    return h + torch.randn_like(h)
+
+
+KINDS = {
+    "batch statistics": lambda m, h: F.batch_norm(h, None, None, training=True),
+    "normalised over the batch": lambda m, h: h - h.mean(0),
+    "always random": lambda m, h: F.dropout(h, 0.5, training=True),
+    "random behind a fixed seed": lambda m, h: (torch.manual_seed(1), noise(m, h))[1],
+    "by position": lambda m, h: h * torch.linspace(1, 2, len(h), device=h.device)[:, None],
+    "by batch size": lambda m, h: h if len(h) > 7 else 2 * h,
+    "neighbours": lambda m, h: h + h.roll(1, 0),
+}
+
+
+def features_premise(result):
+    return next(row[1:] for row in result.guarantee.premises if row[0] == "fixed features")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("phase", ["gd", "base", "sgd"])
+def test_functions_of_the_whole_batch(kind, phase):
+    model, data = net(KINDS[kind]), toy_data(12)
+    result = quiet(model, batch_size=4, second_phase=phase).fit(data)
+    status, evidence = features_premise(result)
+    assert status == "failed" and "another batch: apart by" in evidence
+    assert result.status == "completed" and result.feature_cache == "none"
+    assert not result.guarantee.curve
+
+
+def test_the_lazy_phase_says_so():
+    model = net(KINDS["batch statistics"])
+    result = quiet(model, second_phase="lazy", verify="svd", batch_size=4).fit(toy_data(12))
+    assert features_premise(result)[0] == "failed" and result.guarantee.bound is None
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        (toy_convnet(), toy_images(70)),
+        (toy_mlp(), toy_data()),
+        (net(lambda m, h: h), toy_data(300)),
+    ],
+    ids=["convnet", "mlp", "two batches"],
+)
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_rounding_is_no_disagreement(model, data, precision):
+    result = quiet(model, second_phase="gd", precision=precision).fit(data)
+    status, evidence = features_premise(result)
+    assert status == "held" and f"h is the same in other batches for all {len(data[1])}" in evidence
+    assert result.guarantee.curve and result.feature_cache == "hidden"
+
+
+def test_deep_batch_norm_at_any_weights_is_no_disagreement():
+    torch.manual_seed(0)
+    layers = [(nn.Linear(40, 40), nn.BatchNorm1d(40), nn.ReLU()) for _ in range(20)]
+    model = nn.Sequential(*[m for part in layers for m in part], nn.Linear(40, 3))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_var.uniform_(1e-6, 1e-2)
+    data = torch.randn(300, 40), torch.randint(3, (300,))
+    samples = Samples.of(data, name="train", device=torch.device("cpu"), dtype=torch.float32)
+    found = fixed.agreement(Network(model, data[0][:2]), samples, 64)
+    assert found.evidence is None and found.compared
+
+
+@pytest.mark.parametrize("where", ["buffer", "parameter", "rebound buffer"])
+def test_a_forward_that_changes_its_state_is_refused(where):
+    def count(m, h):
+        if len(h) < 10:  # not on a few samples, as other checks run it
+            return h
+        with torch.no_grad():
+            if where == "buffer":
+                m.seen.add_(1)
+            elif where == "parameter":
+                m.b.weight.mul_(1.001)
+            elif m.seen is not None:
+                m.seen = m.seen + 1
+        return h
+
+    model = net(count)
+    model.register_buffer("seen", torch.zeros(2))
+    name = "b.weight" if where == "parameter" else "seen"
+    with pytest.raises(ValueError, match=f"model: its forward pass changes {name} in evaluation"):
+        quiet(model).fit(toy_data(20))
+
+
+def test_state_changes_are_undone():
+    model = net(lambda m, h: (m.b.weight.data.mul_(1.5 if len(h) > 9 else 1), h)[1])
+    before = bits(model)
+    with pytest.raises(ValueError, match=r"changes b\.weight"):
+        quiet(model).fit(toy_data(20))
+    assert same_bits(bits(model), before)
+
+
+class Hook:
+    """At tau, behind the noise, the model's owner adds a hook."""
+
+    def on_perturb(self, run):
+        run.network.model.register_forward_hook(lambda m, args, out: out.clamp(min=0))
+
+
+@pytest.mark.parametrize("mode", ["hidden", "backbone", "disk"])
+def test_outputs_are_compared_with_the_cache_at_tau(mode):
+    trainer = quiet(toy_mlp(), second_phase="gd", feature_cache=mode, callbacks=[Hook()])
+    result = trainer.fit(toy_data())
+    status, evidence = features_premise(result)
+    assert status == "failed" and "not the last layer's of its features" in evidence
+    assert result.feature_cache == "none" and not result.guarantee.curve
+
+
+def test_a_hook_on_the_output_from_the_beginning():
+    model = toy_mlp()
+    model.register_forward_hook(lambda m, args, out: out.clamp(min=0) if len(out) > 9 else out)
+    status, evidence = features_premise(quiet(model, second_phase="gd").fit(toy_data()))
+    assert status == "failed" and "not the last layer's of its features" in evidence
+
+
+def test_a_cache_of_ones_own_is_refused():
+    model = net(KINDS["batch statistics"]).eval()
+    with pytest.raises(ValueError, match="model: its features are not fixed"):
+        tp.FeatureCache(model, toy_data(12))
+    assert tp.FeatureCache(model, toy_data(12), mode="none").mode == "none"
+
+
+def test_resumed_runs_remember_the_evidence(tmp_path):
+    def trainer(epochs=4):
+        return quiet(net(KINDS["neighbours"]), tmp_path, batch_size=4, second_phase="gd")
+
+    whole = quiet(net(KINDS["neighbours"]), batch_size=4, second_phase="gd").fit(toy_data(12))
+
+    class Stop:
+        def on_epoch_end(self, run, record):
+            if run.epoch == 3:
+                raise KeyboardInterrupt
+
+    first = quiet(
+        net(KINDS["neighbours"]), tmp_path, batch_size=4, second_phase="gd", callbacks=[Stop()]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        first.fit(toy_data(12))
+    result = trainer().fit(toy_data(12), resume=True)
+    assert features_premise(result) == features_premise(whole)
+    assert same_bits(bits(result.model), bits(whole.model))
+
+
+def test_the_time_is_bounded_and_said(monkeypatch):
+    monkeypatch.setattr(fixed, "SECONDS", -1.0)
+    result = quiet(toy_mlp(), second_phase="gd").fit(toy_data())
+    assert features_premise(result) == ("held", "cached: hidden; not compared with other batches")
+    ticks = iter(range(1000))
+    monkeypatch.setattr(fixed, "SECONDS", 1.5)
+    monkeypatch.setattr(fixed.time, "monotonic", lambda: float(next(ticks)))
+    model, data = net(lambda m, h: h), toy_data(600)
+    samples = Samples.of(data, name="t", device=torch.device("cpu"), dtype=torch.float32)
+    found = fixed.agreement(Network(model, data[0][:2]), samples, 64)
+    assert found.extent.endswith("for the first 256 of 600 samples")

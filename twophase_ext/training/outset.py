@@ -1,0 +1,99 @@
+"""What is settled before the first step: samples and model looked at, the cache planned."""
+
+import warnings
+from pathlib import Path
+
+from torch import Tensor
+
+from ..losses import ConvexLoss
+from ..network import Network
+from . import runfolder
+from .checks import check_loss, check_trains
+from .columns import check_model
+from .config import Config
+from .data import Samples
+from .features import BATCH, plan_for
+from .fixed import Agreement, agreement
+from .progress import Progress
+from .ranks import Ranks
+
+
+def look_at(
+    network: Network,
+    loss: ConvexLoss,
+    config: Config,
+    sets: list[Samples],
+    example: Tensor,
+    ranks: Ranks,
+    compare: bool,
+) -> Agreement:
+    """Check every sample of the sets, training first, and the model on them.
+
+    compare: whether h has to be the same in every batch. Raises ValueError or TypeError for what
+    would be found later: see `check_trains`, `check_loss`, `Samples.prepare`, `agreement`.
+    """
+    if ranks.size > 1:
+        check_model(network.model)
+    check_trains(network.model, example, network.outputs)
+    train = sets[0]
+    with train.held():
+        train.prepare(loss, network.outputs)
+        x, y = next(train.in_order(BATCH))
+        check_loss(loss, network, x[:2], y[:2])
+        if train.random and config.augment_copies is None:
+            compare = False  # nothing is cached or claimed
+        fixed = agreement(network, train, config.batch_size, ranks) if compare else Agreement()
+    for samples in sets[1:]:
+        samples.prepare(loss, network.outputs)
+    return fixed
+
+
+def describe(network: Network, samples: Samples, progress: Progress) -> None:
+    """Say which layers were found; warn where Theorem 1 cannot apply."""
+    last = network.last
+    progress.say(f"last layer: {last.name} (affine, {network.width} -> {network.outputs})")
+    if network.wide is None:
+        progress.say("the last hidden layer is not affine + exact softplus")
+    if network.width < samples.n:
+        warnings.warn(
+            f"the last hidden layer has {network.width} units for n = {samples.n} samples: "
+            "Theorem 1's premise m_H >= n fails and no guarantee is claimed. "
+            "tp.nn.widen(model, n) adds such a layer",
+            stacklevel=6,
+        )
+
+
+def plan(
+    network: Network,
+    sets: list[Samples],
+    config: Config,
+    progress: Progress,
+    ranks: Ranks,
+    fixed: Agreement,
+) -> str:
+    """The mode of the second phase's cache of features."""
+    if config.second_phase in ("lazy", "none"):
+        return "none"
+    found = plan_for(
+        network,
+        sets,
+        config.feature_cache,
+        ranks=ranks,
+        moving="batch_norm='batch'" if config.batch_norm != "frozen" else fixed.evidence,
+        copies=config.augment_copies,
+    )
+    progress.say(f"feature cache in phase 2: {found.mode} ({found.reason})")
+    return found.mode
+
+
+def open_folder(
+    run_dir: str | Path | bool | None, source: Path | None, reopen: bool
+) -> Path | None:
+    """The run folder, reopened where the checkpoint `source` comes from it or as asked."""
+    if run_dir is False:
+        return None
+    folder = None if run_dir is True or run_dir is None else Path(run_dir)
+    if folder is None and source is not None:
+        folder = source.parent
+    same = source is not None and source.parent.resolve() == Path(str(folder)).resolve()
+    return runfolder.create(folder, resuming=same or (reopen and source is None))
