@@ -108,6 +108,21 @@ def test_a_verification_that_fails_is_undecided(error, monkeypatch):
     assert result.verdict.n == 60 and result.verdict.width == 80
 
 
+def test_a_bound_that_fails_ends_no_run(monkeypatch):
+    def fails(*args, **kwargs):
+        raise ArithmeticError("a comparator")
+
+    monkeypatch.setattr("twophase_ext.training.second_phase.guarantee", fails)
+    with pytest.warns(UserWarning, match="guarantee not evaluated"):
+        result = quiet(toy_mlp(), second_phase="gd").fit(toy_data())
+    assert result.status == "completed" and not result.guarantee.curve
+    assert result.guarantee.premises[-1] == (
+        "bound",
+        "not checked",
+        "not evaluated: ArithmeticError: a comparator",
+    )
+
+
 # --- signals, modes ----------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ base: the base algorithm's own steps. gd, sgd: Theorem 1 (i) and (ii).
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..guarantee import Guarantee, guarantee, smoothness
 from ..losses import CROSS_ENTROPY, SQUARED_ERROR
+from ..premises import UNCHECKED
 from .audit import premises
 from .columns import ColumnStep, OwnColumns
 from .engine import Run
@@ -152,24 +154,30 @@ class TheoremRun(HeadRun):
 
     def _guarantee(self, status: str, **arguments: Any) -> Guarantee:
         """The curve, where the run has come to its end, and the audit."""
-        found = Guarantee(mode=self.config.second_phase)
+        found, failed = Guarantee(mode=self.config.second_phase), ""
         layer = self.network.last.module
         if status == "completed" and not self.unfixed:
             start = self.descent["start"]
             fixed = None if layer.bias is None or self.ones else layer.bias.detach()
             self.progress.say("guarantee: the bound is minimised over comparators")
-            with self._timed("guarantee"):
-                found = guarantee(
-                    self.blocks,
-                    start[0],
-                    start[1] if self.ones else fixed,
-                    loss=self.loss,
-                    mode=self.config.second_phase,
-                    ones=self.ones,
-                    candidates=[("the last weights", *(p.detach() for p in self._moving()))],
-                    **arguments,
-                )
+            try:
+                with self._timed("guarantee"):
+                    found = guarantee(
+                        self.blocks,
+                        start[0],
+                        start[1] if self.ones else fixed,
+                        loss=self.loss,
+                        mode=self.config.second_phase,
+                        ones=self.ones,
+                        candidates=[("the last weights", *(p.detach() for p in self._moving()))],
+                        **arguments,
+                    )
+            except Exception as error:  # the run is fine without its bound
+                failed = f"not evaluated: {type(error).__name__}: {error}"
+                warnings.warn(f"guarantee {failed}", stacklevel=2)
         found.premises = premises(self)
+        if failed:
+            found.premises.append(("bound", UNCHECKED, failed))
         return found
 
 
