@@ -108,6 +108,14 @@ def test_a_verification_that_fails_is_undecided(error, monkeypatch):
     assert result.verdict.n == 60 and result.verdict.width == 80
 
 
+@pytest.mark.parametrize("mode", ["hidden", "backbone", "hidden-bfloat16"])
+def test_a_cache_that_fits_nowhere_is_refused(mode, monkeypatch):
+    monkeypatch.setattr("twophase_ext.training.features.available_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match=f"feature_cache: '{mode}' takes 0.0.* 'auto' takes"):
+        quiet(toy_mlp(), feature_cache=mode).fit(toy_data())
+    assert quiet(toy_mlp()).fit(toy_data()).feature_cache == "disk"
+
+
 def test_a_bound_that_fails_ends_no_run(monkeypatch):
     def fails(*args, **kwargs):
         raise ArithmeticError("a comparator")
