@@ -108,6 +108,29 @@ def test_a_verification_that_fails_is_undecided(error, monkeypatch):
     assert result.verdict.n == 60 and result.verdict.width == 80
 
 
+@pytest.mark.parametrize("mode", ["hidden", "backbone", "hidden-bfloat16"])
+def test_a_cache_that_fits_nowhere_is_refused(mode, monkeypatch):
+    monkeypatch.setattr("twophase_ext.training.features.available_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match=f"feature_cache: '{mode}' takes 0.0.* 'auto' takes"):
+        quiet(toy_mlp(), feature_cache=mode).fit(toy_data())
+    assert quiet(toy_mlp()).fit(toy_data()).feature_cache == "disk"
+
+
+def test_a_bound_that_fails_ends_no_run(monkeypatch):
+    def fails(*args, **kwargs):
+        raise ArithmeticError("a comparator")
+
+    monkeypatch.setattr("twophase_ext.training.second_phase.guarantee", fails)
+    with pytest.warns(UserWarning, match="guarantee not evaluated"):
+        result = quiet(toy_mlp(), second_phase="gd").fit(toy_data())
+    assert result.status == "completed" and not result.guarantee.curve
+    assert result.guarantee.premises[-1] == (
+        "bound",
+        "not checked",
+        "not evaluated: ArithmeticError: a comparator",
+    )
+
+
 # --- signals, modes ----------------------------------------------------------------------------
 
 
@@ -125,10 +148,11 @@ class Terminate:
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_sigterm_saves_as_ctrl_c_does(tmp_path, epoch):
     whole = quiet(toy_convnet()).fit(toy_images())
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the signal came through"))
+    own = signal.getsignal(signal.SIGTERM)
     cut = quiet(toy_convnet(), tmp_path, callbacks=[Terminate(epoch)]).fit(toy_images())
     assert cut.status == "interrupted" and len(cut.history) == epoch
-    assert signal.getsignal(signal.SIGTERM) is handler
+    assert signal.signal(signal.SIGTERM, handler) is own
     resumed = quiet(toy_convnet(seed=1), tmp_path).fit(toy_images(), resume=True)
     assert resumed.status == "completed" and same_bits(bits(resumed.model), bits(whole.model))
 

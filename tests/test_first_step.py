@@ -291,7 +291,7 @@ def test_micro_batches_train_as_the_whole_batch(accumulate, factory):
         assert a["train_accuracy"] == b["train_accuracy"]
     steps = {2: [4, 4, 4, 4, 2, 2], 3: [3, 3, 2, 3, 3, 2, 2, 1, 1], 8: [1] * 20}[accumulate]
     start = next(i for i in range(len(seen)) if seen[i : i + len(steps)] == steps)
-    assert start < 6  # what looks at the model before it trains
+    assert start < 8  # what looks at the model before it trains
 
 
 def test_augmented_batches_are_transformed_before_they_are_cut():
@@ -319,7 +319,7 @@ def test_batch_norm_never_gets_a_single_sample():
         model.stem.reset_parameters()
 
         def keep(m, args, p=parts) -> None:
-            if m.training:
+            if m.training and torch.is_grad_enabled():
                 seen.append((p, len(args[0])))
 
         model.bn.register_forward_pre_hook(keep)

@@ -62,7 +62,8 @@ def fit(model, data, folder, *callbacks, resume=None, optimizer=sgd, **settings)
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=[{"x": x, "labels": y} for x, y in zip(*data, strict=True)],
+        train_dataset=(rows := [{"x": x, "labels": y} for x, y in zip(*data, strict=True)]),
+        eval_dataset=rows,
         optimizers=(optimizer(model.parameters()), None),
         callbacks=list(callbacks),
     )
@@ -168,6 +169,16 @@ def test_refusals(tmp_path):
         ("last_layer: expected a module or a name", TwoPhaseCallback(1), {}),
         ("restore_callback_states", callback(), {"restore_callback_states_from_checkpoint": True}),
         (r"tau: expected an epoch in 1\.\.1", callback(), {"num_train_epochs": 2}),
+        (
+            "load_best_model_at_end: expected False",
+            callback(),
+            {
+                "load_best_model_at_end": True,
+                "eval_strategy": "epoch",
+                "save_strategy": "epoch",
+            },
+        ),
+        ("bf16, fp16: expected neither with data", callback(data=data), {"bf16": True}),
         ("outside of it", callback(), {"optimizer": lambda _: sgd(toy_mlp().parameters())}),
     ]:
         with pytest.raises(ValueError, match=message):

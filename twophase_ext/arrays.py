@@ -62,9 +62,9 @@ def as_data(a: Any, *, name: str) -> Tensor:
     counter and cannot enter a graph: it is copied where it is used outside.
     """
     found = as_tensor(a, name=name).detach()
-    return (
-        found.clone() if found.is_inference() and not torch.is_inference_mode_enabled() else found
-    )
+    if found.is_inference() and not torch.is_inference_mode_enabled():
+        return found.clone()
+    return found
 
 
 def require_finite(x: Tensor, name: str, what: str, indices: list[int] | None = None) -> None:

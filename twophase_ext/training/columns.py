@@ -43,19 +43,8 @@ ELEMENTWISE = (
 )
 
 
-def check_several(run: "Run", mode: str) -> None:
-    """Raise ValueError for what several processes do not train; one process trains everything.
-
-    mode: the feature cache of the second phase. RuntimeError where the processes were not given the
-    same arguments and data.
-    """
-    model, ranks, phase = run.network.model, run.ranks, run.config.second_phase
-    if ranks.size == 1:
-        return
-    for name, value in run.identity().items():
-        ranks.agree(name, value)
-    x, y = run.train.fetch(torch.arange(min(2, run.train.n), device="cpu"), augmented=False)
-    ranks.agree("train: SHA-256 of the first samples", tensors_hash({"x": x, "y": y}))
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError for a model that several processes do not train."""
     if isinstance(model, DistributedDataParallel | nn.DataParallel):
         raise ValueError(f"model: expected the module itself, got it in {type(model).__name__}")
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
@@ -63,6 +52,21 @@ def check_several(run: "Run", mode: str) -> None:
             "model: expected no SyncBatchNorm, whose layers wait for each other where each rank "
             "passes its own batches; leave BatchNorm as it is"
         )
+
+
+def check_several(run: "Run", mode: str) -> None:
+    """Raise ValueError for what several processes do not train; one process trains everything.
+
+    mode: the feature cache of the second phase. RuntimeError where the processes were not given the
+    same arguments and data.
+    """
+    ranks, phase = run.ranks, run.config.second_phase
+    if ranks.size == 1:
+        return
+    for name, value in run.identity().items():
+        ranks.agree(name, value)
+    x, y = run.train.fetch(torch.arange(min(2, run.train.n), device="cpu"), augmented=False)
+    ranks.agree("train: SHA-256 of the first samples", tensors_hash({"x": x, "y": y}))
     if run.compiled is not None:
         raise ValueError(f"compile: expected False on several processes, got {run.compiled}")
     if phase == "lazy":

@@ -329,19 +329,6 @@ class Run:
         with self._timed("evaluation"):
             return measure(self.network, self.loss, features or samples, self.ranks)
 
-    def measure_all(self) -> dict[str, float | None]:
-        """Losses and accuracies of the network as it stands, over the whole sets."""
-        final: dict[str, float | None] = {}
-        for name, samples, features in (
-            ("train", self.train, self.train_features),
-            ("val", self.val, self.val_features),
-        ):
-            if samples is not None:
-                usable = features if self.config.batch_norm == "frozen" else None
-                measured = self._measure(usable, samples)
-                final[f"{name}_loss"], final[f"{name}_accuracy"] = measured
-        return final
-
     def frozen(self) -> dict[str, Tensor]:
         """What stays as it is at tau."""
         return self.network.hidden_state(buffers=self.config.batch_norm == "frozen")

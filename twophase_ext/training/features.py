@@ -55,7 +55,7 @@ def plan_cache(
 
     Features that change from visit to visit (random transforms without `copies`; `moving`, what
     else moves them, such as BatchNorm on batch statistics) cannot be cached: asking for it is a
-    ValueError. So are "backbone" without a wide
+    ValueError. So is a mode that does not fit at all. So are "backbone" without a wide
     softplus layer, "hidden-bfloat16" for other than float32, "disk" on an accelerator, and copies
     of data that do not change. `name` is the argument that errors name.
     """
@@ -80,14 +80,23 @@ def plan_cache(
         raise ValueError(f"{name}: 'hidden-bfloat16' needs precision='float32'")
     if requested == "disk" and not disk:
         raise ValueError(f"{name}: 'disk' needs a model on the CPU and free disk space")
-    if requested != "auto":
-        return CachePlan(requested, "as asked")
-    tried: list[str] = []
-    for mode, columns, bytes_there in (
+    places = (
         ("hidden", width, available),
         ("backbone", backbone_width, available),
         ("disk", width, disk),
-    ):
+    )
+    if requested != "auto":
+        for mode, columns, bytes_there in places:
+            size = 2 if requested == "hidden-bfloat16" else itemsize
+            needed = n * (columns or 0) * size
+            if requested.removesuffix("-bfloat16") == mode and needed > bytes_there:
+                raise ValueError(
+                    f"{name}: {requested!r} takes {needed / 2**30:.2f} GiB, there are "
+                    f"{bytes_there / 2**30:.2f} GiB; 'auto' takes what fits"
+                )
+        return CachePlan(requested, "as asked")
+    tried: list[str] = []
+    for mode, columns, bytes_there in places:
         if columns is None:
             continue
         needed, budget = n * columns * itemsize, int(SHARE * bytes_there)

@@ -274,12 +274,8 @@ class LazyRun(Run):
             self.stopped,
         )
         whole = shown in ("proved", "numerical") and len(checks) == len(rows) + 1
-        if (
-            whole
-            and not self.unfixed
-            and smoothness[0] != "failed"
-            and self.settings.smoothness is not None
-        ):
+        failed = smoothness[0] == "failed" or self.unfixed
+        if whole and not failed and self.settings.smoothness is not None:
             result.bound = self._rate(rows, checks, self.settings.smoothness)
         return result
 
@@ -393,7 +389,7 @@ def lemma7(
 
 
 def _why(verdict: Verdict) -> str:
-    shown = "" if verdict.sigma_min is None else f", sigma_min {verdict.sigma_min:.2e}"
+    shown = f", sigma_min {verdict.sigma_min:.2e}" if verdict.sigma_min is not None else ""
     return verdict.reason or f"{verdict.status} at these weights by {verdict.method}{shown}"
 
 

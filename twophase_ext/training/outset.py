@@ -9,6 +9,7 @@ from ..losses import ConvexLoss
 from ..network import Network
 from . import runfolder
 from .checks import check_trains
+from .columns import check_model
 from .config import Config
 from .data import Samples
 from .declared import check_loss
@@ -32,6 +33,8 @@ def look_at(
     compare: whether h has to be the same in every batch. Raises ValueError or TypeError for what
     would be found later: see `check_trains`, `check_loss`, `Samples.prepare`, `agreement`.
     """
+    if ranks.size > 1:
+        check_model(network.model)
     check_trains(network.model, example, network.outputs)
     train = sets[0]
     with train.held():

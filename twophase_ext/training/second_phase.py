@@ -5,6 +5,7 @@ base: the base algorithm's own steps. gd, sgd: Theorem 1 (i) and (ii).
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..guarantee import Guarantee, guarantee, smoothness
 from ..losses import CROSS_ENTROPY, SQUARED_ERROR
+from ..premises import UNCHECKED
 from .audit import premises
 from .columns import ColumnStep, OwnColumns
 from .engine import Run
@@ -152,7 +154,7 @@ class TheoremRun(HeadRun):
 
     def _guarantee(self, status: str, **arguments: Any) -> Guarantee:
         """The curve, where the run has come to its end, and the audit."""
-        found = Guarantee(mode=self.config.second_phase)
+        found, failed = Guarantee(mode=self.config.second_phase), ""
         layer = self.network.last.module
         if status == "completed" and not self.unfixed:
             start = self.descent["start"]
@@ -174,10 +176,12 @@ class TheoremRun(HeadRun):
                         passes=passes,
                         **arguments,
                     )
-            except Exception as error:  # a bound that cannot be evaluated ends no run
-                found.reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                self.progress.say(f"guarantee: no bound is claimed, {found.reason}")
+            except Exception as error:  # the run is fine without its bound
+                failed = f"not evaluated: {type(error).__name__}: {error}"
+                warnings.warn(f"guarantee {failed}", stacklevel=2)
         found.premises = premises(self)
+        if failed:
+            found.premises.append(("bound", UNCHECKED, failed))
         return found
 
 

@@ -25,6 +25,7 @@ from .engine import Run
 from .first_step import check_autocast
 from .fixed import Agreement
 from .lazy import LazyRun
+from .measure import measure_all
 from .optimizers import OptimizerFactory, make_optimizer, paper_optimizer
 from .progress import Progress
 from .ranks import joined
@@ -243,7 +244,7 @@ class Trainer:
             raise RuntimeError(f"another run has taken the folder {run.folder} meanwhile")
         try:
             status = run.execute(epochs)
-            final = run.measure_all() if status == "completed" else {}
+            final = measure_all(run) if status == "completed" else {}
             found = run.guarantee(status)
         finally:
             for module, mode in modes.items():
