@@ -216,6 +216,11 @@ def _replace(model: nn.Module, beta: float) -> Iterator[Replacement]:
             yield Replacement(join(path, name), str(child), str(new), note)
         if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
             yield from _replace_transformer_relu(path, parent, beta)
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(
+            isinstance(getattr(layer, "activation", None), Softplus) for layer in encoder.layers
+        ):
+            encoder.use_nested_tensor = False  # settled at construction, for the fused layers alone
 
 
 def _replace_transformer_relu(path: str, layer: Any, beta: float) -> Iterator[Replacement]:
@@ -228,10 +233,16 @@ def _replace_transformer_relu(path: str, layer: Any, beta: float) -> Iterator[Re
 
 
 def _stand_in(module: Any, beta: float) -> tuple[Softplus, str] | None:
-    """The softplus for a ReLU-like module and what it does not keep; None for other modules."""
+    """The softplus for a ReLU-like module and what it does not keep; None for other modules.
+
+    It keeps for the backward pass what the old module kept: its output alone, or numbers of its
+    own, so that an operation in place behind it does no more harm than before.
+    """
+    inplace = bool(getattr(module, "inplace", False))
+    copy = not inplace or isinstance(module, nn.ReLU6 | nn.Hardswish | nn.Threshold)
     match module:
         case nn.Softplus():
-            return Softplus(module.beta), ""
+            return Softplus(module.beta, keeps_copy=True), ""
         case nn.ReLU6():
             note = "the upper bound 6 is dropped"
         case nn.LeakyReLU():
@@ -246,11 +257,13 @@ def _stand_in(module: Any, beta: float) -> tuple[Softplus, str] | None:
             note = "the negative branch and the scale 1.0507 are dropped"
         case nn.Hardswish():
             note = "the dip below 0 is dropped; nn.SiLU is closer"
-        case nn.Threshold(threshold=0, value=0) | nn.ReLU():
+        case nn.Threshold(threshold=0, value=0):
             note = ""
+        case nn.ReLU():
+            note, copy = "", False
         case _:
             return None
-    return Softplus(beta, inplace=bool(getattr(module, "inplace", False))), note
+    return Softplus(beta, inplace=inplace, keeps_copy=copy), note
 
 
 def _shown(name: str) -> str:
