@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
@@ -18,10 +19,11 @@ from ._arguments import require_tensor
 from ._softplus_terms import Term, Terms, batch_first, evaluate
 
 _ops = torch.ops.twophase
-# Overloads, below autograd: half the time of a small tensor's call.
+# What costs a small tensor's call the least: overloads, below autograd.
 _forward, _forward_ = _ops.softplus.default, _ops.softplus_.default
 _backward = _ops.softplus_backward.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_functorch_active = torch._C._are_functorch_transforms_active
 
 
 def softplus(x: Any, beta: float = 100.0) -> Tensor:
@@ -37,16 +39,18 @@ def softplus(x: Any, beta: float = 100.0) -> Tensor:
     Raises ValueError for another dtype or a beta out of range, TypeError for anything but an array
     and a number.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _traced(x, beta)
     if has_torch_function_unary(x):  # torch.fx's proxies, tensor subclasses
         return handle_torch_function(softplus, (x,), x, beta)
-    _check_beta(beta)
-    x = as_tensor(x, name="x")
-    if _transformed():
+    if type(beta) is not float:
+        _check_beta(beta)
+    if not isinstance(x, Tensor):
+        x = as_tensor(x, name="x")
+    if _functorch_active() or forward_ad._current_level >= 0:
         return _Softplus.apply(x, beta)
     if x.requires_grad and torch.is_grad_enabled():
-        return _EagerSoftplus.apply(x, beta)
+        return _eager(x, beta)
     with _below_autograd():
         return _forward(x, beta)
 
@@ -58,7 +62,7 @@ def softplus_(x: Tensor, beta: float = 100.0) -> Tensor:
     view of one), and ValueError where elements of x share memory (an expanded tensor) or x is
     a negated view; x is then as it was.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return x.copy_(_traced(x, beta))
     if has_torch_function_unary(x):
         return handle_torch_function(softplus_, (x,), x, beta)
@@ -76,7 +80,7 @@ def softplus_(x: Tensor, beta: float = 100.0) -> Tensor:
 
 def _transformed() -> bool:
     """Is vmap, grad, jvp or forward differentiation under way?"""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _functorch_active() or forward_ad._current_level >= 0
 
 
 def _check_beta(beta: Any) -> None:
@@ -131,7 +135,15 @@ class _EagerSoftplus(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gradient(grad, ctx.saved_tensors[0], ctx.beta), None
+        (y,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or _transformed():
+            return _SoftplusBackward.apply(grad, y, ctx.beta), None
+        with _below_autograd():
+            return _backward(grad, y, ctx.beta), None
+
+
+# Past Function.apply, which asks for transforms once more.
+_eager = super(torch.autograd.Function, _EagerSoftplus).apply
 
 
 class _SoftplusInPlace(torch.autograd.Function):
@@ -143,16 +155,7 @@ class _SoftplusInPlace(torch.autograd.Function):
         ctx.save_for_backward(x)
         return x
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gradient(grad, ctx.saved_tensors[0], ctx.beta), None
-
-
-def _gradient(grad: Tensor, y: Tensor, beta: float) -> Tensor:
-    if torch.is_grad_enabled() or _transformed():
-        return _SoftplusBackward.apply(grad, y, beta)
-    with _below_autograd():
-        return _backward(grad, y, beta)
+    backward = _EagerSoftplus.backward
 
 
 def _first_order(beta: float) -> Terms:
