@@ -1,15 +1,12 @@
 """Can a model's forward passes be followed without values, one path for all inputs? By torch.fx."""
 
 import inspect
-import math
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from twophase_ext import ops
 from twophase_ext.probing import cuda_devices
 
 from .catalog import is_container, is_hooked, rule_for
@@ -37,10 +34,7 @@ class _Tracer(fx.Tracer):
     """
 
     def __init__(self, prefix: str, whole: tuple[type[nn.Module], ...]) -> None:
-        # softplus is an autograd.Function, which fx cannot enter: keep it as one call, under both
-        # names by which a user reaches it.
-        root = sys.modules[ops.__name__.partition(".")[0]]
-        super().__init__(autowrap_modules=(math, ops, root))  # type: ignore[arg-type]
+        super().__init__()
         self.prefix, self.whole = prefix, whole
         self.visited = {prefix}
         self.asked = ""

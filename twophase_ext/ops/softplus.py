@@ -8,7 +8,9 @@ from numbers import Real
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -250,6 +252,13 @@ def _traced(x: Tensor, beta: float) -> Tensor:
 @torch.library.register_fake("twophase::softplus")
 def _(x: Tensor, beta: float) -> Tensor:
     return torch.empty_like(x)
+
+
+# For exporters (torch.onnx takes all that are registered) and ExportedProgram.run_decompositions
+# with get_decompositions. Beyond beta x = 40 x is softplus, rounded, in float64 too.
+@register_decomposition(_ops.softplus.default)
+def _decomposed(x: Tensor, beta: float) -> Tensor:
+    return F.softplus(x, beta, threshold=40.0)
 
 
 @torch.library.register_fake("twophase::softplus_")
