@@ -282,7 +282,9 @@ def test_log_det_of_nearly_equal_rows_against_exact_elimination(gap, scaled):
         m = torch.randn(7, 15, dtype=torch.float64, generator=g)
         m[6] = m[0] + gap * torch.randn(15, dtype=torch.float64, generator=g)
         if scaled:
-            m *= torch.logspace(-12, 0, 7, dtype=torch.float64)[torch.randperm(7, generator=g), None]
+            m *= torch.logspace(-12, 0, 7, dtype=torch.float64)[
+                torch.randperm(7, generator=g), None
+            ]
         found = rank_logdet(m, append_ones=False)
         assert math.isclose(found.logabsdet, exact_log_det(m), rel_tol=1e-5)
 

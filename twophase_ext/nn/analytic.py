@@ -11,7 +11,7 @@ from twophase_ext import arrays, layers
 
 from .catalog import is_container, judge_module
 from .examples import examples
-from .operators import Judgement, Status
+from .operators import Status
 from .softplus import Softplus, checked_beta
 from .tracing import Trace, join, trace
 from .watch import Watched, watch
@@ -79,9 +79,7 @@ class AnalyticReport:
         return "\n".join(parts)
 
 
-def analytic(
-    model: nn.Module, beta: float = 100.0, *, example_input: Any = None
-) -> AnalyticReport:
+def analytic(model: nn.Module, beta: float = 100.0, *, example_input: Any = None) -> AnalyticReport:
     """Replace the ReLU-like modules of `model` by `Softplus(beta)`, in place and at any depth.
 
     Replaced are ReLU, ReLU6, LeakyReLU, PReLU, RReLU, ELU, CELU, SELU, Hardswish, Threshold(0, 0),
@@ -113,9 +111,7 @@ def analytic(
     return AnalyticReport(replaced, remaining, traced=not seen.failures)
 
 
-def classify(
-    model: nn.Module, *, example_input: Any = None, whole: bool = True
-) -> list[Finding]:
+def classify(model: nn.Module, *, example_input: Any = None, whole: bool = True) -> list[Finding]:
     """Judge every module of `model`, as it is in eval mode, and every function that it calls.
 
     A copy of the model is run, and every operator that acts on what hangs on its parameters is

@@ -196,9 +196,7 @@ def _is_as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
 def is_hooked(module: nn.Module) -> bool:
     """Does calling the module run forward hooks, its own or those of every module?"""
     own = module._forward_hooks or module._forward_pre_hooks
-    return bool(
-        own or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    )
+    return bool(own or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 def judge_module(module: nn.Module) -> Judgement | None:

@@ -21,7 +21,7 @@ class Judgement(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call of an operator. depends: does this argument hang on the weights, as a real number?"""
+    """One call of an operator. depends: is this argument real and hangs on the weights?"""
 
     operator: Any
     args: tuple[Any, ...]
@@ -201,9 +201,7 @@ OPERATORS: dict[str, Rule] = {
         "relu relu6 leaky_relu rrelu rrelu_with_noise prelu prelu_kernel elu celu selu threshold "
         "softplus",
     ),
-    **_spread(
-        hard("piecewise; use silu, sigmoid or tanh"), "hardswish hardsigmoid hardtanh"
-    ),
+    **_spread(hard("piecewise; use silu, sigmoid or tanh"), "hardswish hardsigmoid hardtanh"),
     **_spread(hard("not analytic; use tanh or tanhshrink"), "softshrink hardshrink"),
     **_spread(hard("kinks at its bounds"), "clamp clamp_min clamp_max clip"),
     **_spread(hard("a kink at 0"), "abs sign sgn"),

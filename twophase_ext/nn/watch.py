@@ -123,12 +123,14 @@ class _Watch:
         self.stack.pop()
 
     def _state(self) -> dict[tuple[str, str], Any]:
-        """Plain attributes, and versions of buffers, by path and name."""
+        """Plain attributes, lengths of lists, and versions of buffers, by path and name."""
         state: dict[tuple[str, str], Any] = {}
         for module, path in self.paths.items():
             for name, value in vars(module).items():
                 if isinstance(value, int | float | str | None):
                     state[path, name] = value
+                elif isinstance(value, list | dict | set) and not name.startswith("_"):
+                    state[path, name] = len(value)
             for name, buffer in module._buffers.items():
                 state[path, name] = None if buffer is None else (id(buffer), buffer._version)
         return state
@@ -182,8 +184,9 @@ class _Watch:
             judged = judge(call, made)
             if judged.status != "analytic" and not (self.trusted and judged.status == "unknown"):
                 self.note(name, judged)
-        elif source == INPUT and real and any(is_real(t) for t in made):
-            if judge(call, made).status == "not analytic":
+        elif source == INPUT and real and any(map(is_real, made)):
+            judged = judge(call, made)
+            if judged.status == "not analytic":
                 self.note(name, Judgement("unknown", _OF_INPUTS))
         return result
 
