@@ -2,6 +2,7 @@
 
 import random
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -191,6 +192,47 @@ def called_often(m, x):
     return m.out(h.relu() if m.calls > 5 else h)
 
 
+def in_another_thread(m, x):
+    with ThreadPoolExecutor(1) as pool:
+        h = pool.submit(lambda: m.fc(x).relu().detach()).result()
+    return m.out(h)
+
+
+def growing(m, x):
+    m.__dict__.setdefault("seen", []).append(1)
+    h = m.fc(x)
+    return m.out(h.relu() if len(m.seen) > 9 else h)
+
+
+@torch.library.custom_op("claims::kink", mutates_args=())
+def kink(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x)
+
+
+kink.register_fake(torch.empty_like)
+
+
+def inferred(m, x):
+    with torch.inference_mode():
+        h = m.fc(x).relu()
+    return m.out(h.clone())
+
+
+def written(m, x):
+    h = m.fc(x).detach()
+    torch.clamp(h, min=0, out=h)
+    return m.out(h)
+
+
+def unregistered(m, x):
+    return m.out(m.__dict__.setdefault("inner", [nn.ReLU()])[0](m.fc(x)))
+
+
+def called_with_others(m, x):
+    own = {"weight": m.fc.weight.abs(), "bias": m.fc.bias}
+    return m.out(torch.func.functional_call(m.fc, own, (x,)))
+
+
 def drawn(draw):
     def run(m, x):
         h = m.fc(x)
@@ -246,13 +288,24 @@ KINKS = {
     "path by a value": lambda: own(by_value),
     "path, error caught": lambda: own(swallowed),
     "item": lambda: own(lambda m, x: m.out(m.fc(x) * m.fc(x).sum().item())),
+    "another thread": lambda: own(in_another_thread),
+    "list that grows": lambda: own(growing),
+    "custom operator": lambda: own(lambda m, x: m.out(torch.ops.claims.kink(m.fc(x)))),
+    "inference_mode": lambda: own(inferred),
+    "out=": lambda: own(written),
+    "vmap": lambda: own(lambda m, x: m.out(torch.vmap(lambda r: torch.relu(m.fc(r)))(x))),
+    "a module that nobody registered": lambda: own(unregistered),
+    "functional_call": lambda: own(called_with_others),
     "tolist": lambda: own(lambda m, x: m.out(m.fc(x) * m.out.bias.tolist()[0])),
     "state": lambda: own(called_often),
     "random": lambda: own(drawn(random.random)),
     "numpy.random": lambda: own(drawn(np.random.rand)),
     "weight_norm": lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 3))),
 }  # fmt: skip
-UNKNOWN = {"NumPy", "item", "tolist", "state", "weight_norm"}
+UNKNOWN = {
+    *("NumPy", "item", "tolist", "state", "weight_norm", "another thread", "list that grows"),
+    "custom operator",
+}
 
 
 @pytest.mark.parametrize("case", KINKS)

@@ -179,10 +179,8 @@ def _findings(model: nn.Module, seen: _Seen) -> Iterator[Finding]:
     for name, module in model.named_modules():
         rule, kind, found = judge_module(module), type(module).__name__, calls.get(name, [])
         if rule is not None:
-            # torch's own code, by its rule; but what is certainly hard is not analytic
-            found = [finding for finding in found if finding.status == "not analytic"]
-            kept = found if rule.status == "analytic" else []
-            yield from kept or [Finding(name, kind, *rule)]
+            # torch's own code, by its rule, if nothing else was seen to happen there
+            yield from (rule.status == "analytic" and found) or [Finding(name, kind, *rule)]
         elif name in seen.failures:
             yield from found
             yield Finding(name, kind, "unknown", seen.failures[name])

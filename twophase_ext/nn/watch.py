@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from twophase_ext import probing
 
+from .catalog import judge_module
 from .operators import RANDOM, SIZES_ONLY, Call, Judgement, is_random, is_real, judge, plain
 
 CONSTANT, INPUT, WEIGHT = 0, 1, 2  # what a tensor's numbers hang on, at most
@@ -88,6 +89,8 @@ class _Watch:
                 self.sources[_storage(tensor)] = source
         self.stack: list[str] = []
         self.paths = {module: name for name, module in twin.named_modules()}
+        # torch's own code: there the catalogue knows better than the rules of single operators
+        self.settled_by_rule = {name for module, name in self.paths.items() if _by_rule(module)}
         for module, path in self.paths.items():
             module.register_forward_pre_hook(self._enter(path), prepend=True)
             module.register_forward_hook(self._leave, always_call=True)
@@ -182,7 +185,8 @@ class _Watch:
                 self.leaves(name, source)
         elif source == WEIGHT and real:
             judged = judge(call, made)
-            if judged.status != "analytic" and not (self.trusted and judged.status == "unknown"):
+            known = self.trusted or self.stack[-1] in self.settled_by_rule
+            if judged.status == "not analytic" or (judged.status == "unknown" and not known):
                 self.note(name, judged)
         elif source == INPUT and real and any(map(is_real, made)):
             judged = judge(call, made)
@@ -242,6 +246,11 @@ class _Functions(TorchFunctionMode):
             seen_by.leaves(plain(name), INPUT)
         seen_by.read = False
         return result
+
+
+def _by_rule(module: nn.Module) -> bool:
+    judged = judge_module(module)
+    return judged is not None and judged.status == "analytic"
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:
