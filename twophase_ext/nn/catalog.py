@@ -157,7 +157,7 @@ _HARMLESS = {
     *("__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"),
     *("extra_repr", "__repr__", "reset_parameters", "__parameters__"),
 }
-_FORWARDS = {kind: kind.forward for kind in (*MODULES, nn.Sequential)}
+_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in MODULES}
 _OWN_TENSORS = {Tensor, nn.Parameter, nn.Buffer}
 
 

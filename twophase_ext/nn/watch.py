@@ -265,6 +265,6 @@ def _written(call: Call) -> Iterator[Any]:
             yield from tree_leaves(call.argument(argument.name))
 
 
-def _python_random() -> tuple[Any, ...]:
-    state = numpy.random.get_state(legacy=True)
-    return random.getstate(), state[1].tobytes(), state[2:]  # type: ignore[union-attr]
+def _python_random() -> Any:
+    state: Any = numpy.random.get_state(legacy=True)
+    return random.getstate(), state[1].tobytes(), state[2:]
