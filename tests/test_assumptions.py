@@ -51,7 +51,7 @@ def test_functional_relu_is_found():
             self.body = toy_mlp()
 
         def forward(self, x):
-            return self.body(torch.relu(x))
+            return self.body[1:](torch.relu(self.body[0](x)))
 
     table = tp.check_assumptions(Functional(), toy_data(20)[0])
     assert statuses(table)["analytic calls"] == "failed"

@@ -99,12 +99,14 @@ def check_assumptions(
         return table
     last = f"{network.last.name}, {network.width} -> {network.outputs}"
     table.rows.append(Assumption("affine last layer", HELD, last))
-    table.rows += analytic_premises(model)
+    parts = x.split(256)
+    ends = [place(parts[0]), place(parts[-1])]  # of other sizes
+    table.rows += analytic_premises(model, ends, whole=len(parts) <= 2)
     table.rows += [loss_row, depth_premise(model, network), width_premise(network, len(x))]
     table.rows.append(_distinct(x, parameter.dtype))
     table.rows.append(_assumption_3(x))
     table.verdict = verify_network(
-        network, [(place(part), None) for part in x.split(256)], n=len(x), method=method
+        network, [(place(part), None) for part in parts], n=len(x), method=method
     )
     table.rows.append(_expressivity(table.verdict))
     return table

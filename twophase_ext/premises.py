@@ -1,9 +1,10 @@
 """Premises of Theorem 1 that the model, the loss and the number of samples decide."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .losses import CROSS_ENTROPY, SQUARED_ERROR, resolve_loss
@@ -65,9 +66,14 @@ def width_premise(network: Network, n: int) -> Assumption:
     )
 
 
-def analytic_premises(model: nn.Module) -> list[Assumption]:
-    """h_X is real analytic: the modules, and the functions that they call; one row or more each."""
-    findings = classify(model)
+def analytic_premises(
+    model: nn.Module, batches: Sequence[Tensor] | None = None, *, whole: bool = False
+) -> list[Assumption]:
+    """h_X is real analytic: the modules, and the functions that they call; one row or more each.
+
+    batches: inputs as the model takes them, on which `classify` runs it; whole: they are all.
+    """
+    findings = classify(model, example_input=batches, whole=whole)
     bad = [finding for finding in findings if finding.status != "analytic"]
     rows: dict[str, list[Assumption]] = {"analytic modules": [], "analytic calls": []}
     for finding in bad:

@@ -22,6 +22,7 @@ struct SoftplusConstants<float> {
   static constexpr int kMantissa = 23;
   static constexpr Bits kOne = 0x3f800000u;
   static constexpr double kSaturated = 30.0;           // 1 - exp(-30) rounds to 1
+  static constexpr double kVanished = 86.9;            // exp(-86.9) is still normal
   static constexpr float kNegligible = 5.421011e-20f;  // 2^-64: a derivative below it counts as 0
 };
 
@@ -34,6 +35,7 @@ struct SoftplusConstants<double> {
   static constexpr int kMantissa = 52;
   static constexpr Bits kOne = 0x3ff0000000000000ull;
   static constexpr double kSaturated = 60.0;
+  static constexpr double kVanished = 707.9;
   static constexpr double kNegligible = 7.458340731200207e-155;  // 2^-512
 };
 
@@ -108,6 +110,7 @@ struct SoftplusParameters {
   T rate_low;
   T magnitude;  // |z| from which log1p(exp(-beta |z|)) / beta is taken as kSmallest
   T saturated;  // y from which the derivative rounds to 1
+  T vanished;   // y from which 1 - the derivative is taken as 0
 };
 
 template <class T>
@@ -125,7 +128,8 @@ TP_HD SoftplusParameters<T> softplus_parameters(double beta, double log_beta) {
           high,
           static_cast<T>((rate - high) + product_error),
           static_cast<T>(lowest < 0 ? -lowest / beta : 0.0),
-          static_cast<T>(C::kSaturated / beta)};
+          static_cast<T>(C::kSaturated / beta),
+          static_cast<T>(C::kVanished / beta)};
 }
 
 // exp(-beta a) = 2^n 2^f for a in [0, magnitude]: returns f; `shifted` holds n in its low bits.
@@ -167,6 +171,17 @@ TP_HD T softplus_derivative(T y, const SoftplusParameters<T>& p) {
   const T power = bit_cast<T>(static_cast<Bits>(C::kOne + exponent(shifted)));
   const T s = (T(1) - power) - power * (f * exp2m1_polynomial(f));
   return s < C::kNegligible ? T(0) : s;
+}
+
+// 1 - s = exp(-beta y): the difference itself would be 0 as soon as s rounds to 1
+template <class T>
+TP_HD T softplus_complement(T y, const SoftplusParameters<T>& p) {
+  using C = SoftplusConstants<T>;
+  using Bits = typename C::Bits;
+  T shifted;
+  const T f = reduce(y > p.vanished ? p.vanished : y, p, &shifted);  // a NaN passes
+  const T power = bit_cast<T>(static_cast<Bits>(C::kOne + exponent(shifted)));
+  return y > p.vanished ? T(0) : power * exp2_polynomial(f);
 }
 
 }  // namespace twophase

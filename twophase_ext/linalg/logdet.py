@@ -27,9 +27,8 @@ def log_det_shift(factor: Tiles, shift: float) -> float:
     grid = factor.grid
     n, steps = grid.n, min(STEPS, grid.n)
     device = factor.read(0, 0).device
-    signs = torch.randint(
-        0, 2, (n, PROBES), generator=torch.Generator().manual_seed(0), device="cpu"
-    )
+    generator = torch.Generator("cpu").manual_seed(0)
+    signs = torch.randint(0, 2, (n, PROBES), generator=generator, device="cpu")
     v = (2.0 * signs.double() - 1).to(device) / math.sqrt(n)
     before, beta = torch.zeros_like(v), v.new_zeros(PROBES)
     T = v.new_zeros(PROBES, steps, steps)

@@ -49,8 +49,11 @@ def rank_logdet(features: Any, *, append_ones: bool = True, method: str = "auto"
     10^15 / n. "auto" is "svd" where B n columns min(n, columns) <= 2^30 (n = 1,024 square),
     else "gram".
 
-    logabsdet is -inf where n > columns (exact), and where the Cholesky factorization breaks down
-    unless the singular values say full rank: then it is twice the sum of their logarithms. NaN or
+    logabsdet is -inf where n > columns (exact). "svd": twice the sum of the singular values'
+    logarithms where they (or those of M with rows of norm 1) say full rank; else the Cholesky
+    factorization's where rank = n, and -inf: one that ends although the matrix is singular in
+    float64 does so by luck. "gram": the factorization's, -inf where it breaks down, and no better
+    than a guess where rank < n. NaN or
     infinity among the features: rank 0, numerical_rank 0, logabsdet and sigma_min NaN, info -1.
     n = 0: rank 0, log det 0 and sigma_min infinite. Raises TypeError for another dtype, ValueError
     for another number of dimensions or an unknown method, MemoryError, before it allocates,
@@ -80,14 +83,12 @@ def rank_logdet(features: Any, *, append_ones: bool = True, method: str = "auto"
     if full == 0:
         numerical, smallest = torch.zeros_like(rank), torch.full_like(logabsdet, torch.inf)
     else:
-        tolerance = sigma[..., :1] * (max(n, columns) * torch.finfo(torch.float64).eps)
-        numerical, smallest = (sigma > tolerance).sum(-1), sigma[..., -1]
+        numerical, smallest = _numerical_rank(sigma, matrix), sigma[..., -1]
     short = (numerical == full) & (rank < full)
     if bool(short.any()):
         rank = _preconditioned_rank(matrix, rank, short)
     if n <= columns:
-        broken = (info > 0) & (numerical == full)
-        logabsdet = torch.where(broken, 2 * sigma.log().sum(-1), logabsdet)
+        logabsdet = _log_det(matrix, sigma, numerical == full, rank == full, logabsdet)
     return RankLogdet(rank, numerical, logabsdet, smallest, info, n, columns, method)
 
 
@@ -106,6 +107,36 @@ def _singular_values(matrix: Tensor, info: Tensor) -> Tensor:
     bad = (info < 0)[..., None, None]
     sigma = torch.linalg.svdvals(torch.where(bad, 0.0, matrix))
     return torch.where(bad[..., 0], torch.nan, sigma)
+
+
+def _numerical_rank(sigma: Tensor, matrix: Tensor) -> Tensor:
+    """numpy.linalg.matrix_rank's rule."""
+    tolerance = sigma[..., :1] * (max(matrix.shape[-2:]) * torch.finfo(torch.float64).eps)
+    return (sigma > tolerance).sum(-1)
+
+
+def _log_det(
+    matrix: Tensor, sigma: Tensor, full: Tensor, proved: Tensor, factorized: Tensor
+) -> Tensor:
+    """log det M M^T, n <= columns: by the singular values where they say full rank.
+
+    full, proved: whether the rank is n, by the singular values and by a proof. factorized: log det
+    by the Cholesky factorization, whose error is that of the squared condition.
+    """
+    finite = ~factorized.isnan()
+    value = torch.where(full, 2 * sigma.log().sum(-1), -torch.inf)
+    unsure = finite & ~full
+    if bool(unsure.any()):  # rows of very different norms, maybe
+        norms = matrix.norm(dim=-1, keepdim=True)
+        scaled = torch.where(unsure[..., None, None], matrix / norms, 0.0)
+        scaled = torch.where(scaled.isfinite(), scaled, 0.0)
+        sigma = torch.linalg.svdvals(scaled)
+        by_rows = 2 * (sigma.log().sum(-1) + norms[..., 0].log().sum(-1))
+        sure = _numerical_rank(sigma, scaled) == matrix.shape[-2]
+        value = torch.where(unsure & sure, by_rows, value)
+        weak = torch.where(factorized.isfinite(), factorized, by_rows)
+        value = torch.where(unsure & ~sure & proved, weak, value)
+    return torch.where(finite, value, factorized)
 
 
 def _preconditioned_rank(matrix: Tensor, rank: Tensor, short: Tensor) -> Tensor:

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from twophase_ext import layers
+from twophase_ext import arrays, layers
 
-from .catalog import CONTAINERS, Status, function_name, judge_call, judge_module
+from .catalog import is_container, judge_module
+from .examples import examples
+from .operators import Status
 from .softplus import Softplus, checked_beta
 from .tracing import Trace, join, trace
+from .watch import Watched, watch
 
 
 class Finding(NamedTuple):
@@ -45,7 +48,7 @@ class AnalyticReport:
     """What `analytic` replaced, and what still stands in the way.
 
     replaced: one `Replacement` per place. remaining: every `Finding` that is not "analytic".
-    traced: whether every forward could be traced, so that functional calls were seen too.
+    traced: whether every forward was followed, so that functional calls were seen too.
     """
 
     replaced: tuple[Replacement, ...]
@@ -54,7 +57,7 @@ class AnalyticReport:
 
     @property
     def is_analytic(self) -> bool:
-        """Whether every module and every traced call is analytic in eval mode."""
+        """Whether every module and every call that was seen is analytic in eval mode."""
         return self.traced and not self.remaining
 
     def __str__(self) -> str:
@@ -72,20 +75,21 @@ class AnalyticReport:
             *_table(("where", "what", "why"), left),
         ]
         if not self.traced:
-            parts.append("functional calls were not all seen: some forward could not be traced")
+            parts.append("functional calls were not all seen: some forward could not be followed")
         return "\n".join(parts)
 
 
-def analytic(model: nn.Module, beta: float = 100.0) -> AnalyticReport:
+def analytic(model: nn.Module, beta: float = 100.0, *, example_input: Any = None) -> AnalyticReport:
     """Replace the ReLU-like modules of `model` by `Softplus(beta)`, in place and at any depth.
 
     Replaced are ReLU, ReLU6, LeakyReLU, PReLU, RReLU, ELU, CELU, SELU, Hardswish, Threshold(0, 0),
     torch's thresholded nn.Softplus (which keeps its own beta), and the relu inside torch's
     transformer layers.
     One instance used in several places is replaced by one instance; `inplace` and the training
-    mode are kept. What the stand-in changes (a slope, a bound) is noted. Modules that are analytic
-    stay. What is neither (max-pooling, hard functions, and functional calls such as `F.relu`,
-    `torch.clamp` or `x.max()` found by tracing) is listed in the report's `.remaining`.
+    mode are kept, and what trained before trains after. What the stand-in changes (a slope, a
+    bound) is noted. Modules that are analytic stay. What is neither (max-pooling, hard functions,
+    and functional calls such as `F.relu`, `torch.clamp` or `x.max()`) is listed in the report's
+    `.remaining`, as `classify` judges with this `example_input`.
 
     As softplus tends to ReLU with beta, the error is at most log(2) / beta (section 5.2).
     Raises TypeError for a model that is not an nn.Module, ValueError where the model is itself
@@ -100,55 +104,93 @@ def analytic(model: nn.Module, beta: float = 100.0) -> AnalyticReport:
             f"model: it is itself an nn.{type(model).__name__}, nothing can be replaced in place; "
             "use tp.nn.Softplus"
         )
+    batches = _batches(model, example_input)
     replaced = tuple(_replace(model, beta))
-    seen = trace(model)
+    seen = _see(model, batches)
     remaining = tuple(f for f in _findings(model, seen) if f.status != "analytic")
     return AnalyticReport(replaced, remaining, traced=not seen.failures)
 
 
-def classify(model: nn.Module) -> list[Finding]:
-    """Judge every module of `model`, as it is in eval mode, and every functional call traced.
+def classify(model: nn.Module, *, example_input: Any = None, whole: bool = True) -> list[Finding]:
+    """Judge every module of `model`, as it is in eval mode, and every function that it calls.
+
+    A copy of the model is run, and every operator that acts on what hangs on its parameters is
+    judged, whoever calls it: forwards, hooks, parametrizations. What hangs on the inputs alone is
+    constant in the weights, so that masks are no objection.
+
+    example_input: a batch, tensor or array, or a list of batches, as the model takes them. whole:
+    whether these are all inputs that count; if not, a path chosen by inputs' values is "unknown".
+    Without an example an input is made up and torch.fx has to be able to follow the model without
+    values; where it cannot, or no made-up input fits, what the catalogue of torch's modules does
+    not settle is "unknown".
 
     torch's containers (nn.Sequential, nn.ModuleList, ...) are left out. A module with a forward of
-    its own is analytic if all that it calls is; otherwise each offending function is one entry. It
-    is "unknown" if it cannot be traced or is not reached. The model is not changed.
+    its own is analytic if all that it calls is; otherwise each offending function is one entry, of
+    the module that called it. One that is not called is no part of the function and left out, or
+    "unknown" where something could not be followed. The model is not changed.
+    Raises TypeError for a model that is not an nn.Module or an example that is no array.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     model = layers.unwrap(model)
-    return list(_findings(model, trace(model)))
+    return list(_findings(model, _see(model, _batches(model, example_input), whole)))
 
 
-def _findings(model: nn.Module, seen: Trace) -> Iterator[Finding]:
-    calls: dict[str, dict[Finding, None]] = {}
-    for name, node in seen.calls:
-        status, reason = judge_call(node)
-        if status != "analytic":
-            finding = Finding(name, f"function {function_name(node)}", status, reason)
-            calls.setdefault(name, {})[finding] = None
-    for name in seen.random:
-        drawn = Finding(
-            name, "function (random)", "not analytic", "draws random numbers: not a fixed function"
-        )
-        calls.setdefault(name, {})[drawn] = None
+@dataclass
+class _Seen:
+    """How a model was followed: by a run, and without an example by tracing too."""
+
+    run: Watched
+    trace: Trace | None
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Path -> why it could not be followed."""
+        traced = {} if self.trace is None else self.trace.failures
+        return {"": self.run.failure, **traced} if self.run.failure else traced
+
+
+def _batches(model: nn.Module, example_input: Any) -> list[Tensor]:
+    if example_input is None:
+        return []
+    batches = example_input if isinstance(example_input, list | tuple) else [example_input]
+    parameter = next(model.parameters(), None)
+    tensors = [arrays.as_tensor(batch, name="example_input") for batch in batches]
+    return tensors if parameter is None else [t.to(parameter.device) for t in tensors]
+
+
+def _see(model: nn.Module, batches: list[Tensor], whole: bool = True) -> _Seen:
+    if batches:
+        return _Seen(watch(model, batches, whole=whole), None)
+    traced, run = trace(model), Watched()
+    for example in examples(model):
+        run = watch(model, [example], whole=False)
+        if not run.failure:
+            return _Seen(run, traced)
+    if all(judge_module(m) is not None or is_container(m) for m in model.modules()):
+        return _Seen(Watched(), Trace())  # torch's own code alone: there is nothing to follow
+    return _Seen(Watched(failure=f"no made-up input fits ({run.failure}); give one"), traced)
+
+
+def _findings(model: nn.Module, seen: _Seen) -> Iterator[Finding]:
+    calls: dict[str, list[Finding]] = {}
+    for (name, function), judged in seen.run.calls.items():
+        calls.setdefault(name, []).append(Finding(name, f"function {function}", *judged))
     for name, module in model.named_modules():
-        judged = judge_module(module)
-        kind = type(module).__name__
-        if judged is not None:
-            yield Finding(name, kind, *judged)
+        rule, kind, found = judge_module(module), type(module).__name__, calls.get(name, [])
+        if rule is not None:
+            # torch's own code, by its rule, if nothing else was seen to happen there
+            yield from (rule.status == "analytic" and found) or [Finding(name, kind, *rule)]
         elif name in seen.failures:
+            yield from found
             yield Finding(name, kind, "unknown", seen.failures[name])
-        elif not isinstance(module, CONTAINERS):
-            yield from calls.get(name) or [_own_forward(name, module, seen)]
-
-
-def _own_forward(name: str, module: nn.Module, seen: Trace) -> Finding:
-    kind = type(module).__name__
-    if name in seen.visited:
-        return Finding(name, kind, "analytic", "its forward calls analytic functions only")
-    if type(module).__module__.startswith("torch.nn"):
-        return Finding(name, kind, "unknown", "no rule for this module")
-    return Finding(name, kind, "unknown", "not reached by the traced forward")
+        elif found or is_container(module):
+            yield from found
+        elif name in seen.run.reached and (seen.trace is None or name in seen.trace.visited):
+            reason = "its forward calls analytic functions only"
+            yield Finding(name, kind, "analytic", reason)
+        elif seen.failures:
+            yield Finding(name, kind, "unknown", "not reached by the forward that was followed")
 
 
 def _replace(model: nn.Module, beta: float) -> Iterator[Replacement]:
@@ -168,6 +210,11 @@ def _replace(model: nn.Module, beta: float) -> Iterator[Replacement]:
             yield Replacement(join(path, name), str(child), str(new), note)
         if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
             yield from _replace_transformer_relu(path, parent, beta)
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(
+            isinstance(getattr(layer, "activation", None), Softplus) for layer in encoder.layers
+        ):
+            encoder.use_nested_tensor = False  # settled at construction, for the fused layers alone
 
 
 def _replace_transformer_relu(path: str, layer: Any, beta: float) -> Iterator[Replacement]:
@@ -180,10 +227,16 @@ def _replace_transformer_relu(path: str, layer: Any, beta: float) -> Iterator[Re
 
 
 def _stand_in(module: Any, beta: float) -> tuple[Softplus, str] | None:
-    """The softplus for a ReLU-like module and what it does not keep; None for other modules."""
+    """The softplus for a ReLU-like module and what it does not keep; None for other modules.
+
+    It keeps for the backward pass what the old module kept: its output alone, or numbers of its
+    own, so that an operation in place behind it does no more harm than before.
+    """
+    inplace = bool(getattr(module, "inplace", False))
+    copy = not inplace or isinstance(module, nn.ReLU6 | nn.Hardswish | nn.Threshold)
     match module:
         case nn.Softplus():
-            return Softplus(module.beta), ""
+            return Softplus(module.beta, keeps_copy=True), ""
         case nn.ReLU6():
             note = "the upper bound 6 is dropped"
         case nn.LeakyReLU():
@@ -198,11 +251,13 @@ def _stand_in(module: Any, beta: float) -> tuple[Softplus, str] | None:
             note = "the negative branch and the scale 1.0507 are dropped"
         case nn.Hardswish():
             note = "the dip below 0 is dropped; nn.SiLU is closer"
-        case nn.Threshold(threshold=0, value=0) | nn.ReLU():
+        case nn.Threshold(threshold=0, value=0):
             note = ""
+        case nn.ReLU():
+            note, copy = "", False
         case _:
             return None
-    return Softplus(beta, inplace=bool(getattr(module, "inplace", False))), note
+    return Softplus(beta, inplace=inplace, keeps_copy=copy), note
 
 
 def _shown(name: str) -> str:

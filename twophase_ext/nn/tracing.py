@@ -1,56 +1,51 @@
-"""The calls that a model's forward passes make besides their modules, found by torch.fx."""
+"""Can a model's forward passes be followed without values, one path for all inputs? By torch.fx."""
 
-import copy
 import inspect
-import math
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from twophase_ext import ops
 from twophase_ext.probing import cuda_devices
 
-from .catalog import CONTAINERS, function_name, rule_for
-
-# Calls whose results are numbers about a tensor, not functions of its entries.
-_METADATA = {"size", "dim", "numel", "ndimension", "stride", "element_size", "nelement", "len"}
-_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout", "itemsize"}
-_RANDOM = {"rand", "randn", "randint", "randperm", "normal", "uniform", "bernoulli", "exponential"}
+from .catalog import is_container, is_hooked, rule_for
+from .watch import twin_of
 
 
 @dataclass
 class Trace:
     """What tracing saw.
 
-    calls: (path of the module whose forward makes the call, the call's node), constants left out.
     visited: paths of the modules whose own forward was traced. failures: path -> why not.
-    random: paths whose trace drew random numbers, which are then mere constants to the tracer.
     output: path of the module whose result is the model's result, None where it is not a module's.
     """
 
-    calls: list[tuple[str, fx.Node]] = field(default_factory=list)
     visited: set[str] = field(default_factory=set)
     failures: dict[str, str] = field(default_factory=dict)
-    random: set[str] = field(default_factory=set)
     output: str | None = None
 
 
 class _Tracer(fx.Tracer):
-    """Stops at the modules that the catalogue judges as a whole; remembers whom it entered."""
+    """Stops at the modules that the catalogue judges as a whole, and at those of type `whole`.
 
-    def __init__(self, prefix: str) -> None:
-        # softplus is an autograd.Function, which fx cannot enter: keep it as one call, under both
-        # names by which a user reaches it.
-        root = sys.modules[ops.__name__.partition(".")[0]]
-        super().__init__(autowrap_modules=(math, ops, root))  # type: ignore[arg-type]
-        self.prefix = prefix
+    Remembers whom it entered, and what a forward asked of a value although there is none: it may
+    have caught the error, and taken a path that it takes for no tensor.
+    """
+
+    def __init__(self, prefix: str, whole: tuple[type[nn.Module], ...]) -> None:
+        super().__init__()
+        self.prefix, self.whole = prefix, whole
         self.visited = {prefix}
+        self.asked = ""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return rule_for(m) is not None or super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, self.whole) or rule_for(m) is not None:
+            return True
+        # torch's other modules are leaves, unless somebody's code runs with them
+        return super().is_leaf_module(m, module_qualified_name) and not (
+            is_hooked(m) or "forward" in vars(m)
+        )
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         path = self.path_of_module(m)
@@ -58,85 +53,67 @@ class _Tracer(fx.Tracer):
             self.visited.add(join(self.prefix, path))
         return super().call_module(m, forward, args, kwargs)
 
+    def to_bool(self, obj: Any) -> bool:
+        self.asked = self.asked or "its control flow asks for values"
+        return super().to_bool(obj)
+
+    def iter(self, obj: Any) -> Any:
+        self.asked = self.asked or "it runs over the entries of a tensor"
+        return super().iter(obj)
+
 
 def join(prefix: str, name: str) -> str:
     """A dotted path; either part may be empty."""
     return ".".join(part for part in (prefix, name) if part)
 
 
-def trace(model: nn.Module) -> Trace:
+def trace(model: nn.Module, *, whole: tuple[type[nn.Module], ...] = ()) -> Trace:
     """Trace the model; where that fails, its children one by one, so that they are still seen.
 
-    The model itself is not touched: a copy that shares its parameters is traced, in eval mode.
+    whole: types of modules that are not entered. The model itself is not touched: a copy that
+    shares its parameters is traced, in eval mode.
     """
     found = Trace()
     try:
-        # A forward may keep its tensors as attributes or change buffers: let it do so in a copy.
-        twin = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+        twin = twin_of(model)
     except Exception as error:
         found.failures[""] = f"could not be traced: it cannot be copied ({_first_line(error)})"
         return found
     with torch.random.fork_rng(devices=cuda_devices()):
-        _trace_into(found, twin, "")
+        _trace_into(found, twin, "", whole)
     return found
 
 
-def _trace_into(found: Trace, module: nn.Module, prefix: str) -> None:
+def _trace_into(
+    found: Trace, module: nn.Module, prefix: str, whole: tuple[type[nn.Module], ...]
+) -> None:
     if rule_for(module) is not None:
         found.output = "" if prefix == "" else found.output
         return
-    if not isinstance(module, CONTAINERS) or isinstance(module, nn.Sequential):
-        tracer = _Tracer(prefix)
-        random_state = _random_state()
+    if not is_container(module) or isinstance(module, nn.Sequential):
+        tracer = _Tracer(prefix, whole)
         try:
+            if is_hooked(module) or "forward" in vars(module):
+                raise RuntimeError("it has hooks or a forward of its own")
             graph = tracer.trace(module, concrete_args=_omitted(module))
+            if tracer.asked:
+                raise RuntimeError(tracer.asked)
         # whatever a user's forward raises on proxies means one thing: it cannot be traced
         except Exception as error:
             found.failures[prefix] = f"could not be traced: {_first_line(error)}"
         else:
             found.visited |= tracer.visited
-            found.calls += _calls(graph, prefix)
-            if _random_state() != random_state:
-                found.random.add(prefix)
             if prefix == "":
                 found.output = _output(graph)
             return
     for name, child in module.named_children():
-        _trace_into(found, child, join(prefix, name))
-
-
-def _random_state() -> list[bytes]:
-    states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda_devices())]
-    return [state.numpy().tobytes() for state in states]
+        _trace_into(found, child, join(prefix, name), whole)
 
 
 def _omitted(module: nn.Module) -> dict[str, None]:
     """Arguments of forward that are None unless given: `if mask is None` is then decided."""
     parameters = inspect.signature(module.forward).parameters.values()
     return {p.name: None for p in parameters if p.default is None}
-
-
-def _calls(graph: fx.Graph, prefix: str) -> list[tuple[str, fx.Node]]:
-    constant: set[fx.Node] = set()
-    calls = []
-    for node in graph.nodes:
-        if node.op not in ("call_function", "call_method"):
-            continue
-        if _is_constant(node, constant):
-            constant.add(node)
-            continue
-        stack = node.meta.get("nn_module_stack") or {}
-        owner = next(reversed(stack.values()))[0] if stack else ""
-        calls.append((join(prefix, owner), node))
-    return calls
-
-
-def _is_constant(node: fx.Node, constant: set[fx.Node]) -> bool:
-    """Sizes, and whatever is computed from constants alone: the same for all weights."""
-    name = function_name(node)
-    if name in _METADATA or (name == "getattr" and node.args[1] in _ATTRIBUTES):
-        return True
-    return name not in _RANDOM and all(n in constant for n in node.all_input_nodes)
 
 
 def _output(graph: fx.Graph) -> str | None:

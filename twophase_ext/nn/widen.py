@@ -114,7 +114,7 @@ def widen(
 
 
 def _traced_last_layer(model: nn.Module) -> str:
-    seen = trace(model)
+    seen = trace(model, whole=(nn.Linear,))
     listing = layers.describe_candidates(
         name for name, module in model.named_modules() if isinstance(module, nn.Linear)
     )

@@ -8,8 +8,12 @@ from numbers import Real
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
 from ..arrays import as_tensor
@@ -17,6 +21,11 @@ from ._arguments import require_tensor
 from ._softplus_terms import Term, Terms, batch_first, evaluate
 
 _ops = torch.ops.twophase
+# What costs a small tensor's call the least: overloads, below autograd.
+_forward, _forward_ = _ops.softplus.default, _ops.softplus_.default
+_backward = _ops.softplus_backward.default
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_functorch_active = torch._C._are_functorch_transforms_active
 
 
 def softplus(x: Any, beta: float = 100.0) -> Tensor:
@@ -32,10 +41,20 @@ def softplus(x: Any, beta: float = 100.0) -> Tensor:
     Raises ValueError for another dtype or a beta out of range, TypeError for anything but an array
     and a number.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _traced(x, beta)
-    _check_beta(beta)
-    return _Softplus.apply(as_tensor(x, name="x"), beta)
+    if has_torch_function_unary(x):  # torch.fx's proxies, tensor subclasses
+        return handle_torch_function(softplus, (x,), x, beta)
+    if type(beta) is not float:
+        _check_beta(beta)
+    if not isinstance(x, Tensor):
+        x = as_tensor(x, name="x")
+    if _functorch_active() or forward_ad._current_level >= 0:
+        return _Softplus.apply(x, beta)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _eager(x, beta)
+    with _below_autograd():
+        return _forward(x, beta)
 
 
 def softplus_(x: Tensor, beta: float = 100.0) -> Tensor:
@@ -45,18 +64,25 @@ def softplus_(x: Tensor, beta: float = 100.0) -> Tensor:
     view of one), and ValueError where elements of x share memory (an expanded tensor) or x is
     a negated view; x is then as it was.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return x.copy_(_traced(x, beta))
+    if has_torch_function_unary(x):
+        return handle_torch_function(softplus_, (x,), x, beta)
     require_tensor(x, "x", written=True)
     _check_beta(beta)
     # copy_ carries batching and tangents through every nesting of transforms; a Function that
     # writes its input cannot. The clone: copy_ overwrites x's tangent, which is still needed to
     # differentiate the new one.
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _transformed():
         return x.copy_(_Softplus.apply(x.clone(), beta))
     if torch.is_grad_enabled() and x.requires_grad:
         _refuse_leaf(x)
     return _SoftplusInPlace.apply(x, beta)
+
+
+def _transformed() -> bool:
+    """Is vmap, grad, jvp or forward differentiation under way?"""
+    return _functorch_active() or forward_ad._current_level >= 0
 
 
 def _check_beta(beta: Any) -> None:
@@ -96,21 +122,42 @@ class _Softplus(torch.autograd.Function):
         return _Softplus.apply(x, beta), dims[0]
 
 
-class _SoftplusInPlace(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, beta: float) -> Tensor:
-        _ops.softplus_(x, beta)
-        return x
+class _EagerSoftplus(torch.autograd.Function):
+    """Without transforms: a forward that takes ctx, as for one with setup_context torch inspects
+    its Python signature at every call, which costs more than a small tensor's whole step.
+    """
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.mark_dirty(inputs[0])
-        ctx.beta = inputs[1]
-        ctx.save_for_backward(output)
+    def forward(ctx: Any, x: Tensor, beta: float) -> Tensor:
+        with _below_autograd():
+            y = _forward(x, beta)
+        ctx.beta = beta
+        ctx.save_for_backward(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _SoftplusBackward.apply(grad, ctx.saved_tensors[0], ctx.beta), None
+        (y,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or _transformed():
+            return _SoftplusBackward.apply(grad, y, ctx.beta), None
+        with _below_autograd():
+            return _backward(grad, y, ctx.beta), None
+
+
+# Past Function.apply, which asks for transforms once more.
+_eager = super(torch.autograd.Function, _EagerSoftplus).apply
+
+
+class _SoftplusInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beta: float) -> Tensor:
+        ctx.mark_dirty(x)
+        _forward_(x, beta)
+        ctx.beta = beta
+        ctx.save_for_backward(x)
+        return x
+
+    backward = _EagerSoftplus.backward
 
 
 def _first_order(beta: float) -> Terms:
@@ -205,6 +252,13 @@ def _traced(x: Tensor, beta: float) -> Tensor:
 @torch.library.register_fake("twophase::softplus")
 def _(x: Tensor, beta: float) -> Tensor:
     return torch.empty_like(x)
+
+
+# For exporters (torch.onnx takes all that are registered) and ExportedProgram.run_decompositions
+# with get_decompositions. Beyond beta x = 40 x is softplus, rounded, in float64 too.
+@register_decomposition(_ops.softplus.default)
+def _decomposed(x: Tensor, beta: float) -> Tensor:
+    return F.softplus(x, beta, threshold=40.0)
 
 
 @torch.library.register_fake("twophase::softplus_")

@@ -23,7 +23,7 @@ def stream_seed(seed: int, name: str, *position: int) -> int:
 
 def epoch_order(seed: int, epoch: int, n: int) -> torch.Tensor:
     """The order in which epoch `epoch` visits the n samples: int64 [n], on the CPU."""
-    generator = torch.Generator().manual_seed(stream_seed(seed, "shuffle", epoch))
+    generator = torch.Generator("cpu").manual_seed(stream_seed(seed, "shuffle", epoch))
     return torch.randperm(n, generator=generator, device="cpu")
 
 

@@ -47,9 +47,9 @@ void double_backward(const void* grad_grad_, const void* grad_, const void* y_, 
   const auto p = softplus_parameters<Compute<T>>(beta, log_beta);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const Compute<T> gg = load(grad_grad[i]), s = softplus_derivative(load(y[i]), p);
-    store(&out_grad[i], gg * s);
-    store(&out_y[i], gg * load(grad[i]) * p.beta * (1 - s));
+    const Compute<T> gg = load(grad_grad[i]), v = load(y[i]);
+    store(&out_grad[i], gg * softplus_derivative(v, p));
+    store(&out_y[i], gg * load(grad[i]) * p.beta * softplus_complement(v, p));
   }
 }
 

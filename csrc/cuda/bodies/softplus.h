@@ -80,9 +80,9 @@ TP_BODY void softplus_backward_body(const Ctx& ctx, NoShared&, const T* grad, co
 template <class T>
 TP_HD void softplus_second(T gg_, T g_, T y_, T* out_grad, T* out_y,
                            const SoftplusParameters<Compute<T>>& p) {
-  const Compute<T> gg = load(gg_), s = softplus_derivative(load(y_), p);
-  store(out_grad, gg * s);
-  store(out_y, gg * load(g_) * p.beta * (1 - s));
+  const Compute<T> gg = load(gg_), y = load(y_);
+  store(out_grad, gg * softplus_derivative(y, p));
+  store(out_y, gg * load(g_) * p.beta * softplus_complement(y, p));
 }
 
 template <class T, class Ctx>

@@ -19,4 +19,4 @@ def softplus_double_backward(
 ) -> tuple[Tensor, Tensor]:
     """The derivatives of `softplus_backward` by grad and by y, times grad_grad."""
     s = -torch.expm1(-beta * y)
-    return grad_grad * s, grad_grad * grad * beta * (1 - s)
+    return grad_grad * s, grad_grad * grad * beta * torch.exp(-beta * y)

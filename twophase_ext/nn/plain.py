@@ -1,0 +1,49 @@
+"""A trained network in torch's own modules, for whoever runs it without this package."""
+
+import copy
+from collections import OrderedDict
+
+from torch import nn
+
+from twophase_ext import holding, layers, probing
+
+from .softplus import Softplus
+from .widen import WideHead
+
+# exp(-40) is below half an ulp of 40 in float64: from there on x itself is softplus, rounded
+THRESHOLD = 40.0
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy of the model without this package's classes, in evaluation mode; same state-dict keys.
+
+    `Softplus` becomes torch.nn.Softplus(beta, threshold=40), `WideHead` an nn.Sequential, and a
+    frozen model is unfrozen. torch's own class and not a formula, because every exporter,
+    quantizer and explainer knows it; with threshold 40 it differs by roundings alone, in float64
+    too, where torch's 20 would show. `torch.load`, torch.jit, torch.onnx, torch.fx and
+    state_dict() of the copy then need no twophase_ext, as far as the model's other classes do not.
+
+    It is for inference: with a threshold the activation is piecewise, hence not real analytic, and
+    a claim about the model is none about the copy. Calls of `tp.softplus` in a forward of your own
+    stay; write F.softplus(x, beta, threshold=40) there. Raises TypeError where `model` is no
+    nn.Module.
+    """
+    probing.require_module(model)
+    twin = copy.deepcopy(layers.unwrap(model))
+    holding.release(twin)
+    done: dict[nn.Module, nn.Module] = {}
+
+    def stand_in(module: nn.Module) -> nn.Module:
+        if module not in done:
+            new = module
+            if type(module) is Softplus:
+                new = nn.Softplus(module.beta, threshold=THRESHOLD)
+            elif type(module) is WideHead:
+                new = nn.Sequential(OrderedDict(module.named_children()))
+            done[module] = new
+            for name, child in list(new._modules.items()):
+                if child is not None:
+                    new._modules[name] = stand_in(child)
+        return done[module]
+
+    return stand_in(twin).eval()
