@@ -280,7 +280,7 @@ def test_flipped_and_cut_bytes_never_load_another_state(tmp_path):
                 found = checkpoint.load(tmp_path)[0]
             except ValueError:
                 continue
-            assert checkpoint._digest(found) == checkpoint._digest(truth)  # a byte without meaning
+            assert checkpoint.digest(found) == checkpoint.digest(truth)  # a byte without meaning
 
 
 # --- two runs in one folder ------------------------------------------------------------------

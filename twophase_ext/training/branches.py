@@ -96,7 +96,7 @@ def _grow(
             )
         continued = second._prepare(train, val, checkpoint)
         if checkpoint is None:
-            adopt(continued, run)
+            adopt(continued, run, same="optimizer" not in changes)
         continued.shared = shared
         results[name] = second._execute(continued)
         if results[name].status == "interrupted":

@@ -22,6 +22,7 @@ from ..network import Network
 from ..ntk import float64_copy, method_at_w, rank_shown
 from .engine import Run
 from .features import BATCH
+from .groups import rate
 from .interrupt import Interrupt
 
 HALVINGS = 8  # of the step at one check, before the run stops
@@ -95,11 +96,11 @@ class LazyRun(Run):
                 "train: second_phase='lazy' needs the gradient of one fixed function, but the "
                 "inputs change from visit to visit"
             )
-        rates = sorted({float(group["lr"]) for group in self.optimizer.param_groups})
-        if self.settings.smoothness is None and len(rates) > 1:
+        rates = sorted({str(rate(group)) for group in self.optimizer.param_groups})
+        if self.settings.smoothness is None and (len(rates) > 1 or rates == ["None"]):
             raise ValueError(
                 "optimizer: second_phase='lazy' takes one step size for all parameters, got "
-                f"learning rates {rates[:3]}; give lazy={{'smoothness': L}}"
+                f"learning rates {', '.join(rates[:3])}; give lazy={{'smoothness': L}}"
             )
 
     def execute(self, epochs: int | None = None) -> str:
@@ -130,7 +131,7 @@ class LazyRun(Run):
     def _weights_finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.network.parameters().values())
 
-    def _learning_rate(self) -> float:
+    def _learning_rate(self) -> float | None:
         return super()._learning_rate() if self.step is None else self.step
 
     def _verify(self, method: str | None = None) -> Verdict:
