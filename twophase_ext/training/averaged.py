@@ -36,6 +36,12 @@ class Averaged:
         if alone:  # theorems have steps of their own
             base = run.config.second_phase == "base"
             moving = run.network.last_parameters() if base else {}
+        with self.within(moving, alone):
+            yield
+
+    @contextmanager
+    def within(self, moving: Mapping[str, nn.Parameter], alone: bool) -> Iterator[None]:
+        """As `steps`, of the parameters `moving`; alone: the optimizer's others are frozen."""
         if not self.parts or not moving:
             yield
             return

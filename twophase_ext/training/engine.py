@@ -64,6 +64,7 @@ class Run:
         self.schedule, self.compiled = schedule, compile_options
         self.first_step = FirstStep(network, loss, optimizer, config, schedule, compile_options)
         self.first_step.after_first = lambda: saved.check_holds(self)
+        self.first_step.withdraw = lambda: runfolder.withdraw(self.folder)
         self.averaged = Averaged(optimizer)
         self.network, self.loss, self.optimizer, self.config = network, loss, optimizer, config
         self.train, self.val, self.cache_mode = train, val, cache_mode
@@ -79,7 +80,7 @@ class Run:
         self.hidden_hash: str | None = None  # set at tau: the hidden layers are frozen from then
         self.epoch, self.batch = 0, 0  # the next batch to train on
         self.sums = torch.zeros(2, dtype=torch.float64)  # loss * samples, correct: of this epoch
-        self.rng: dict[str, Tensor] | None = None  # of a run interrupted within an epoch
+        self.rng: dict[str, Any] | None = None  # of a run interrupted within an epoch
         self.unchanged: bool | None = None  # the hidden layers, from tau to the end
         self.notes: dict[str, Any] = {}  # what the second phase adds to this epoch's row
         self.descent: dict[str, Any] = {}  # what the second phase remembers from step to step

@@ -35,6 +35,7 @@ class FirstStep:
         """compile_options: torch.compile's arguments; None runs the model as it is."""
         self.model, self.tried = network.model, False
         self.after_first: Callable[[], None] = lambda: None  # may refuse it: no step is made then
+        self.withdraw: Callable[[], None] = lambda: None  # called where it was refused
         self.forward, self.loss, self.optimizer = network.model, loss, optimizer
         self.config, self.schedule = config, schedule
         if compile_options is not None:
@@ -66,9 +67,13 @@ class FirstStep:
         """
         if self.tried:
             return self._step(x, y, forward, weight, rows)
-        with first_try(self.model):
-            found = self._step(x, y, forward, weight, rows)
-            self.after_first()
+        try:
+            with first_try(self.model):
+                found = self._step(x, y, forward, weight, rows)
+                self.after_first()
+        except Exception:
+            self.withdraw()
+            raise
         self.tried = True
         return found
 

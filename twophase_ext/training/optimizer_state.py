@@ -1,10 +1,12 @@
 """An optimizer's state by the names of its parameters, in a checkpoint and from run to run."""
 
 import copy
+import io
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .checkpoint import digest
@@ -99,12 +101,23 @@ def load_exactly(optimizer: Any, state: Any) -> None:
     (float64 sums, 8 bits) would go on as something else.
     """
     shared = [part for part in parts(optimizer)[1:] if part.param_groups is optimizer.param_groups]
-    optimizer.load_state_dict(copy.deepcopy(state))
+    optimizer.load_state_dict(_copied(state))
     if shared and shared[0].param_groups is not optimizer.param_groups:
         optimizer.param_groups = shared[0].param_groups  # a wrapper's and its base's are one list
     found = optimizer.state_dict()
     if digest(found) != digest(state):
         _unrounded(found, state)  # the dicts of single parameters in it are the optimizer's own
+
+
+def _copied(state: Any) -> Any:
+    """A copy that shares no memory: load_state_dict keeps the tensors that it is given."""
+    try:
+        return copy.deepcopy(state)
+    except Exception:  # tensor subclasses that know no clone(); what can be saved is read back
+        written = io.BytesIO()
+        torch.save(state, written)
+        written.seek(0)
+        return torch.load(written, weights_only=True)
 
 
 def _unrounded(loaded: Any, saved: Any) -> Any:
@@ -122,6 +135,11 @@ def _unrounded(loaded: Any, saved: Any) -> Any:
     return loaded
 
 
+def kind(optimizer: Any) -> str:
+    """The class by name: a callable may define it anew at each call."""
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
 def become(own: Any, theirs: Any, model: nn.Module, other: nn.Module) -> bool:
     """Make `own`, an optimizer of `model`, what `theirs` is for `other`, a copy of that model.
 
@@ -130,13 +148,16 @@ def become(own: Any, theirs: Any, model: nn.Module, other: nn.Module) -> bool:
     nothing changed, where it cannot be copied.
     """
     pairs = list(zip(parts(theirs), parts(own), strict=False))
-    if [type(a) for a in parts(theirs)] != [type(b) for b in parts(own)]:
+    if [kind(a) for a in parts(theirs)] != [kind(b) for b in parts(own)]:
         return False
-    memo: dict[int, Any] = {id(a): b for a, b in pairs}
+    memo: dict[Any, Any] = {id(a): b for a, b in pairs}
     for a, b in zip(other.modules(), model.modules(), strict=True):
         memo[id(a)] = b
+    # where a tensor lies, too: a view of a parameter becomes one of this model's
+    storages, places = memo.setdefault("torch", {}), {}
     for a, b in zip(other.parameters(), model.parameters(), strict=True):
-        memo[id(a)] = b
+        memo[id(a)], places[id(a)], places[a.data_ptr()] = b, id(b), b.data_ptr()
+        storages[a.untyped_storage()._cdata] = b.untyped_storage()
     functions = types.FunctionType | types.MethodType | types.BuiltinFunctionType
     try:
         copies = [
@@ -153,5 +174,21 @@ def become(own: Any, theirs: Any, model: nn.Module, other: nn.Module) -> bool:
     except Exception:  # of whatever an optimizer keeps: a lock, a stream, a graph
         return False
     for (_, b), copied in zip(pairs, copies, strict=True):
-        vars(b).update(copied)
+        vars(b).update({name: _moved(value, places) for name, value in copied.items()})
     return True
+
+
+def _moved(value: Any, places: Mapping[int, int]) -> Any:
+    """A dict or set whose keys are addresses of parameters, with those of their copies."""
+
+    def key(k: Any) -> Any:
+        if type(k) is tuple:
+            return tuple(key(part) for part in k)
+        return places.get(k, k) if type(k) is int else k
+
+    if isinstance(value, dict) and (moved := {k: key(k) for k in value if key(k) != k}):
+        for old, new in moved.items():
+            value[new] = value.pop(old)
+    elif type(value) is set:
+        value = {key(k) for k in value}
+    return value

@@ -64,7 +64,13 @@ def check_holds(run: "Run", packed: dict[str, Any] | None = None) -> None:
     if run.folder is None:
         return
     if packed is None:
-        packed = optimizer_state.pack(run.optimizer, run.network.model.named_parameters())
+        try:
+            packed = optimizer_state.pack(run.optimizer, run.network.model.named_parameters())
+        except Exception as error:  # of any package
+            raise ValueError(
+                f"optimizer: {type(run.optimizer).__name__}.state_dict() failed: "
+                f"{type(error).__name__}: {error}. With run_dir=False it trains without checkpoints"
+            ) from error
     for path, value in checkpoint.not_held(checkpoint.plain(packed["state_dict"]), "state_dict()"):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise ValueError(
@@ -94,7 +100,7 @@ def restore(run: "Run", state: dict[str, Any]) -> None:
             optimizer_state.load(run.optimizer, state["optimizer"], named)
         else:  # format 3
             optimizer_state.load_exactly(run.optimizer, state["optimizer"])
-    except ValueError as error:
+    except Exception as error:  # of any package
         raise ValueError(f"resume: the checkpoint's optimizer does not fit: {error}") from error
     run.schedule.load(state["scheduler"])
     run.first_step.load(state["scaler"])
@@ -129,7 +135,13 @@ def _take_over(run: "Run", trunk: "Run", same: bool) -> None:
     packed, own = (
         optimizer_state.pack(r.optimizer, r.network.model.named_parameters()) for r in (trunk, run)
     )
-    if type(trunk.optimizer) is not type(run.optimizer) or packed["order"] != own["order"]:
+    kinds = [optimizer_state.kind(r.optimizer) for r in (trunk, run)]
+    if kinds[0] != kinds[1] or packed["order"] != own["order"]:
+        if same:
+            raise ValueError(
+                f"optimizer: expected the callable to give the same optimizer for each branch, got "
+                f"{kinds[0]} and {kinds[1]}, or its parameters in other groups"
+            )
         run.averaged.kept = {}
         return
     now = [dict(group) for group in run.optimizer.param_groups]
