@@ -182,12 +182,14 @@ def _moved(value: Any, places: Mapping[int, int]) -> Any:
     """A dict or set whose keys are addresses of parameters, with those of their copies."""
 
     def key(k: Any) -> Any:
-        if type(k) is tuple:
+        if type(k) is int:
+            return places.get(k, k)
+        if type(k) is tuple and any(type(part) is int and part in places for part in k):
             return tuple(key(part) for part in k)
-        return places.get(k, k) if type(k) is int else k
+        return k
 
-    if isinstance(value, dict) and (moved := {k: key(k) for k in value if key(k) != k}):
-        for old, new in moved.items():
+    if isinstance(value, dict):
+        for old, new in [(k, new) for k in value if (new := key(k)) is not k]:
             value[new] = value.pop(old)
     elif type(value) is set:
         value = {key(k) for k in value}

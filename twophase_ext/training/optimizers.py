@@ -1,6 +1,7 @@
 """The base algorithm's optimizer, checked against the model before anything is trained."""
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,11 @@ CALLS = (
     "For every mini-batch the Trainer calls zero_grad(), one backward() without create_graph, and "
     "step() without a closure"
 )
+HOOKS = [
+    f"_optimizer_{what}_{when}_hooks"
+    for what in ("step", "state_dict", "load_state_dict")
+    for when in ("pre", "post")
+]
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -73,10 +79,9 @@ def make_optimizer(
     if absent:
         raise ValueError(f"optimizer: lacks {absent[0]} ({len(absent)} such parameters)")
     for part in parts(optimizer):
-        if isinstance(part, torch.optim.Optimizer) and "_optimizer_step_pre_hooks" not in vars(
-            part
-        ):
-            torch.optim.Optimizer.__setstate__(part, {})  # its class leaves torch's __init__ out
+        if isinstance(part, torch.optim.Optimizer):  # some leave torch's __init__ out
+            for name in HOOKS:
+                vars(part).setdefault(name, OrderedDict())
         if not isinstance(part.param_groups, list):
             raise TypeError(
                 f"optimizer: expected {type(part).__name__}.param_groups to be a list, got "
