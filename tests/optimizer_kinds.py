@@ -28,6 +28,22 @@ class Grouped(Optimizer):
                     p.sub_(p.grad, alpha=group["lr"] * group["d"])
 
 
+class Stepping(Optimizer):
+    """As Ranger21: the rate follows a counter among the attributes."""
+
+    def __init__(self, params, lr=0.5) -> None:
+        super().__init__(params, {"lr": lr})
+        self.current, self.name = 0, "steps"
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.current += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=group["lr"] / self.current)
+
+
 class Counting(Optimizer):
     """What it learns lies in attributes, which its state_dict does not have."""
 

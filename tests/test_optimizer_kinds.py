@@ -62,6 +62,7 @@ class Muonlike(kinds.Strict):
 KINDS = {
     "groups": kinds.Grouped,
     "attributes": kinds.Counting,
+    "a counter": kinds.Stepping,
     "averages": kinds.Averaging,
     "averages in another": lambda ps: kinds.Slow(kinds.Averaging(ps)),
     "slow": lambda ps: kinds.Slow(O.SGD(ps, lr=0.05, momentum=0.9)),

@@ -84,8 +84,11 @@ class Averaged:
     def _call(self, mode: str, moving: Mapping[str, nn.Parameter], alone: bool) -> None:
         """train() or eval(): of frozen parameters nothing moves."""
         if not alone:
-            for part in self.parts:
-                getattr(part, mode)()
+            for part in list(self.parts):
+                try:
+                    getattr(part, mode)()
+                except AttributeError:  # a wrapper's, for a base that has no such mode
+                    self.parts.remove(part)
             return
         only = Alone(self.optimizer, moving.values())
         with only:

@@ -10,26 +10,36 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import digest
-from .groups import by_id, order, parts
+from .groups import by_id, order, parts, plain
 
 
 def pack(optimizer: Any, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-    """The optimizer's state_dict, for a checkpoint: {"order", "by_name", "state_dict"}.
+    """The optimizer's state, for a checkpoint: {"order", "numbers", "by_name", "state_dict"}.
 
-    Where it is torch's own form, names stand for the positions in the groups ("by_name"). order:
-    the names by part, group and position.
+    Where state_dict has torch's own form, names stand for the positions in the groups ("by_name").
+    order: the names by part, group and position. numbers: by part, public attributes, which no
+    state_dict has (counters of steps).
     """
     names = order(optimizer, by_id(named))
+    found = {"order": names, "numbers": [_numbers(part) for part in parts(optimizer)]}
     state = optimizer.state_dict()
     positions = _positions(state, names[0])
     if positions is None:
-        return {"order": names, "by_name": False, "state_dict": state}
+        return {**found, "by_name": False, "state_dict": state}
     groups = [
         {**group, "params": own} for group, own in zip(state["param_groups"], names[0], strict=True)
     ]
     renamed = {positions.get(key, key): value for key, value in state["state"].items()}
     by_name = {"state": renamed, "param_groups": groups}
-    return {"order": names, "by_name": True, "state_dict": by_name}
+    return {**found, "by_name": True, "state_dict": by_name}
+
+
+def _numbers(optimizer: Any) -> dict[str, Any]:
+    return {
+        name: number
+        for name, value in vars(optimizer).items()
+        if type(number := plain(value)) in (bool, int, float) and not name.startswith("_")
+    }
 
 
 def _positions(state: Any, names: list[list[str]]) -> dict[Any, str] | None:
@@ -81,6 +91,8 @@ def load(optimizer: Any, packed: Mapping[str, Any], named: Iterable[tuple[str, T
             f"{type(optimizer).__name__}.state_dict() goes by position, so give the same order"
         )
     load_exactly(optimizer, state)
+    for part, numbers in zip(parts(optimizer), packed["numbers"], strict=True):
+        vars(part).update({name: n for name, n in numbers.items() if name in vars(part)})
 
 
 def _check_groups(theirs: list[list[str]], own: list[list[str]]) -> None:
@@ -151,13 +163,12 @@ def become(own: Any, theirs: Any, model: nn.Module, other: nn.Module) -> bool:
     if [kind(a) for a in parts(theirs)] != [kind(b) for b in parts(own)]:
         return False
     memo: dict[Any, Any] = {id(a): b for a, b in pairs}
-    for a, b in zip(other.modules(), model.modules(), strict=True):
-        memo[id(a)] = b
+    memo |= {id(a): b for a, b in zip(other.modules(), model.modules(), strict=True)}
     # where a tensor lies, too: a view of a parameter becomes one of this model's
     storages, places = memo.setdefault("torch", {}), {}
-    for a, b in zip(other.parameters(), model.parameters(), strict=True):
-        memo[id(a)], places[id(a)], places[a.data_ptr()] = b, id(b), b.data_ptr()
-        storages[a.untyped_storage()._cdata] = b.untyped_storage()
+    for p, q in zip(other.parameters(), model.parameters(), strict=True):
+        memo[id(p)], places[id(p)], places[p.data_ptr()] = q, id(q), q.data_ptr()
+        storages[p.untyped_storage()._cdata] = q.untyped_storage()
     functions = types.FunctionType | types.MethodType | types.BuiltinFunctionType
     try:
         copies = [

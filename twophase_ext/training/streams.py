@@ -73,9 +73,9 @@ def host_stream(seed: int) -> Iterator[None]:
 
 def states(device: torch.device) -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's global generators (CPU and `device`), as data."""
-    kind, keys, *rest = numpy.random.get_state()
+    drawn: Any = numpy.random.get_state()
     state: dict[str, Any] = {"cpu": torch.get_rng_state(), "python": random.getstate()}
-    state["numpy"] = [kind, keys.tolist(), *rest]
+    state["numpy"] = [drawn[0], drawn[1].tolist(), *drawn[2:]]
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
