@@ -111,7 +111,7 @@ def load(module: str) -> types.ModuleType:
 def optimizers(module: types.ModuleType) -> dict[str, type]:
     """Its optimizer classes by name."""
     root = module.__name__.split(".")[0]
-    found = {}
+    found: dict[str, type] = {}
     for name in sorted(vars(module)):
         kind = getattr(module, name)
         if not inspect.isclass(kind) or not issubclass(kind, torch.optim.Optimizer):

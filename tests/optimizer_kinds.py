@@ -1,5 +1,6 @@
 """Small optimizers, one of each kind that packages have."""
 
+import random
 from collections import deque
 
 import numpy as np
@@ -42,6 +43,40 @@ class Stepping(Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     p.sub_(p.grad, alpha=group["lr"] / self.current)
+
+
+class Keyed(Optimizer):
+    """As Magma and heavyball: a dict by the parameters' addresses, and views of them."""
+
+    def __init__(self, params, lr=0.05) -> None:
+        super().__init__(params, {"lr": lr})
+        held = [p for group in self.param_groups for p in group["params"]]
+        self.views = {(p.data_ptr(), p.dtype): p.detach().view(-1) for p in held}
+        self.sums = {id(p): torch.zeros_like(p) for p in held}
+        self.seen = {id(p) for p in held}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and id(p) in self.seen:
+                    total = self.sums[id(p)].mul_(0.9).add_(p.grad)
+                    self.views[p.data_ptr(), p.dtype].sub_(total.view(-1), alpha=group["lr"])
+
+
+class Drawing(Optimizer):
+    """Draws from Python's, NumPy's and torch's global generators."""
+
+    def __init__(self, params, lr=0.05) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        scale = random.random() * np.random.random()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad * torch.rand_like(p), alpha=group["lr"] * scale)
 
 
 class Counting(Optimizer):

@@ -12,7 +12,7 @@ import optimizer_kinds as kinds
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
 from twophase_ext.training.groups import Alone, averaging
-from twophase_ext.training.streams import epoch_order
+from twophase_ext.training.streams import epoch_order, global_stream, stream_seed
 
 O = torch.optim  # noqa: E741
 DATA = toy_data(20)  # 3 steps an epoch
@@ -63,6 +63,8 @@ KINDS = {
     "groups": kinds.Grouped,
     "attributes": kinds.Counting,
     "a counter": kinds.Stepping,
+    "addresses": kinds.Keyed,
+    "random": kinds.Drawing,
     "averages": kinds.Averaging,
     "averages in another": lambda ps: kinds.Slow(kinds.Averaging(ps)),
     "slow": lambda ps: kinds.Slow(O.SGD(ps, lr=0.05, momentum=0.9)),
@@ -91,10 +93,11 @@ def loop(model, optimizer, epochs: int = 4) -> None:
     for part in averages:
         part.train()
     for epoch in range(epochs):
-        for index in epoch_order(1, epoch, len(DATA[0])).split(8):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(DATA[0][index]), DATA[1][index]).backward()
-            optimizer.step()
+        with global_stream(torch.device("cpu"), stream_seed(1, "model", epoch)):
+            for index in epoch_order(1, epoch, len(DATA[0])).split(8):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(DATA[0][index]), DATA[1][index]).backward()
+                optimizer.step()
     for part in averages:
         part.eval()
 
