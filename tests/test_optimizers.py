@@ -32,14 +32,18 @@ class Orthogonal(torch.optim.Optimizer):
 
 
 class Careless(Orthogonal):
-    """Decays every weight, whether it has a gradient or not."""
+    """Decays every weight that it has ever seen."""
+
+    def __init__(self, params) -> None:
+        params = list(params)
+        super().__init__(params)
+        self.seen = {f"weight {i}": p for i, p in enumerate(params)}
 
     @torch.no_grad()
     def step(self, closure=None):
         super().step()
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.mul_(0.99)
+        for p in self.seen.values():
+            p.mul_(0.99)
 
 
 class Searching(Orthogonal):

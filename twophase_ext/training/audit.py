@@ -160,7 +160,8 @@ def _steps(run: "Run") -> list[Premise]:
     weight = run.network.last.module.weight
     group = next(g for g in run.optimizer.param_groups if any(p is weight for p in g["params"]))
     momentum, decay = group.get("momentum", 0), group.get("weight_decay", 0)
-    rates = sorted({row["learning_rate"] for row in run.history if row["phase"] == 2})
+    rows = [row["learning_rate"] for row in run.history if row["phase"] == 2]
+    rates = sorted({rate for rate in rows if rate is not None})  # None: the optimizer finds it
     shown = ", ".join(f"{rate:g}" for rate in rates[:3])
     kind = type(run.optimizer).__name__
     constant = f"eta = {shown}, as the base algorithm has it: sum eta_t^2 does not converge"

@@ -100,7 +100,7 @@ def _grow(
         second.known = run.fixed if run.fixed.compared else None
         continued = second._prepare(train, val, checkpoint)
         if checkpoint is None:
-            adopt(continued, run)
+            adopt(continued, run, same="optimizer" not in changes)
         continued.shared = shared
         results[name] = second._execute(continued)
         if results[name].status == "interrupted":

@@ -1,9 +1,11 @@
 """Checkpoints: tensors and plain types only; a kill never loses the last good one."""
 
 import hashlib
+import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..files import inside, write_atomically
+from .groups import plain
 
-FORMAT = 3
+FORMAT = 4  # 3 had the optimizer's state by position
 _COLUMNS = 4096  # of the matrices whose sums are kept
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FRESH = CURRENT + ".new"  # complete, and newer than CURRENT: a kill came before its rename
@@ -23,13 +26,22 @@ def describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{t.dtype} {list(t.shape)}" for name, t in tensors.items()}
 
 
+def flat(tensor: Tensor) -> Tensor:
+    """The tensor's elements in their order on the CPU: one dimension, stride 1.
+
+    reshape(-1) leaves a single element its stride, whatever that is.
+    """
+    whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return whole.as_strided((whole.numel(),), (1,))
+
+
 def _sums(tensor: Tensor) -> bytes:
     """Row and column sums, modulo 2^64, of the tensor's bytes as a matrix of 64-bit integers.
 
     A changed bit changes two of them; they are had at the speed of memory, a cryptographic hash of
     hundreds of megabytes would cost more than writing them.
     """
-    raw = tensor.detach().cpu().contiguous().reshape(-1)
+    raw = flat(tensor)
     if raw.storage_offset() * raw.element_size() % 8:
         raw = raw.clone()
     raw = raw.view(torch.uint8)
@@ -39,26 +51,63 @@ def _sums(tensor: Tensor) -> bytes:
     return b"".join(part.contiguous().numpy().tobytes() for part in parts)
 
 
-def _digest(state: Any) -> str:
+def digest(state: Any) -> str:
     """A checksum of tensors and plain data, nested. torch.load does not notice a changed bit."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
 
     def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype} {list(value.shape)}".encode() + _sums(value))
+        if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):  # a subclass
+            names, context = value.__tensor_flatten__()
+            found.update(f"{type(value).__qualname__} {list(value.shape)}".encode())
+            add([context, *(getattr(value, name) for name in names)])
+        elif isinstance(value, Tensor):
+            found.update(f"{value.dtype} {list(value.shape)}".encode() + _sums(value))
         elif isinstance(value, Mapping):
             for key, part in value.items():
-                digest.update(f"{{{key!r}".encode())
+                found.update(f"{{{key!r}".encode())
                 add(part)
         elif isinstance(value, list | tuple):
-            digest.update(f"[{len(value)}".encode())
+            found.update(f"[{len(value)}".encode())
             for part in value:
                 add(part)
+        elif type(value).__repr__ is object.__repr__ and hasattr(value, "__dict__"):
+            found.update(type(value).__qualname__.encode())  # its address is no content
+            add(vars(value))
         else:
-            digest.update(repr(value).encode())
+            found.update(repr(value).encode())
 
     add(state)
-    return digest.hexdigest()
+    return found.hexdigest()
+
+
+_HELD = (bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device)
+
+
+def not_held(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, object) of everything in tensors and data, nested, that no checkpoint gives back."""
+    kind = type(value)
+    if kind in _HELD or kind in (Tensor, torch.nn.Parameter):
+        return
+    if kind in (dict, OrderedDict):
+        for key, part in value.items():
+            yield from not_held(key, f"a key of {path}")
+            yield from not_held(part, f"{path}[{key!r}]")
+    elif kind in (list, tuple):
+        for i, part in enumerate(value):
+            yield from not_held(part, f"{path}[{i}]")
+    elif not _comes_back(value):
+        yield path, value
+
+
+def _comes_back(value: Any) -> bool:
+    """Whether torch.load(weights_only=True) reads what torch.save wrote of it."""
+    written = io.BytesIO()
+    try:
+        torch.save(value, written)
+        written.seek(0)
+        return digest(torch.load(written, weights_only=True)) == digest(value)
+    except Exception:  # of pickle, torch or the class itself, of many types
+        return False
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
@@ -68,7 +117,8 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     """
     current, previous = folder / CURRENT, folder / PREVIOUS
     fresh = folder / FRESH
-    whole = {"format": FORMAT, "checksum": _digest(state), **state}
+    state = plain(state)
+    whole = {"format": FORMAT, "checksum": digest(state), **state}
 
     def write(file: BinaryIO) -> None:
         try:
@@ -106,9 +156,9 @@ def _read(path: Path) -> dict[str, Any]:
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
         raise ValueError("not a checkpoint of twophase_ext")
-    if (found := state.pop("format")) != FORMAT:
+    if (found := state.pop("format")) not in (FORMAT, FORMAT - 1):
         raise ValueError(f"format {found}, this version reads {FORMAT}")
-    if state.pop("checksum", None) != _digest(state):
+    if state.pop("checksum", None) != digest(state):
         raise ValueError("its contents do not match its checksum")
     return state
 

@@ -18,6 +18,7 @@ from ..losses import CROSS_ENTROPY, ConvexLoss
 from ..network import Network
 from . import batchnorm, caches, faults, runfolder, saved, streams
 from .audit import premises
+from .averaged import Averaged
 from .cadence import Cadence
 from .config import Config
 from .data import Samples
@@ -27,6 +28,7 @@ from .features import Features
 from .first_step import FirstStep
 from .fixed import Agreement
 from .freeze import tensors_hash
+from .groups import learning_rate, plain_groups
 from .interrupt import Interrupt
 from .measure import measure
 from .progress import Progress
@@ -63,6 +65,9 @@ class Run:
         self.parallel_step: DataParallelStep | None = None  # of the first phase, on several ranks
         self.schedule, self.compiled = schedule, compile_options
         self.first_step = FirstStep(network, loss, optimizer, config, schedule, compile_options)
+        self.first_step.after_first = lambda: saved.check_holds(self)
+        self.first_step.withdraw = lambda: runfolder.withdraw(self.folder)
+        self.averaged = Averaged(optimizer)
         self.network, self.loss, self.optimizer, self.config = network, loss, optimizer, config
         self.train, self.val, self.cache_mode = train, val, cache_mode
         self.progress, self.callbacks = progress, callbacks
@@ -77,10 +82,9 @@ class Run:
         self.verdict: Verdict | None = None
         self.hidden_hash: str | None = None  # set at tau: the hidden layers are frozen from then
         self.epoch, self.batch = 0, 0  # the next batch to train on
-        self.sums = torch.zeros(
-            2, dtype=torch.float64, device="cpu"
-        )  # loss * samples, correct: of this epoch
-        self.rng: dict[str, Tensor] | None = None  # of a run interrupted within an epoch
+        # loss * samples, correct: of this epoch
+        self.sums = torch.zeros(2, dtype=torch.float64, device="cpu")
+        self.rng: dict[str, Any] | None = None  # of a run interrupted within an epoch
         self.unchanged: bool | None = None  # the hidden layers, from tau to the end
         self.notes: dict[str, Any] = {}  # what the second phase adds to this epoch's row
         self.descent: dict[str, Any] = {}  # what the second phase remembers from step to step
@@ -155,6 +159,7 @@ class Run:
                 batchnorm.recalibrate_over(network, self.train, self.ranks)
             network.model.eval()
         self.optimizer.zero_grad(set_to_none=True)  # no stale hidden gradient survives tau
+        self.averaged.forget(hidden)
         self.hidden_hash, self.parallel_step = self._hash(), None
         self.ranks.agree("hidden layers after the noise", self.hidden_hash)
         self.progress.say(
@@ -189,7 +194,7 @@ class Run:
         """The rest of this epoch; False where it was interrupted (state at the next batch)."""
         self.train.epoch = self.epoch
         self.progress.begin(f"epoch {self.epoch}", self._steps(), self.batch)
-        with self._own_rng():
+        with self._own_rng(), self.averaged.steps(self):
             done = (self._first if self.phase == 1 else self._second)(interrupt)
             if not done:
                 self.rng = streams.states(self.device)
@@ -311,13 +316,10 @@ class Run:
         moved = network.parameters() if self.hidden_hash is None else network.last_parameters()
         return all(bool(torch.isfinite(p).all()) for p in moved.values())
 
-    def _learning_rate(self) -> float:
+    def _learning_rate(self) -> float | None:
         """The first group's in the first phase, that of the last layer's weight in the second."""
-        groups = self.optimizer.param_groups
-        if self.phase == 2:
-            weight = self.network.last.module.weight
-            groups = [g for g in groups if any(p is weight for p in g["params"])]
-        return float(groups[0]["lr"])
+        weight = self.network.last.module.weight
+        return learning_rate(self.optimizer, weight if self.phase == 2 else None)
 
     # --- measurement -------------------------------------------------------------------------
 
@@ -369,6 +371,7 @@ class Run:
             method = getattr(callback, event, None)
             if method is not None:
                 method(self, *arguments)
+        plain_groups(self.optimizer)  # a rate that NumPy made
 
     def guarantee(self, status: str) -> Any:
         """The premise audit, and the bound where one is claimed; status: the run's."""

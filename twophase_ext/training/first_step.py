@@ -12,6 +12,7 @@ from ..network import Network
 from ..probing import main_output
 from .batchnorm import batch_norms
 from .config import Config
+from .optimizers import first_try, refused
 from .schedule import Schedule
 
 
@@ -33,6 +34,9 @@ class FirstStep:
         compile_options: Mapping[str, Any] | None = None,
     ) -> None:
         """compile_options: torch.compile's arguments; None runs the model as it is."""
+        self.model, self.tried = network.model, False
+        self.after_first: Callable[[], None] = lambda: None  # may refuse it: no step is made then
+        self.withdraw: Callable[[], None] = lambda: None  # called where it was refused
         self.forward, self.loss, self.optimizer = network.model, loss, optimizer
         self.config, self.schedule = config, schedule
         if compile_options is not None:
@@ -60,7 +64,29 @@ class FirstStep:
         number of samples: the gradient is that of the whole batch. Of several outputs in training
         mode (auxiliary heads) the first one is trained. On several processes, forward:
         in place of the model; weight: a factor of the loss; rows: of the shortest of their parts.
+
+        Raises ValueError where the first step fails in the optimizer, the model being as before.
         """
+        if self.tried:
+            return self._step(x, y, forward, weight, rows)
+        try:
+            with first_try(self.model):
+                found = self._step(x, y, forward, weight, rows)
+                self.after_first()
+        except Exception:
+            self.withdraw()
+            raise
+        self.tried = True
+        return found
+
+    def _step(
+        self,
+        x: Tensor,
+        y: Tensor,
+        forward: Callable[[Tensor], Tensor] | None,
+        weight: float,
+        rows: int | None,
+    ) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         run = self.forward if forward is None else forward
         parts = max(1, min(self.config.accumulate, (rows or len(y)) // self.least))
@@ -78,7 +104,14 @@ class FirstStep:
             total += loss.detach()
             outputs.append(output.detach())
         scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
+        try:
+            self.scaler.step(self.optimizer)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if self.tried:
+                raise
+            raise refused(self.optimizer, error, "first step") from error
         self.scaler.update()
         if self.scaler.get_scale() >= scale:  # the step was not skipped
             self.schedule.end_step()

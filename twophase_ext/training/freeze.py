@@ -12,6 +12,7 @@ from ..holding import hold, is_held, release
 from ..network import Network
 from ..probing import require_module
 from . import batchnorm
+from .checkpoint import flat
 from .checks import check_runs, model_device
 from .data import Samples
 
@@ -20,10 +21,10 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bits of the tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
         if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(flat(tensor).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import ops, optim
 from ..losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
 from .features import Features
+from .groups import Alone
 
 _HYPERPARAMETERS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
@@ -20,7 +21,7 @@ class HeadStep:
 
     SGD (torch's or ours) with a built-in loss runs as one fused kernel over the optimizer's own
     momentum buffers, over stored features many steps a call; anything else, hooks on gradients or
-    steps included, as forward, backward and optimizer.step().
+    steps included, as forward, backward and optimizer.step(), with groups of the layer alone.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class HeadStep:
     def look_again(self) -> None:
         """Choose the kernel anew, after the optimizer's groups have changed."""
         self.group = self._fused_group()
+        self.alone = Alone(self.optimizer, self.layer.parameters())
 
     @property
     def fused(self) -> bool:
@@ -143,5 +145,13 @@ class HeadStep:
             self.optimizer.zero_grad(set_to_none=True)
             loss = self.loss(F.linear(h, self.layer.weight, self.layer.bias), y)
             loss.backward()
-        self.optimizer.step()
+        try:
+            with self.alone:
+                self.optimizer.step()
+        except Exception as error:
+            error.add_note(
+                f"optimizer: {type(self.optimizer).__name__}.step() failed on the last layer alone,"
+                " which its groups hold in the second phase; second_phase='gd' and 'sgd' need none"
+            )
+            raise
         return loss.detach()

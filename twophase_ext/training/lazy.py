@@ -24,6 +24,7 @@ from ..premises import loss_premise
 from .audit import fixed_premise
 from .engine import Run
 from .features import BATCH
+from .groups import rate
 from .interrupt import Interrupt
 
 HALVINGS = 8  # of the step at one check, before the run stops
@@ -97,11 +98,11 @@ class LazyRun(Run):
                 "train: second_phase='lazy' needs the gradient of one fixed function, but the "
                 "inputs change from visit to visit"
             )
-        rates = sorted({float(group["lr"]) for group in self.optimizer.param_groups})
-        if self.settings.smoothness is None and len(rates) > 1:
+        rates = sorted({str(rate(group)) for group in self.optimizer.param_groups})
+        if self.settings.smoothness is None and (len(rates) > 1 or rates == ["None"]):
             raise ValueError(
                 "optimizer: second_phase='lazy' takes one step size for all parameters, got "
-                f"learning rates {rates[:3]}; give lazy={{'smoothness': L}}"
+                f"learning rates {', '.join(rates[:3])}; give lazy={{'smoothness': L}}"
             )
 
     def execute(self, epochs: int | None = None) -> str:
@@ -132,7 +133,7 @@ class LazyRun(Run):
     def _weights_finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.network.parameters().values())
 
-    def _learning_rate(self) -> float:
+    def _learning_rate(self) -> float | None:
         return super()._learning_rate() if self.step is None else self.step
 
     def _verify(self, method: str | None = None) -> Verdict:

@@ -14,6 +14,7 @@ from torch import nn
 from .. import layers, optim
 from ..losses import ConvexLoss, resolve_loss
 from ..network import Network
+from .averaged import Averaged
 from .batchnorm import batch_bounds
 from .features import BATCH, Features, plan_for
 from .fixed import cache_disagreement
@@ -104,8 +105,9 @@ def fit_last_layer(
     model: the cache's model, a copy of it, or an nn.Linear of your own; its last layer is changed
     in place. Epochs first_epoch to first_epoch + epochs - 1 are run, each in the order that the
     Trainer gives that epoch under `seed`. optimizer: one that holds the layer's parameters; its
-    hyper-parameters and its state (momentum) are used and updated. Without it SGD with lr, momentum
-    and weight_decay, by default the paper's 0.01, 0.9 and 1e-5, momentum from 0.
+    hyper-parameters and its state (momentum) are used and updated, its other parameters stay (a
+    schedule-free one is left in eval mode; call its eval() before `freeze`). Without it SGD with
+    lr, momentum and weight_decay, by default the paper's 0.01, 0.9 and 1e-5, momentum from 0.
 
     Returns each epoch's mean loss, the losses being those before each update; on_epoch(epoch, loss)
     is called as each one ends. Ctrl-C lets the epoch in progress end and then raises
@@ -128,12 +130,13 @@ def fit_last_layer(
     elif given:
         raise ValueError(f"{next(iter(given))}: expected None, the optimizer has its own")
     head = HeadStep(layer, cache.loss, _holding(optimizer, layer))
+    averaged, moving = Averaged(optimizer), dict(layer.named_parameters())
     losses: list[float] = []
     cache.samples.seed = seed
     with Interrupt() as interrupt:
         for epoch in range(first_epoch, first_epoch + epochs):
             cache.samples.epoch = epoch
-            with torch.no_grad():
+            with torch.no_grad(), averaged.within(moving, alone=True):
                 steps = head.run(cache, epoch_order(seed, epoch, cache.n), bounds)
             sizes = [end - begin for begin, end in pairwise(bounds)]
             mean = sum(loss * size for loss, size in zip(steps, sizes, strict=True)) / cache.n

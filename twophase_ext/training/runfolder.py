@@ -13,6 +13,7 @@ import torch
 
 from .._load import build_info
 from ..files import FolderLock, write_csv, write_json
+from . import checkpoint
 from .features import BATCH
 
 if TYPE_CHECKING:
@@ -147,6 +148,13 @@ def describe(folder: Path, run: "Run", model: str, *, new: bool) -> None:
     if run.verdict is not None:
         run.verdict.save(folder / "verdict.json")
     run.progress.say(f"run folder: {folder}")
+
+
+def withdraw(folder: Path | None) -> None:
+    """Take back what `describe` wrote of a run whose first step was refused: there is no run."""
+    if folder is not None and not checkpoint.exists(folder):
+        for name in ("config.json", "environment.json"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:

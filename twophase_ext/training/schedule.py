@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from .groups import first_settings, plain, plain_groups
+
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 INTERVALS = ("epoch", "step")
 
@@ -25,8 +27,10 @@ class Schedule:
         scheduler: LRScheduler | None = None,
         interval: str = "epoch",
         second_phase: str = "base",
+        first: list[dict[str, Any]] | None = None,
     ) -> None:
-        """Use `make_schedule`."""
+        """Use `make_schedule`. first: the optimizer's settings before the scheduler's."""
+        self.first = first or []
         self.scheduler, self.count = scheduler, 0
         self.per_step = scheduler is not None and interval == "step"
         self.goes_on = second_phase in ("base", "none")
@@ -50,6 +54,7 @@ class Schedule:
         plateau = isinstance(self.scheduler, ReduceLROnPlateau)
         assert self.scheduler is not None
         self.scheduler.step(*([train_loss] if plateau else []))  # type: ignore[arg-type]
+        plain_groups(self.scheduler.optimizer)
         self.count += 1
 
     def follow(self, other: "Schedule", history: list[dict[str, Any]]) -> None:
@@ -65,7 +70,7 @@ class Schedule:
         """Tensors and plain data for a checkpoint."""
         if self.scheduler is None:
             return None
-        return {"count": self.count, "scheduler": self.scheduler.state_dict()}
+        return plain({"count": self.count, "scheduler": self.scheduler.state_dict()})
 
     def load(self, state: dict[str, Any] | None) -> None:
         """Go on from a `state()` of a scheduler of the same name."""
@@ -90,9 +95,11 @@ def make_schedule(
     TypeError for what is no LRScheduler, ValueError for one of another optimizer, for
     ReduceLROnPlateau after every step, and for a state that a checkpoint cannot hold.
     """
+    first = first_settings(optimizer)
     if factory is None:
-        return Schedule()
+        return Schedule(first=first)
     scheduler = factory(optimizer)
+    plain_groups(optimizer)
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(f"scheduler: expected an LRScheduler, got {type(scheduler).__name__}")
     if scheduler.optimizer is not optimizer:
@@ -102,7 +109,7 @@ def make_schedule(
             "scheduler_interval: ReduceLROnPlateau needs an epoch's training loss, expected "
             "'epoch', got 'step'"
         )
-    schedule = Schedule(scheduler, interval, second_phase)
+    schedule = Schedule(scheduler, interval, second_phase, first)
     written = io.BytesIO()
     try:
         torch.save(schedule.state(), written)

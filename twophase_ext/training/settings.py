@@ -24,7 +24,7 @@ def _number(argument: str, name: str, value: Any, below: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{argument}: expected a number for {name}, got {value!r}")
     given: Any = value
-    if not 0 < given < below or given > sys.float_info.max:
+    if not 0 < given < below or float(given) > sys.float_info.max:
         raise ValueError(f"{argument}: expected {name} in (0, {below:g}), got {value}")
     return float(value)
 
@@ -68,8 +68,9 @@ class GradientDescent(Settings):
             raise ValueError(
                 f"gd: expected smoothness among {list(FORMS)}, got {self.smoothness!r}"
             )
-        if self.l2 != 0:
-            object.__setattr__(self, "l2", _number("gd", "l2", self.l2, math.inf))
+        object.__setattr__(self, "smoothness", str(self.smoothness))  # NumPy has its own, too
+        l2 = 0.0 if self.l2 == 0 else _number("gd", "l2", self.l2, math.inf)
+        object.__setattr__(self, "l2", l2)
         object.__setattr__(self, "steps", integer("gd: steps", self.steps, 1))
 
 
@@ -89,8 +90,8 @@ class StochasticDescent(Settings):
         """Check every value."""
         if self.c is not None:
             object.__setattr__(self, "c", _number("sgd", "c", self.c, math.inf))
-        if self.eps != 0.5:
-            object.__setattr__(self, "eps", _number("sgd", "eps", self.eps, 0.5))
+        eps = 0.5 if self.eps == 0.5 else _number("sgd", "eps", self.eps, 0.5)
+        object.__setattr__(self, "eps", eps)
 
     def rate(self, c: float, t: int) -> float:
         """eta_t."""
@@ -114,7 +115,8 @@ class Lazy(Settings):
     def __post_init__(self) -> None:
         """Check every value."""
         if self.smoothness is not None:
-            _number("lazy", "smoothness", self.smoothness, math.inf)
-        _number("lazy", "eta_bar", self.eta_bar, 1)
+            smoothness = _number("lazy", "smoothness", self.smoothness, math.inf)
+            object.__setattr__(self, "smoothness", smoothness)
+        object.__setattr__(self, "eta_bar", _number("lazy", "eta_bar", self.eta_bar, 1))
         every = integer("lazy: verify_every", self.verify_every, 1)
         object.__setattr__(self, "verify_every", every)

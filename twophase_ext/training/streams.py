@@ -4,6 +4,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy
 import torch
@@ -70,9 +71,11 @@ def host_stream(seed: int) -> Iterator[None]:
         generator.set_state(states[2])
 
 
-def states(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of torch's global generators of the CPU and of `device`."""
-    state = {"cpu": torch.get_rng_state()}
+def states(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's global generators (CPU and `device`), as data."""
+    drawn: Any = numpy.random.get_state()
+    state: dict[str, Any] = {"cpu": torch.get_rng_state(), "python": random.getstate()}
+    state["numpy"] = [drawn[0], drawn[1].tolist(), *drawn[2:]]
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -80,12 +83,18 @@ def states(device: torch.device) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def global_stream(
-    device: torch.device, seed: int, state: dict[str, torch.Tensor] | None = None
+    device: torch.device, seed: int, state: dict[str, Any] | None = None
 ) -> Iterator[None]:
-    """Within it torch's global generators start from `seed`, or from `state`; then as before."""
+    """Within it the global generators start from `seed`, or from `state`; then as before.
+
+    Python's and NumPy's too: some optimizers draw from them.
+    """
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with host_stream(seed), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
+        if state is not None and "python" in state:
+            random.setstate(state["python"])
+            numpy.random.set_state(tuple(state["numpy"]))
         if state is not None:
             torch.set_rng_state(state["cpu"])
             if devices:
