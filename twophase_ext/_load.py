@@ -32,6 +32,7 @@ def load() -> ModuleType:
 
 
 _C = load()
+_C.build_info()  # ValueError where TWOPHASE_ISA is no instruction set
 
 
 def build_info() -> dict[str, str | list[str]]:
