@@ -1,9 +1,25 @@
-"""Small problems that several test files train on."""
+"""Small problems that several test files train on, and the instruction sets to try them with."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 import twophase_ext as tp
+from twophase_ext import _load
+
+ISAS = tp.build_info()["isa_variants"]  # that the kernels have on this processor
+
+
+@contextmanager
+def instruction_set(isa: str) -> Iterator[None]:
+    before = tp.build_info()["isa"]
+    _load._C.set_isa(isa)
+    try:
+        yield
+    finally:
+        _load._C.set_isa(before)
 
 
 def toy_data(n: int = 60, d: int = 5, classes: int = 3, seed: int = 0):

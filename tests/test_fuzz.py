@@ -42,12 +42,7 @@ RETURNED = {
     *("Assumptions", "Guarantee", "LazyGuarantee", "NtkRank", "RankLogdet", "Result", "Verdict"),
     *("AnalyticReport", "Finding", "Frozen", "Replacement", "WideHead", "nn", "ops", "optim"),
 }
-bounded = settings(
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+bounded = settings(suppress_health_check=list(HealthCheck))
 randoms = st.randoms(use_true_random=False)
 
 

@@ -23,7 +23,7 @@ def problem(n, k, m, loss="cross_entropy", dtype=torch.float64):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 0), (64, 10, 257), (200, 23, 600), (65, 2, 9)])
-def test_matches_autograd(device, shape, loss):
+def test_matches_autograd(device, shape, loss, isa):
     weight, bias, h, y = (t.to(device) for t in problem(*shape, loss))
     for given in (bias, None):
         ours = last_layer_gradient(weight, given, h, y, loss=loss)
@@ -42,7 +42,7 @@ def test_matches_autograd(device, shape, loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_float32_and_bfloat16(device, loss):
+def test_float32_and_bfloat16(device, loss, isa):
     weight, bias, h, y = problem(300, 10, 900, loss, torch.float32)
     y = y if loss == LOSSES[0] else y.float()
     for features in (h, h.bfloat16()):
@@ -56,16 +56,22 @@ def test_float32_and_bfloat16(device, loss):
             assert error <= 2 * float((c.double() - b).abs().max()) + 1e-7 * float(b.abs().max())
 
 
-def test_the_same_bits_for_any_number_of_threads():
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize("n", [3, 7, 49, 64])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_mean_of_a_block_is_that_of_a_step(n, loss, isa):
+    weight, bias, h, y = problem(n, 10, 300, loss)
+    mean, _, _ = last_layer_gradient(weight, bias, h, y, loss=loss)
+    order, none = torch.arange(n), (None, None)
+    step = last_layer_epoch_(weight, bias, *none, h, y, order, batch_size=n, lr=0.0, loss=loss)
+    assert torch.equal(mean, step[0])
+
+
+def test_the_same_bits_for_any_number_of_threads(isa):
     weight, bias, h, y = problem(200, 10, 1031, dtype=torch.float32)
     results = []
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            results.append(last_layer_gradient(weight, bias, h, y))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        results.append(last_layer_gradient(weight, bias, h, y))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -79,7 +85,7 @@ def test_the_same_bits_for_any_number_of_threads():
     ],
 )
 @pytest.mark.parametrize("m", [1, 7, 255, 257, 3000, 9000])
-def test_a_logit_errs_by_less_than_its_constant(m, dtype, h_dtype):
+def test_a_logit_errs_by_less_than_its_constant(m, dtype, h_dtype, isa):
     """In rational arithmetic; the logit of a squared error against 0 is its delta's half."""
     u = Fraction(torch.finfo(dtype).eps) / 2
     g = torch.Generator().manual_seed(m)

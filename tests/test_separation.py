@@ -177,7 +177,7 @@ def test_common_offset():
     assert not separate(z, _bounds(100, math.sqrt(7) * 2.0**-27)).proved
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_proved_only_if_true(data):
     """Small integers and bounds near their distances, judged by rational arithmetic."""

@@ -87,12 +87,14 @@ class Passes {
   void losses(int64_t begin, int64_t end, int64_t b, const void* bias, Loss loss,
               const void* target, const int64_t* index, double scale, double* z) {
     for (int64_t r = begin; r < end; ++r) {
-      for (int64_t j = 0; j < k_; ++j)
-        z[j] = bias ? static_cast<double>(static_cast<const T*>(bias)[j]) : 0.0;
+      for (int64_t j = 0; j < k_; ++j) z[j] = 0;
       for (int64_t i = 0; i < slices.count; ++i) {
         const T* partial = partial_.get() + (i * b + r) * k_;
         for (int64_t j = 0; j < k_; ++j) z[j] += static_cast<double>(partial[j]);
       }
+      // Last, as where the logits of several holders of columns are added up before.
+      for (int64_t j = 0; bias && j < k_; ++j)
+        z[j] += static_cast<double>(static_cast<const T*>(bias)[j]);
       loss_[r] = loss_row<T>(loss, z, k_, target, index ? index[r] : r, scale);
       for (int64_t j = 0; j < k_; ++j) delta_[r * k_ + j] = static_cast<T>(z[j]);
     }
