@@ -18,6 +18,8 @@ std::vector<std::pair<std::string, std::string>> build_info() {
           {"cuda_architectures", TP_CUDA_ARCHS}};
 }
 
+std::string sources() { return TP_SOURCES; }
+
 void set_isa_by_name(const std::string& name) { set_isa(isa_named(name.c_str(), "isa")); }
 
 }  // namespace twophase

@@ -122,7 +122,7 @@ def test_twin(device, isa):
         assert t.numel() == 0 or not torch.equal(t, before[name])
 
 
-def test_seed_is_64_bits_and_wrappers_do_not_count():
+def test_seed_is_64_bits_and_wrappers_do_not_count(isa):
     a, b, c = torch.zeros(3, 9)
     perturb_({"x.weight": a}, 1.0, seed=-1)
     perturb_({"module._orig_mod.x.weight": b}, 1.0, seed=2**64 - 1)
