@@ -149,18 +149,18 @@ def squared_error(q, y):
     return (q - y).square().sum(1).mean()
 
 
-def assert_as_good_as_torch(problem, ours):
+def assert_as_good_as_torch(problem, *results):
     """Error against the truth at most twice torch's own, or what roundings alone explain.
 
     The latter because of few numbers: that torch happens to hit one of them binds nobody.
     """
+    by_torch, truths = problem.by_torch(), problem.truth()
     names = ("loss", "weight", "bias", "weight_buffer", "bias_buffer")
-    for name, got, by_torch, (truth, off) in zip(
-        names, ours, problem.by_torch(), problem.truth(), strict=True
-    ):
-        if truth is None:
-            continue
-        error, own = (float(np.abs(t.double().numpy() - truth).max()) for t in (got, by_torch))
-        rounding = torch.finfo(problem.dtype).eps / 2 * float(off.max())
-        assert got.dtype == problem.dtype
-        assert error <= max(2 * own, rounding), (name, error, own, rounding)
+    for ours in results:
+        for name, got, torchs, (truth, off) in zip(names, ours, by_torch, truths, strict=True):
+            if truth is None:
+                continue
+            error, own = (float(np.abs(t.double().numpy() - truth).max()) for t in (got, torchs))
+            rounding = torch.finfo(problem.dtype).eps / 2 * float(off.max())
+            assert got.dtype == problem.dtype
+            assert error <= max(2 * own, rounding), (name, error, own, rounding)

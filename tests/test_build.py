@@ -27,7 +27,7 @@ def run(command, **options) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
         **options,
     )
 

@@ -1,5 +1,6 @@
 """last_layer_epoch_: many mini-batch steps in one call are the steps one by one."""
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import ISAS, instruction_set
+from helpers import ISAS, instruction_set, on_each_isa
 from twophase.reference import last_layer as twin
 from twophase_ext.ops import last_layer_epoch_, last_layer_step_
 
@@ -87,25 +88,32 @@ class Problem:
         return losses, weight, bias
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_matches_the_plain_loop(device, shape, loss, rule, isa):
-    for bias in (True, False):
-        problem = Problem(*shape, loss=loss, bias=bias, dtype=torch.float64)
-        ours = problem.ours(device, **rule)
-        for a, b in zip(ours[:3], problem.by_twin(torch.float64, **rule), strict=True):
-            if a is not None:
-                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-    problem = Problem(*shape, loss=loss)
-    ours, exact = problem.ours(device, **rule), problem.by_twin(torch.float64, **rule)
-    torchs = problem.by_twin(torch.float32, **rule)
+def assert_as_good(ours, exact, torchs):
+    """At most twice torch's own error, and some roundings of float32."""
     for a, b, c in zip(ours[:3], exact, torchs, strict=True):
         allowed = 2 * float((c.double() - b).abs().max()) + 4e-7 * float(b.abs().max())
         assert float((a.double() - b).abs().max()) <= allowed
 
 
-def test_a_thousand_steps_are_as_accurate_as_torch(isa):
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_the_plain_loop(device, shape, loss, rule):
+    for bias in (True, False):
+        problem = Problem(*shape, loss=loss, bias=bias, dtype=torch.float64)
+        exact = problem.by_twin(torch.float64, **rule)
+        for ours in on_each_isa(lambda p=problem: p.ours(device, **rule)):
+            for a, b in zip(ours[:3], exact, strict=True):
+                if a is not None:
+                    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    problem = Problem(*shape, loss=loss)
+    exact = problem.by_twin(torch.float64, **rule)
+    torchs = problem.by_twin(torch.float32, **rule)
+    for ours in on_each_isa(lambda: problem.ours(device, **rule)):
+        assert_as_good(ours, exact, torchs)
+
+
+def test_a_thousand_steps_are_as_accurate_as_torch():
     """Against float64, within twice the error of torch's own float32 loop."""
     g = torch.Generator().manual_seed(0)
     n, m, k, steps = 500, 700, 10, 1000
@@ -130,12 +138,15 @@ def test_a_thousand_steps_are_as_accurate_as_torch(isa):
 
     exact, exact_losses = eager(torch.float64)
     theirs, their_losses = eager(torch.float32)
-    for dtype, factor in ((torch.float32, 2.0), (torch.float64, 0.0)):
+    for isa, (dtype, factor) in itertools.product(
+        ISAS, ((torch.float32, 2.0), (torch.float64, 0.0))
+    ):
         weight, bias = start.clone().to(dtype), torch.zeros(k, dtype=dtype)
         buffers = torch.zeros_like(weight), torch.zeros_like(bias)
-        losses = last_layer_epoch_(
-            weight, bias, *buffers, h.to(dtype), y, order, batch_size=16, **rule
-        )
+        with instruction_set(isa):
+            losses = last_layer_epoch_(
+                weight, bias, *buffers, h.to(dtype), y, order, batch_size=16, **rule
+            )
         for ours, true, torchs in (
             (weight, exact, theirs),
             (losses, exact_losses, their_losses),
@@ -178,25 +189,17 @@ def test_the_same_bits_as_step_by_step_split_and_for_any_number_of_threads(dtype
             assert all(torch.equal(a, b) for a, b in zip(state, ours[1:], strict=True))
 
 
-def test_every_instruction_set(isa):
-    problem = Problem(30, 23, 600, 8)
-    exact = problem.by_twin(torch.float64, **MOMENTUM)
-    for a, b in zip(problem.ours(**MOMENTUM)[:3], exact, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
-
-
-def test_bfloat16_features_are_those_widened(isa):
+def test_bfloat16_features_are_those_widened():
     """As accurate as torch's float32 on the widened ones, for any remainder of a vector."""
     for shape in [*SHAPES, *((9, 3, m, 4) for m in (*range(2, 67), 515, 8209))]:
         problem = Problem(*shape)
         narrow = problem.h.bfloat16()
-        ours = problem.ours(h=narrow, **MOMENTUM)
+        found = on_each_isa(lambda p=problem, h=narrow: p.ours(h=h, **MOMENTUM))
         problem.h = narrow.float()
         exact = problem.by_twin(torch.float64, **MOMENTUM)
         torchs = problem.by_twin(torch.float32, **MOMENTUM)
-        for a, b, c in zip(ours[:3], exact, torchs, strict=True):
-            allowed = 2 * float((c.double() - b).abs().max()) + 4e-7 * float(b.abs().max())
-            assert float((a.double() - b).abs().max()) <= allowed, shape
+        for ours in found:
+            assert_as_good(ours, exact, torchs)
 
 
 def test_bfloat16_features_read_no_further_than_their_rows(isa):
@@ -254,17 +257,15 @@ def test_what_is_not_finite_spreads_as_in_the_plain_loop(bad):
     batch=st.integers(1, 40),
     loss=st.sampled_from(LOSSES),
     rule=st.sampled_from(RULES),
-    isa=st.sampled_from(ISAS),
 )
-def test_any_shape(n, k, m, batch, loss, rule, isa):
+def test_any_shape(n, k, m, batch, loss, rule):
     problem = Problem(n, k, max(m, 1), batch, loss=loss, dtype=torch.float64)
     if m == 0:
         problem.weight, problem.h = problem.weight[:, :0].contiguous(), problem.h[:, :0]
-    with instruction_set(isa):
-        ours = problem.ours(**rule)
     theirs = problem.by_twin(torch.float64, **rule)
-    for a, b in zip(ours[:3], theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    for ours in on_each_isa(lambda: problem.ours(**rule)):
+        for a, b in zip(ours[:3], theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize(
