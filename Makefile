@@ -1,8 +1,9 @@
 # make demo | test | bench | lint | format | sanitize | fuzz | clean
 #
 # Needs python3 (3.11 or newer), a C++ compiler and make; cmake and ninja come with pip. Everything
-# is installed into .venv, with the versions in constraints.txt. Stamp files make repeated calls
-# quick; a changed source reinstalls the package.
+# is installed into .venv, with the versions in constraints.txt; this package as an editable one,
+# compiled in place, so that Python and notebooks started in this folder find it too. Stamp files
+# make repeated calls quick; a changed native source compiles again.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,8 +15,8 @@ SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,\
   softplus perturb sgd last_layer_step last_layer_columns last_layer_epoch \
   last_layer_gradient gram_logdet fuzz_found))
 FUZZ_CALLS ?= 1000000
-SOURCES := setup.py CMakeLists.txt pyproject.toml README.md $(shell find csrc twophase_ext python \
-  -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.jinja' -o -name py.typed)
+SOURCES := setup.py CMakeLists.txt pyproject.toml twophase_ext/_sources.py \
+  $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test bench lint format sanitize fuzz clean
@@ -76,10 +77,8 @@ $(STAMPS)/torch: constraints.txt | $(STAMPS)/venv
 	$(PIP) install -c constraints.txt torch
 	touch $@
 
-# build/lib keeps modules that have been renamed since: they would be installed again.
 $(STAMPS)/package: $(STAMPS)/torch $(SOURCES)
-	rm -rf build/lib* build/bdist*
-	$(PIP) install -c constraints.txt .
+	$(PIP) install -c constraints.txt -e .
 	touch $@
 
 $(STAMPS)/test: | $(STAMPS)/torch  # lightning asks for a torch: this one

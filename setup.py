@@ -6,6 +6,7 @@ TWOPHASE_SANITIZE=address,undefined (the CPU code, in a build folder of its own)
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
+digest = runpy.run_path(str(ROOT / "twophase_ext" / "_sources.py"))["digest"]
 
 
 def version() -> str:
@@ -85,6 +87,7 @@ class CMakeBuild(build_ext):
             "PYTHON_INCLUDE": sysconfig.get_path("include"),
             "MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "TWOPHASE_VERSION": version(),
+            "TWOPHASE_SOURCES": digest(ROOT),
             "TWOPHASE_CUDA": os.environ.get("TWOPHASE_CUDA", "AUTO").upper(),
             "TWOPHASE_CUDA_ARCHS": os.environ.get("TWOPHASE_CUDA_ARCHS", "90"),
             "TWOPHASE_SANITIZE": sanitize,

@@ -9,10 +9,8 @@ forward and backward. The rows of a variant run in turns; from "channels_last" o
 extra_info: images a second, from the median; MiB that a forward pass keeps for its backward pass;
 on CUDA the peak of MiB that a step allocates.
 
-Not narrower than 16 channels: in channels_last the weight gradient of a strided 1 x 1 convolution
-writes past its buffer in oneDNN where a block of channels is not full (uxlfoundation/oneDNN#6035;
-seen with AVX2 and fewer than 8 input channels; wider vectors have larger blocks). tp.Trainer leaves
-the layout as it is for this reason.
+In channels_last oneDNN's weight gradient can write past its buffer (uxlfoundation/oneDNN#6035);
+tp.Trainer leaves the layout as it is for this reason.
 """
 
 import functools

@@ -1,7 +1,5 @@
 #include "build_info.h"
 
-#include <stdexcept>
-
 #include "cpu/isa.h"
 
 namespace twophase {
@@ -20,10 +18,8 @@ std::vector<std::pair<std::string, std::string>> build_info() {
           {"cuda_architectures", TP_CUDA_ARCHS}};
 }
 
-void set_isa_by_name(const std::string& name) {
-  for (Isa candidate : {Isa::kBaseline, Isa::kX86V3, Isa::kX86V4})
-    if (name == isa_name(candidate)) return set_isa(candidate);
-  throw std::invalid_argument("isa: expected baseline, x86-64-v3 or x86-64-v4, got " + name);
-}
+std::string sources() { return TP_SOURCES; }
+
+void set_isa_by_name(const std::string& name) { set_isa(isa_named(name.c_str(), "isa")); }
 
 }  // namespace twophase

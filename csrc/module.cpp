@@ -6,5 +6,6 @@
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &twophase::build_info);
+  m.def("sources", &twophase::sources);
   m.def("set_isa", &twophase::set_isa_by_name);
 }

@@ -5,8 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+from helpers import ISAS, instruction_set
+
+# One profile for every file: the same examples on every run, and no example is timed.
+settings.register_profile("project", derandomize=True, deadline=None, database=None)
+settings.load_profile("project")
 
 cuda = pytest.param("cuda", marks=pytest.mark.cuda)
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """Random numbers and threads do not depend on the tests before."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["cpu", cuda])
@@ -14,6 +30,13 @@ def device(request) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Every instruction set that this processor has, in turn."""
+    with instruction_set(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -27,7 +50,4 @@ def data_dir() -> Path:
 @pytest.fixture
 def one_thread():
     """Many small matrices: threads that wait for each other would cost ten times more."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

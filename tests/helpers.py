@@ -1,9 +1,43 @@
-"""Small problems that several test files train on."""
+"""Small problems that several test files train on, and the instruction sets to try them with."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 import twophase_ext as tp
+from twophase_ext import _load
+
+T = TypeVar("T")
+ISAS = tp.build_info()["isa_variants"]  # that the kernels have on this processor
+
+
+@contextmanager
+def instruction_set(isa: str) -> Iterator[None]:
+    before = tp.build_info()["isa"]
+    _load._C.set_isa(isa)
+    try:
+        yield
+    finally:
+        _load._C.set_isa(before)
+
+
+def on_each_isa(call: Callable[[], T]) -> list[T]:
+    """What the call returns with each instruction set, where the truth beside it is dear."""
+    found = []
+    for isa in ISAS:
+        with instruction_set(isa):
+            found.append(call())
+    return found
+
+
+def cpu_seconds(call: Callable[[], T]) -> tuple[T, float]:
+    """What the call returns, and its work: how busy the machine is does not count."""
+    started = time.process_time()
+    return call(), time.process_time() - started
 
 
 def toy_data(n: int = 60, d: int = 5, classes: int = 3, seed: int = 0):

@@ -1,9 +1,7 @@
 """The build and the tree: what the library is made of, what happens where it cannot be built."""
 
 import ast
-import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -29,7 +27,7 @@ def run(command, **options) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
         **options,
     )
 
@@ -48,12 +46,6 @@ def environment(**changes: str) -> dict[str, str]:
     return kept | changes
 
 
-def copy_sources(target: Path) -> Path:
-    """The package's Python files without the compiled ones."""
-    ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    return shutil.copytree(ROOT / "twophase_ext", target / "twophase_ext", ignore=ignored)
-
-
 def test_build_info():
     info = twophase_ext.build_info()
     texts = {"version", "torch_target", "compiler", "isa", "cuda"}
@@ -67,25 +59,6 @@ def test_build_info():
     assert re.match(r"(GNU|Clang|AppleClang) \d+", info["compiler"])
     assert info["isa"] in info["isa_variants"] and "baseline" in info["isa_variants"]
     assert bool(info["cuda"]) == bool(info["cuda_architectures"])
-
-
-def installed() -> importlib.metadata.Distribution | None:
-    """The ordinary installation of this package; None for an editable one, or none."""
-    try:
-        distribution = importlib.metadata.distribution("twophase-ext")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
-    return None if origin.get("dir_info", {}).get("editable") else distribution
-
-
-def test_tests_import_the_installed_package():
-    """The source folder must not shadow it, unless a developer put it on the path."""
-    distribution = installed()
-    if distribution is None or ROOT in {Path(p).resolve() for p in sys.path}:
-        pytest.skip("the source folder itself is being tested, built in place")
-    assert Path(distribution.locate_file("twophase_ext")).resolve() == PACKAGE
-    assert PACKAGE != ROOT / "twophase_ext"
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
@@ -135,28 +108,6 @@ def test_cuda_on_without_nvcc_is_a_clear_error(tmp_path):
     text = " ".join(result.stderr.split())
     assert "TWOPHASE_CUDA=ON, but no CUDA compiler was found" in text
     assert "put nvcc on PATH" in text
-
-
-def test_importing_without_the_library_says_why(tmp_path):
-    copy_sources(tmp_path)
-    # an editable installation's import hook would find the library in the source folder
-    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]"
-    command = [sys.executable, "-c", f"{code}; import twophase_ext"]
-    result = run(command, cwd=tmp_path, env=environment())
-    assert result.returncode != 0
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: twophase_ext has no compiled library beside it")
-    assert "pip install -e . --no-build-isolation" in last
-
-
-def test_importing_a_broken_library_says_why(tmp_path):
-    target = copy_sources(tmp_path)
-    module = next(PACKAGE.glob("_C.*"))
-    shutil.copy(module, target)  # libtwophase_ops.so, to which it is linked, is missing
-    result = run([sys.executable, "-c", "import twophase_ext"], cwd=tmp_path, env=environment())
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: the compiled library of twophase_ext could not be loaded")
-    assert "libtwophase_ops.so" in last and "torch" in last
 
 
 def test_files_are_short():

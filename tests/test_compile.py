@@ -91,7 +91,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_operators(name):
+def test_operators(name, isa):
     """Outputs and everything written in place."""
     function, make = CASES[name]
     eager, traced = make(), make()

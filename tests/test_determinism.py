@@ -16,15 +16,15 @@ import torch
 
 import twophase_ext as tp
 from determinism_cases import digest, operators, report, verdicts
-from helpers import quiet, toy_data, toy_mlp
+from helpers import ISAS, instruction_set, quiet, toy_data, toy_mlp
 from test_last_layer_epoch import Problem
-from twophase_ext import _load, ops
+from twophase_ext import ops
 from twophase_ext.expressivity.record import hash_tensors
 from twophase_ext.training.streams import epoch_order
 
 TESTS = Path(__file__).resolve().parent
 PAGE = TESTS.parent / "docs" / "determinism.md"
-ISA, VARIANTS = tp.build_info()["isa"], tp.build_info()["isa_variants"]
+ISA = tp.build_info()["isa"]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,9 +33,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # ---- the table
 
 
-def rows() -> list[list[str]]:
+def rows(text: str = PAGE.read_text(encoding="utf-8")) -> list[list[str]]:
     """[what, against, bits, test] of every row."""
-    lines = re.findall(r"^\| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    lines = re.findall(r"^\| (.*) \|$", text, re.MULTILINE)
     cells = [line.split(" | ") for line in lines]
     return [row for row in cells if row[0] not in ("what", "") and not row[0].startswith("---")]
 
@@ -45,9 +45,11 @@ def named(cell: str) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def functions_of(file: Path) -> set[str]:
+def functions_of(file: Path) -> dict[str, list[str]]:
+    """The functions' names, with those of their arguments."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    return {f.name for f in tree.body if isinstance(f, ast.FunctionDef)}
+    functions = (f for f in tree.body if isinstance(f, ast.FunctionDef))
+    return {f.name: [a.arg for a in f.args.args] for f in functions}
 
 
 def test_every_row_names_a_test_that_exists():
@@ -65,6 +67,18 @@ def test_every_row_names_a_test_that_exists():
         assert only == tests.startswith("GPU: "), (what, tests)
 
 
+def test_bits_of_operators_are_compared_on_every_instruction_set():
+    """Another machine has another one: a promise that this one alone keeps is none."""
+    section = PAGE.read_text(encoding="utf-8").split("## Operators")[1].split("\n## ")[0]
+    promises = [row for row in rows(section) if row[2] == "same" and "GPU: " not in row[3]]
+    assert len(promises) > 20
+    for row in promises:
+        for file, test in named(row[3]):
+            given = functions_of(TESTS / f"{file}.py")[test]
+            all_of_them = "isa" in given or "instruction_set" in test or "another_process" in test
+            assert all_of_them, (row, test)
+
+
 def test_every_operator_and_phase_has_a_row():
     what = " ".join(row[0] for row in rows())
     functions = [name for name in ops.__all__ if name != "logit_error_constant"]  # an integer
@@ -74,8 +88,9 @@ def test_every_operator_and_phase_has_a_row():
     # each other test of these files is the test of a row
     files = ("test_determinism", "test_determinism_runs")
     used = {test for row in rows() for file, test in named(row[3]) if file in files}
-    own = set().union(*(functions_of(TESTS / f"{file}.py") for file in files))
+    own = {name for file in files for name in functions_of(TESTS / f"{file}.py")}
     assert {name for name in own if name.startswith("test_")} - used == {
+        "test_bits_of_operators_are_compared_on_every_instruction_set",
         "test_every_row_names_a_test_that_exists",
         "test_every_operator_and_phase_has_a_row",
     }
@@ -89,14 +104,14 @@ def same(a: dict[str, list[torch.Tensor]], b: dict[str, list[torch.Tensor]]) -> 
         assert digest(a[name]) == digest(b[name]), name
 
 
-def test_every_operator_again(device):
+def test_every_operator_again(device, isa):
     first, again = operators(device), operators(device)
     if device == "cuda":  # cuBLAS's products and torch's sums
         first = {name: parts for name, parts in first.items() if "gradient" not in name}
     same(first, again)
 
 
-def test_every_operator_for_any_number_of_threads():
+def test_every_operator_for_any_number_of_threads(isa):
     """With the derivatives of softplus, which its own test leaves out."""
     first = operators()
     for count in (2, 3, 5):
@@ -104,21 +119,18 @@ def test_every_operator_for_any_number_of_threads():
         same(first, operators())
 
 
-@pytest.mark.parametrize("isa", VARIANTS)
-def test_every_instruction_set_to_rounding(isa):
+@pytest.mark.parametrize("other", ISAS)
+def test_every_instruction_set_to_rounding(other):
     expected = operators()
-    try:
-        _load._C.set_isa(isa)
+    with instruction_set(other):
         found = operators()
-    finally:
-        _load._C.set_isa(ISA)
     for name, parts in expected.items():
         tolerance = 1e-12 if "float64" in name else 1e-5
         for a, b in zip(found[name], parts, strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=name)
 
 
-def test_memory_layout_of_sgd():
+def test_memory_layout_of_sgd(isa):
     g = torch.Generator().manual_seed(1)
     base = [torch.randn(40, 60, generator=g) for _ in range(3)]
     rule = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}
@@ -134,7 +146,7 @@ def test_memory_layout_of_sgd():
         assert torch.equal(p, packed[0]) and torch.equal(buffer, packed[2])
 
 
-def test_order_and_company_of_sgd():
+def test_order_and_company_of_sgd(isa):
     g = torch.Generator().manual_seed(1)
     sizes = (5, 30_001, 64, 0, 700)
     params, grads = ([torch.randn(n, generator=g) for n in sizes] for _ in range(2))
@@ -147,7 +159,7 @@ def test_order_and_company_of_sgd():
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
-def test_row_strides_of_the_gradient():
+def test_row_strides_of_the_gradient(isa):
     problem = Problem(70, 10, 1031, 16)
     layer = (problem.weight, problem.bias)
     expected = ops.last_layer_gradient(*layer, problem.h, problem.y)
@@ -180,7 +192,7 @@ def test_order_is_a_mersenne_twister_shuffle(n):
     assert epoch_order(3, 4, n).tolist() == expected.tolist()
 
 
-def test_noise_is_pinned():
+def test_noise_is_pinned(isa):
     """The bits of this version: another torch, compiler or processor must not change them."""
     tensors = {"a": torch.zeros(10_007), "b.weight": torch.zeros(33, 3, dtype=torch.float64)}
     tp.perturb_(tensors, {"a": 1.0, "b.weight": 0.01}, seed=42)
@@ -231,7 +243,7 @@ def test_hashes_do_not_see_batches_strides_or_containers():
     assert whole != hash_tensors([x.flip(0)])
 
 
-def test_numbers_of_torch_s_products_again():
+def test_numbers_of_torch_s_products_again(isa):
     """rank_logdet, ntk_rank and guarantee: the same call, the same bits."""
     x, y = toy_data(40)
     model = toy_mlp()
@@ -268,15 +280,18 @@ def test_another_process(tmp_path):
     assert json.loads(line) == report()
 
 
-@pytest.mark.parametrize("isa", [isa for isa in VARIANTS if isa != ISA])
-def test_another_instruction_set(tmp_path, isa):
-    """perturb_ and sgd_ to the bit, softplus where both multiply and add in one; recheck holds."""
+@pytest.mark.parametrize("other", [isa for isa in ISAS if isa != ISA])
+def test_another_instruction_set(tmp_path, other):
+    """Another process has this one's bits on that set; and those of this one's set, perturb_ and
+    sgd_, and softplus where both multiply and add in one. recheck holds."""
     x, _ = toy_data()
     written = tp.verify_expressivity(toy_mlp(), x, w="witness", method="certificate")
     written.save(tmp_path / "verdict.json")
-    used, digests, holds = map(json.loads, child("other", tmp_path, isa))
-    assert used == isa and holds
-    bit_stable = ("perturb_", "sgd_", *(["softplus"] if "baseline" not in (isa, ISA) else []))
+    used, digests, holds = map(json.loads, child("other", tmp_path, other))
+    assert used == other and holds
+    with instruction_set(other):
+        assert digests == {name: digest(parts) for name, parts in operators().items()}
+    bit_stable = ("perturb_", "sgd_", *(["softplus"] if "baseline" not in (other, ISA) else []))
     compared = 0
     for name, parts in operators().items():
         if name.startswith(bit_stable):

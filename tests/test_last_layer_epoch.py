@@ -1,6 +1,8 @@
 """last_layer_epoch_: many mini-batch steps in one call are the steps one by one."""
 
+import itertools
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import ISAS, instruction_set, on_each_isa
 from twophase.reference import last_layer as twin
-from twophase_ext import _load, build_info
 from twophase_ext.ops import last_layer_epoch_, last_layer_step_
 
 PLAIN = {}
@@ -72,19 +74,25 @@ class Problem:
 
         weight, bias, buffers = own(self.weight), own(self.bias), [None, None]
         y = self.y if self.loss == "cross_entropy" else own(self.y)
-        pairs = zip(self.bounds, self.bounds[1:], strict=False)
         losses = twin.last_layer_epoch_(
             weight,
             bias,
             buffers,
             own(self.h),
             y,
-            [self.order[a:b] for a, b in pairs],
+            [self.order[a:b] for a, b in pairwise(self.bounds)],
             loss=self.loss,
             lr=self.lr,
             **rule,
         )
         return losses, weight, bias
+
+
+def assert_as_good(ours, exact, torchs):
+    """At most twice torch's own error, and some roundings of float32."""
+    for a, b, c in zip(ours[:3], exact, torchs, strict=True):
+        allowed = 2 * float((c.double() - b).abs().max()) + 4e-7 * float(b.abs().max())
+        assert float((a.double() - b).abs().max()) <= allowed
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -93,16 +101,16 @@ class Problem:
 def test_matches_the_plain_loop(device, shape, loss, rule):
     for bias in (True, False):
         problem = Problem(*shape, loss=loss, bias=bias, dtype=torch.float64)
-        ours = problem.ours(device, **rule)
-        for a, b in zip(ours[:3], problem.by_twin(torch.float64, **rule), strict=True):
-            if a is not None:
-                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+        exact = problem.by_twin(torch.float64, **rule)
+        for ours in on_each_isa(lambda p=problem: p.ours(device, **rule)):
+            for a, b in zip(ours[:3], exact, strict=True):
+                if a is not None:
+                    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
     problem = Problem(*shape, loss=loss)
-    ours, exact = problem.ours(device, **rule), problem.by_twin(torch.float64, **rule)
+    exact = problem.by_twin(torch.float64, **rule)
     torchs = problem.by_twin(torch.float32, **rule)
-    for a, b, c in zip(ours[:3], exact, torchs, strict=True):
-        allowed = 2 * float((c.double() - b).abs().max()) + 4e-7 * float(b.abs().max())
-        assert float((a.double() - b).abs().max()) <= allowed
+    for ours in on_each_isa(lambda: problem.ours(device, **rule)):
+        assert_as_good(ours, exact, torchs)
 
 
 def test_a_thousand_steps_are_as_accurate_as_torch():
@@ -130,12 +138,15 @@ def test_a_thousand_steps_are_as_accurate_as_torch():
 
     exact, exact_losses = eager(torch.float64)
     theirs, their_losses = eager(torch.float32)
-    for dtype, factor in ((torch.float32, 2.0), (torch.float64, 0.0)):
+    for isa, (dtype, factor) in itertools.product(
+        ISAS, ((torch.float32, 2.0), (torch.float64, 0.0))
+    ):
         weight, bias = start.clone().to(dtype), torch.zeros(k, dtype=dtype)
         buffers = torch.zeros_like(weight), torch.zeros_like(bias)
-        losses = last_layer_epoch_(
-            weight, bias, *buffers, h.to(dtype), y, order, batch_size=16, **rule
-        )
+        with instruction_set(isa):
+            losses = last_layer_epoch_(
+                weight, bias, *buffers, h.to(dtype), y, order, batch_size=16, **rule
+            )
         for ours, true, torchs in (
             (weight, exact, theirs),
             (losses, exact_losses, their_losses),
@@ -145,81 +156,53 @@ def test_a_thousand_steps_are_as_accurate_as_torch():
             assert error <= max(allowed, 1e-12 * float(true.abs().max())), dtype
 
 
-def test_bfloat16_features_give_the_same_bits_for_any_number_of_threads():
-    problem, threads = Problem(70, 10, 1031, 16), torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            results.append(problem.ours(h=problem.h.bfloat16(), **MOMENTUM))
-    finally:
-        torch.set_num_threads(threads)
+def test_bfloat16_features_give_the_same_bits_for_any_number_of_threads(isa):
+    problem, results = Problem(70, 10, 1031, 16), []
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        results.append(problem.ours(h=problem.h.bfloat16(), **MOMENTUM))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_same_bits_as_step_by_step_split_and_for_any_number_of_threads(dtype):
-    problem, threads = Problem(70, 10, 1031, 16, dtype=dtype), torch.get_num_threads()
+def test_the_same_bits_as_step_by_step_split_and_for_any_number_of_threads(dtype, loss, isa):
+    problem = Problem(70, 10, 1031, 16, dtype=dtype, loss=loss)
     state, losses = problem.state(), []
-    for s, (begin, end) in enumerate(zip(problem.bounds, problem.bounds[1:], strict=False)):
+    for s, (begin, end) in enumerate(pairwise(problem.bounds)):
         index = problem.order[begin:end]
-        h, y = problem.h[index], problem.y[index]
-        rule = {**MOMENTUM, "lr": problem.lr[s], "fresh": s == 0}
-        losses.append(last_layer_step_(*state, h, y, **rule).double())
+        rule = {**MOMENTUM, "lr": problem.lr[s], "fresh": s == 0, "loss": loss}
+        losses.append(last_layer_step_(*state, problem.h[index], problem.y[index], **rule).double())
     expected = [torch.stack(losses), *state]
-    try:
-        for count in (1, 2, 3, 4, 7):
-            torch.set_num_threads(count)
-            ours = problem.ours(**MOMENTUM)
-            assert torch.equal(ours[0].to(dtype).double(), expected[0])
-            assert all(torch.equal(a, b) for a, b in zip(ours[1:], expected[1:], strict=True))
-            for cut in (1, 2, len(problem.lr) - 1):
-                state = problem.state()
-                first = problem.ours(steps=(0, cut), state=state, **MOMENTUM)[0]
-                rest = (cut, len(problem.lr))
-                last = problem.ours(steps=rest, state=state, fresh=False, **MOMENTUM)[0]
-                assert torch.equal(torch.cat([first, last]), ours[0])
-                assert all(torch.equal(a, b) for a, b in zip(state, ours[1:], strict=True))
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("isa", build_info()["isa_variants"])
-def test_every_instruction_set(isa):
-    before = build_info()["isa"]
-    problem = Problem(30, 23, 600, 8)
-    exact = problem.by_twin(torch.float64, **MOMENTUM)
-    try:
-        _load._C.set_isa(isa)
+    for count in (1, 2, 3, 4, 7):
+        torch.set_num_threads(count)
         ours = problem.ours(**MOMENTUM)
-    finally:
-        _load._C.set_isa(before)
-    for a, b in zip(ours[:3], exact, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(ours[0].to(dtype).double(), expected[0])
+        assert all(torch.equal(a, b) for a, b in zip(ours[1:], expected[1:], strict=True))
+        for cut in (1, 2, len(problem.lr) - 1):
+            state = problem.state()
+            first = problem.ours(steps=(0, cut), state=state, **MOMENTUM)[0]
+            rest = (cut, len(problem.lr))
+            last = problem.ours(steps=rest, state=state, fresh=False, **MOMENTUM)[0]
+            assert torch.equal(torch.cat([first, last]), ours[0])
+            assert all(torch.equal(a, b) for a, b in zip(state, ours[1:], strict=True))
 
 
-@pytest.mark.parametrize("isa", build_info()["isa_variants"])
-def test_bfloat16_features_are_those_widened(isa):
+def test_bfloat16_features_are_those_widened():
     """As accurate as torch's float32 on the widened ones, for any remainder of a vector."""
-    before = build_info()["isa"]
-    _load._C.set_isa(isa)
-    try:
-        for shape in [*SHAPES, *((9, 3, m, 4) for m in (*range(2, 67), 515, 8209))]:
-            problem = Problem(*shape)
-            narrow = problem.h.bfloat16()
-            ours = problem.ours(h=narrow, **MOMENTUM)
-            problem.h = narrow.float()
-            exact = problem.by_twin(torch.float64, **MOMENTUM)
-            torchs = problem.by_twin(torch.float32, **MOMENTUM)
-            for a, b, c in zip(ours[:3], exact, torchs, strict=True):
-                allowed = 2 * float((c.double() - b).abs().max()) + 4e-7 * float(b.abs().max())
-                assert float((a.double() - b).abs().max()) <= allowed, shape
-    finally:
-        _load._C.set_isa(before)
+    for shape in [*SHAPES, *((9, 3, m, 4) for m in (*range(2, 67), 515, 8209))]:
+        problem = Problem(*shape)
+        narrow = problem.h.bfloat16()
+        found = on_each_isa(lambda p=problem, h=narrow: p.ours(h=h, **MOMENTUM))
+        problem.h = narrow.float()
+        exact = problem.by_twin(torch.float64, **MOMENTUM)
+        torchs = problem.by_twin(torch.float32, **MOMENTUM)
+        for ours in found:
+            assert_as_good(ours, exact, torchs)
 
 
-def test_bfloat16_features_read_no_further_than_their_rows():
+def test_bfloat16_features_read_no_further_than_their_rows(isa):
     for m in (1, 15, 33, 513, 1031):
         problem = Problem(5, 3, m, 2)
         expected = problem.ours(h=problem.h.bfloat16(), **MOMENTUM)
@@ -229,7 +212,7 @@ def test_bfloat16_features_read_no_further_than_their_rows():
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
-def test_rows_anywhere_and_files(tmp_path):
+def test_rows_anywhere_and_files(tmp_path, isa):
     problem = Problem(30, 5, 40, 8)
     expected = problem.ours(**MOMENTUM)
     wide = torch.full((60, 55), torch.nan)
@@ -266,7 +249,7 @@ def test_what_is_not_finite_spreads_as_in_the_plain_loop(bad):
     assert ours[0][0].isfinite() and not ours[0][-1].isfinite()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n=st.integers(1, 40),
     k=st.integers(1, 14),
@@ -279,9 +262,10 @@ def test_any_shape(n, k, m, batch, loss, rule):
     problem = Problem(n, k, max(m, 1), batch, loss=loss, dtype=torch.float64)
     if m == 0:
         problem.weight, problem.h = problem.weight[:, :0].contiguous(), problem.h[:, :0]
-    ours, theirs = problem.ours(**rule), problem.by_twin(torch.float64, **rule)
-    for a, b in zip(ours[:3], theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    theirs = problem.by_twin(torch.float64, **rule)
+    for ours in on_each_isa(lambda: problem.ours(**rule)):
+        for a, b in zip(ours[:3], theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize(

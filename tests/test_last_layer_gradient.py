@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers import on_each_isa
 from twophase.reference import last_layer as twin
 from twophase_ext.ops import last_layer_epoch_, last_layer_gradient, logit_error_constant
 
@@ -23,7 +24,7 @@ def problem(n, k, m, loss="cross_entropy", dtype=torch.float64):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 0), (64, 10, 257), (200, 23, 600), (65, 2, 9)])
-def test_matches_autograd(device, shape, loss):
+def test_matches_autograd(device, shape, loss, isa):
     weight, bias, h, y = (t.to(device) for t in problem(*shape, loss))
     for given in (bias, None):
         ours = last_layer_gradient(weight, given, h, y, loss=loss)
@@ -42,7 +43,7 @@ def test_matches_autograd(device, shape, loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_float32_and_bfloat16(device, loss):
+def test_float32_and_bfloat16(device, loss, isa):
     weight, bias, h, y = problem(300, 10, 900, loss, torch.float32)
     y = y if loss == LOSSES[0] else y.float()
     for features in (h, h.bfloat16()):
@@ -56,16 +57,22 @@ def test_float32_and_bfloat16(device, loss):
             assert error <= 2 * float((c.double() - b).abs().max()) + 1e-7 * float(b.abs().max())
 
 
-def test_the_same_bits_for_any_number_of_threads():
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize("n", [3, 7, 49, 64])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_mean_of_a_block_is_that_of_a_step(n, loss, isa):
+    weight, bias, h, y = problem(n, 10, 300, loss)
+    mean, _, _ = last_layer_gradient(weight, bias, h, y, loss=loss)
+    order, none = torch.arange(n), (None, None)
+    step = last_layer_epoch_(weight, bias, *none, h, y, order, batch_size=n, lr=0.0, loss=loss)
+    assert torch.equal(mean, step[0])
+
+
+def test_the_same_bits_for_any_number_of_threads(isa):
     weight, bias, h, y = problem(200, 10, 1031, dtype=torch.float32)
     results = []
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            results.append(last_layer_gradient(weight, bias, h, y))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        results.append(last_layer_gradient(weight, bias, h, y))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -91,18 +98,21 @@ def test_a_logit_errs_by_less_than_its_constant(m, dtype, h_dtype):
         for weight in (h.to(dtype, copy=True), torch.randn(1, m, generator=g).to(dtype)):
             zero = torch.zeros(1, 1, dtype=dtype)
             bias = torch.tensor([0.3], dtype=dtype)
-            w, b = weight.clone(), bias.clone()
-            # lr 1/2 on the bias alone: b - delta / 2 = b - q; its rounding is one more u
-            last_layer_epoch_(
-                w, b, None, None, h, zero, torch.tensor([0]), batch_size=1, lr=0.5, loss=LOSSES[1]
-            )
-            computed = Fraction(float(bias)) - Fraction(float(b))
+            first, rule = torch.tensor([0]), {"batch_size": 1, "lr": 0.5, "loss": LOSSES[1]}
+
+            def logit(layer=(weight, bias), data=(h, zero, first), rule=rule):
+                """lr 1/2 on the bias alone: b - delta / 2 = b - q; its rounding is one more u."""
+                w, b = (t.clone() for t in layer)
+                last_layer_epoch_(w, b, None, None, *data, **rule)
+                return Fraction(float(layer[1])) - Fraction(float(b))
+
             pairs = zip(h[0].tolist(), weight[0].tolist(), strict=True)
             products = [Fraction(x) * Fraction(v) for x, v in pairs]
             exact = sum(products) + Fraction(float(bias))
             size = sum(map(abs, products)) + Fraction(float(bias))
             extra = 3 * u * (abs(exact) + Fraction(float(bias)))
-            assert abs(computed - exact) <= logit_error_constant(m, dtype) * u * size + extra
+            allowed = logit_error_constant(m, dtype) * u * size + extra
+            assert all(abs(computed - exact) <= allowed for computed in on_each_isa(logit))
 
 
 def test_the_constant_knows_the_library_s_order():

@@ -3,15 +3,15 @@
 import itertools
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from helpers import on_each_isa
+from last_layer_problem import LOSSES, Problem, assert_as_good_as_torch
 from twophase.reference import last_layer as twin
-from twophase_ext import _load, build_info
 from twophase_ext.ops import last_layer_step_
 
 PLAIN = {"lr": 0.1}
@@ -19,7 +19,6 @@ MOMENTUM = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
 DAMPED = {"lr": 0.05, "momentum": 0.5, "dampening": 0.25, "weight_decay": 1e-5}
 NESTEROV = {"lr": 0.2, "momentum": 0.9, "nesterov": True}
 RULES = [PLAIN, MOMENTUM, DAMPED, NESTEROV]
-LOSSES = ["cross_entropy", "squared_error"]
 # (samples, outputs, features): one, tails of vectors, chunks, slices, blocks of rows and outputs
 SHAPES = [
     (1, 1, 1),
@@ -34,145 +33,16 @@ SHAPES = [
 ]
 
 
-class Problem:
-    """A last layer with its buffers, three batches, and the rule of the steps."""
-
-    def __init__(self, b, k, m, *, loss="cross_entropy", bias=True, dtype=torch.float32, **rule):
-        g = torch.Generator().manual_seed(1000 * b + 10 * k + m)
-        self.loss, self.rule, self.dtype = loss, rule, dtype
-        self.weight = torch.randn(k, m, generator=g).to(dtype)
-        self.bias = torch.randn(k, generator=g).to(dtype) if bias else None
-        self.batches = []
-        for _ in range(3):
-            h = (torch.randn(b, m, generator=g) / m**0.5).to(dtype)  # no divergence at these lr
-            if loss == "cross_entropy":
-                self.batches.append((h, torch.randint(k, (b,), generator=g)))
-            else:
-                self.batches.append((h, torch.randn(b, k, generator=g).to(dtype)))
-
-    def ours(self, device="cpu"):
-        """[losses, weight, bias, weight_buffer, bias_buffer] after the three steps."""
-
-        def own(t):
-            return None if t is None else t.clone().to(device)
-
-        weight, bias = own(self.weight), own(self.bias)
-        buffers = [None, None]
-        if self.rule.get("momentum"):  # a fresh buffer's content must not matter
-            buffers = [None if t is None else torch.full_like(t, 7.0) for t in (weight, bias)]
-        losses = [
-            last_layer_step_(
-                weight,
-                bias,
-                *buffers,
-                h.to(device),
-                y.to(device),
-                loss=self.loss,
-                fresh=i == 0,
-                **self.rule,
-            )
-            for i, (h, y) in enumerate(self.batches)
-        ]
-        return [
-            None if t is None else t.cpu() for t in (torch.stack(losses), weight, bias, *buffers)
-        ]
-
-    def by_torch(self):
-        """The same by autograd and torch.optim.SGD in the problem's dtype."""
-        weight = self.weight.clone().requires_grad_()
-        bias = None if self.bias is None else self.bias.clone().requires_grad_()
-        params = [p for p in (weight, bias) if p is not None]
-        optimizer = torch.optim.SGD(params, **self.rule)
-        losses = []
-        for h, y in self.batches:
-            q = F.linear(h, weight, bias)
-            loss = F.cross_entropy(q, y) if self.loss == "cross_entropy" else squared_error(q, y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        buffers = [
-            None if p is None else optimizer.state[p].get("momentum_buffer") for p in (weight, bias)
-        ]
-        results = (torch.stack(losses), weight, bias, *buffers)
-        return [None if t is None else t.detach() for t in results]
-
-    def truth(self):
-        """The same by the formulas in extended precision.
-
-        And for each the largest effect of one relative rounding of logits and gradients, in units
-        of that rounding.
-        """
-
-        def wide(t):
-            return t.double().numpy().astype(np.longdouble)
-
-        params = [wide(self.weight)] + ([] if self.bias is None else [wide(self.bias)])
-        buffers, losses = None, []
-        effects = np.zeros(3)  # on loss, weight, bias
-        momentum, decay = self.rule.get("momentum", 0), self.rule.get("weight_decay", 0)
-        for h, y in self.batches:
-            x, b = wide(h), len(h)
-            q = x @ params[0].T + (params[1] if len(params) == 2 else 0)
-            if self.loss == "cross_entropy":
-                e = np.exp(q - q.max(1, keepdims=True))
-                p, hot = e / e.sum(1, keepdims=True), np.eye(q.shape[1])[y.numpy()]
-                losses.append(-np.log((p * hot).sum(1)).mean())
-                delta = (p - hot) / b
-            else:
-                losses.append(((q - wide(y)) ** 2).sum(1).mean())
-                delta = 2 * (q - wide(y)) / b
-            sizes = np.abs(x) @ np.abs(params[0].T) + (np.abs(params[1]) if len(params) == 2 else 0)
-            changes = np.abs(delta) + sizes * (1 if self.loss == "cross_entropy" else 2) / b
-            effects[0] = max(effects[0], losses[-1], (np.abs(delta) * sizes).sum())
-            effects[1] += (changes.T @ np.abs(x)).max()
-            effects[2] += changes.sum(0).max()
-            grads = [delta.T @ x, delta.sum(0)][: len(params)]
-            grads = [g + decay * p for g, p in zip(grads, params, strict=True)]
-            if buffers is None:
-                buffers = grads
-            else:
-                kept = 1 - self.rule.get("dampening", 0)
-                buffers = [momentum * v + kept * g for v, g in zip(buffers, grads, strict=True)]
-            steps = buffers if momentum else grads
-            if self.rule.get("nesterov"):
-                steps = [g + momentum * v for g, v in zip(grads, buffers, strict=True)]
-            params = [p - self.rule["lr"] * s for p, s in zip(params, steps, strict=True)]
-        pair = [*params, None][:2]
-        results = [np.array(losses), *pair, *([*buffers, None][:2] if momentum else [None, None])]
-        lr = self.rule["lr"]
-        return results, effects[[0, 1, 2, 1, 2]] * (1, lr, lr, 1, 1)
-
-
-def squared_error(q, y):
-    return (q - y).square().sum(1).mean()
-
-
-def assert_as_good_as_torch(problem, ours):
-    """Error against the truth at most twice torch's own, or twice the effect of one rounding."""
-    names = ("loss", "weight", "bias", "weight_buffer", "bias_buffer")
-    truths, effects = problem.truth()
-    for name, got, by_torch, truth, effect in zip(
-        names, ours, problem.by_torch(), truths, effects, strict=True
-    ):
-        if truth is None:
-            continue
-        error, own = (float(np.abs(t.double().numpy() - truth).max()) for t in (got, by_torch))
-        rounding = torch.finfo(problem.dtype).eps / 2 * float(max(effect, np.abs(truth).max()))
-        assert got.dtype == problem.dtype
-        assert error <= 2 * max(own, rounding), (name, error, own, rounding)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_good_as_torch(device, shape, loss, dtype):
     for rule, bias in itertools.product(RULES if shape[2] < 300 else [MOMENTUM], (True, False)):
         problem = Problem(*shape, loss=loss, bias=bias, dtype=dtype, **rule)
-        assert_as_good_as_torch(problem, problem.ours(device))
+        assert_as_good_as_torch(problem, *on_each_isa(lambda p=problem: p.ours(device)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     b=st.integers(1, 9),
     k=st.integers(1, 25),
@@ -182,24 +52,15 @@ def test_as_good_as_torch(device, shape, loss, dtype):
     dtype=st.sampled_from([torch.float32, torch.float64]),
     rule=st.sampled_from(RULES),
 )
+@example(7, 24, 7, "squared_error", False, torch.float32, PLAIN)
+@example(2, 6, 15, "squared_error", True, torch.float32, NESTEROV)
 def test_any_shape_and_rule(b, k, m, loss, bias, dtype, rule):
+    """Also where torch has nearly none of the numbers wrong: the two examples."""
     problem = Problem(b, k, m, loss=loss, bias=bias, dtype=dtype, **rule)
-    assert_as_good_as_torch(problem, problem.ours())
+    assert_as_good_as_torch(problem, *on_each_isa(problem.ours))
 
 
-@pytest.mark.parametrize("isa", build_info()["isa_variants"])
-def test_every_instruction_set(isa):
-    best = build_info()["isa"]
-    _load._C.set_isa(isa)
-    try:
-        for shape, loss in itertools.product([(5, 11, 257), (65, 7, 1031)], LOSSES):
-            problem = Problem(*shape, loss=loss, **MOMENTUM)
-            assert_as_good_as_torch(problem, problem.ours())
-    finally:
-        _load._C.set_isa(best)
-
-
-def test_twin(device):
+def test_twin(device, isa):
     for loss in LOSSES:
         problem = Problem(6, 4, 37, loss=loss, dtype=torch.float64, **NESTEROV)
         weight, bias, buffers = problem.weight.clone(), problem.bias.clone(), [None, None]
@@ -211,16 +72,11 @@ def test_twin(device):
         torch.testing.assert_close(problem.ours(device), expected, rtol=1e-12, atol=1e-13)
 
 
-def test_same_bits_for_any_number_of_threads():
-    before = torch.get_num_threads()
-    problem = Problem(33, 10, 9001, **MOMENTUM)
-    results = []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(problem.ours())
-    finally:
-        torch.set_num_threads(before)
+def test_same_bits_for_any_number_of_threads(isa):
+    problem, results = Problem(33, 10, 9001, **MOMENTUM), []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(problem.ours())
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -230,7 +86,7 @@ def step(weight, h, y, **changes):
     return last_layer_step_(weight, h=h, target=y, **arguments)
 
 
-def test_strides_of_the_features(device):
+def test_strides_of_the_features(device, isa):
     g = torch.Generator().manual_seed(0)
     weight, y = torch.randn(4, 35, generator=g).to(device), torch.tensor([0, 3, 1]).to(device)
     wide = torch.randn(6, 80, generator=g).to(device)
@@ -247,7 +103,7 @@ def test_strides_of_the_features(device):
 
 
 @pytest.mark.parametrize("m", [1, 15, 33, 513, 1025])
-def test_touches_nothing_around_its_arrays(device, m):
+def test_touches_nothing_around_its_arrays(device, m, isa):
     """All arrays lie in one buffer of NaN: reading beyond an end would spread it."""
     k, b, gap = 3, 5, 40
     weight, h = torch.randn(k, m), torch.randn(b, m)
@@ -276,7 +132,7 @@ def test_parameters_that_require_grad():
     assert not torch.equal(layer.weight, before) and layer.weight.grad is None
 
 
-def test_large_logits(device):
+def test_large_logits(device, isa):
     h = torch.tensor([[1.0], [-1.0]], device=device)
     weight = torch.tensor([[5000.0], [-5000.0], [0.0]], device=device)
     assert step(weight, h, torch.tensor([0, 1], device=device)) == 0
@@ -286,7 +142,7 @@ def test_large_logits(device):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_not_finite_is_returned_and_spreads_as_in_torch(device, loss, bad):
+def test_not_finite_is_returned_and_spreads_as_in_torch(device, loss, bad, isa):
     problem = Problem(5, 3, 40, loss=loss, **MOMENTUM)
     problem.batches = [problem.batches[0]]
     problem.batches[0][0][2, 17] = bad

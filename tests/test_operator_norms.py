@@ -13,7 +13,7 @@ from twophase_ext.expressivity.operator_norms import conv_norms, convolve, linea
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.data())
 def test_convolutions_and_their_norms(data):
     def draw(low, high):

@@ -12,9 +12,8 @@ import scipy.stats
 import torch
 from torch.library import opcheck
 
-import twophase_ext as tp
+from helpers import ISAS, instruction_set
 from twophase import reference
-from twophase_ext import _load
 from twophase_ext.ops import perturb_
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -109,7 +108,7 @@ def test_published_vectors_and_64_bit_counters(tmp_path):
     assert subprocess.check_output([program], text=True) == str(3 + 200)
 
 
-def test_twin(device):
+def test_twin(device, isa):
     shapes = {"a": (3, 5), "module.b.weight": (7,), "c": (), "_orig_mod.empty": (0, 4)}
     ours = {name: torch.randn(shape).to(device) for name, shape in shapes.items()}
     before = {name: t.clone() for name, t in ours.items()}
@@ -123,7 +122,7 @@ def test_twin(device):
         assert t.numel() == 0 or not torch.equal(t, before[name])
 
 
-def test_seed_is_64_bits_and_wrappers_do_not_count():
+def test_seed_is_64_bits_and_wrappers_do_not_count(isa):
     a, b, c = torch.zeros(3, 9)
     perturb_({"x.weight": a}, 1.0, seed=-1)
     perturb_({"module._orig_mod.x.weight": b}, 1.0, seed=2**64 - 1)
@@ -135,48 +134,35 @@ def test_seed_is_64_bits_and_wrappers_do_not_count():
 # ---- the same bits whatever the machine does
 
 
-@pytest.fixture
-def isas():
-    """Every instruction set that this processor has; the one in use comes back afterwards."""
-    yield tp.build_info()["isa_variants"]
-    _load._C.set_isa(IN_USE)
-
-
-IN_USE = tp.build_info()["isa"]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_instruction_set_gives_the_same_bits(isas, dtype):
+def test_every_instruction_set_gives_the_same_bits(dtype):
     results = []
-    for isa in isas:
-        _load._C.set_isa(isa)
+    for isa in ISAS:
         x = torch.linspace(-3, 3, 100_003, dtype=dtype)
-        torch.ops.twophase.perturb_([x], [99], [0.3])
+        with instruction_set(isa):
+            torch.ops.twophase.perturb_([x], [99], [0.3])
         results.append(x)
     assert all(torch.equal(results[0], x) for x in results)
 
 
-def test_every_thread_count_gives_the_same_bits():
-    sizes, threads, results = [5, 200_001, 0, 64, 33_333], torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            tensors = {str(n): torch.zeros(n) for n in sizes}
-            perturb_(tensors, 1.0, seed=3)
-            results.append(torch.cat(list(tensors.values())))
-    finally:
-        torch.set_num_threads(threads)
+def test_every_thread_count_gives_the_same_bits(isa):
+    sizes, results = [5, 200_001, 0, 64, 33_333], []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        tensors = {str(n): torch.zeros(n) for n in sizes}
+        perturb_(tensors, 1.0, seed=3)
+        results.append(torch.cat(list(tensors.values())))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
-def test_prefix():
+def test_prefix(isa):
     whole = noise(70_000)
     for n in (1, 2, 3, 4, 5, 255, 256, 257, 16_385, 69_999):
         assert torch.equal(noise(n), whole[:n])
 
 
-def test_neighbours_and_order_do_not_matter(device):
+def test_neighbours_and_order_do_not_matter(device, isa):
     sizes = {"a": 1, "b": 70_001, "c": 63, "d": 5000}
     together = {name: torch.zeros(n, device=device) for name, n in sizes.items()}
     perturb_(together, 1.0, seed=8)
@@ -196,7 +182,7 @@ def test_neighbours_and_order_do_not_matter(device):
     ],
     ids=["transposed", "strided", "offset", "channels_last"],
 )
-def test_elements_count_in_logical_order(view, device):
+def test_elements_count_in_logical_order(view, device, isa):
     base = torch.randn(31, 18, device=device)
     before, x = base.clone(), view(base)
     flat = x.clone(memory_format=torch.contiguous_format)
@@ -209,7 +195,7 @@ def test_elements_count_in_logical_order(view, device):
         assert (base != before).sum() == x.numel()  # nothing beside the view was touched
 
 
-def test_float64_takes_the_float32_stream(device):
+def test_float64_takes_the_float32_stream(device, isa):
     p = torch.randn(1001, dtype=torch.float64, device=device)
     q = p.clone()
     perturb_({"w": q}, 1e-3, seed=4)

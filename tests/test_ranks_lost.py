@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -81,9 +80,8 @@ def test_a_lost_rank_ends_the_run_and_it_resumes(tmp_path, at, number):
     )
     for process in processes:
         process.start()
-    began = time.monotonic()
-    processes[0].join(40)
-    assert time.monotonic() - began < 40
+    processes[0].join(300)
+    assert processes[0].exitcode is not None
     processes[1].kill()
     processes[1].join()
     error = torch.load(tmp_path / "2" / "rank0.pt", weights_only=False)

@@ -65,7 +65,7 @@ def scalar_philox(counter, key):
     return c
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6))
 def test_philox_is_exact_integer_arithmetic(words):
     counter, key = words[:4], words[4:]

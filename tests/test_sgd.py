@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.library import opcheck
 
-import twophase_ext as tp
+from helpers import ISAS, instruction_set
 from twophase import reference
-from twophase_ext import _load, optim
+from twophase_ext import optim
 from twophase_ext.ops import sgd_
 
 # Without vector instructions torch rounds the product of add(alpha) on its own.
@@ -74,7 +74,7 @@ def assert_equal(ours, theirs) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rule", RULES, ids=named)
-def test_equals_torch_bit_for_bit(rule, dtype, device):
+def test_equals_torch_bit_for_bit(rule, dtype, device, isa):
     ours, theirs = make_params(dtype, device), make_params(dtype, device)
     a = optim.SGD(ours, lr=0.05, **rule)
     b = torch.optim.SGD(theirs, lr=0.05, foreach=False, **rule)
@@ -93,7 +93,7 @@ def test_equals_torch_bit_for_bit(rule, dtype, device):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=named)
-def test_twin(rule, device):
+def test_twin(rule, device, isa):
     ours = [p.detach() for p in make_params(torch.float64, device)]
     twin = [p.clone() for p in ours]
     set_grads(ours, 1)
@@ -119,40 +119,33 @@ def test_weight_decay_zero_keeps_p_out_of_the_buffer():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_instruction_set_gives_the_same_bits(dtype):
-    results, in_use = [], tp.build_info()["isa"]
-    try:
-        for isa in tp.build_info()["isa_variants"]:
-            _load._C.set_isa(isa)
-            for rule in RULES:
-                params = make_params(dtype)
-                optimizer = optim.SGD(params, lr=0.05, **rule)
-                for step in range(2):
-                    set_grads(params, step)
-                    optimizer.step()
-                results.append((isa, named(rule), torch.cat([p.flatten() for p in params])))
-    finally:
-        _load._C.set_isa(in_use)
+    results = []
+    for isa, rule in itertools.product(ISAS, RULES):
+        params = make_params(dtype)
+        optimizer = optim.SGD(params, lr=0.05, **rule)
+        with instruction_set(isa):
+            for step in range(2):
+                set_grads(params, step)
+                optimizer.step()
+        results.append((isa, named(rule), torch.cat([p.flatten() for p in params])))
     first = {name: x for _, name, x in results[: len(RULES)]}
     for isa, name, x in results:
         assert torch.equal(x, first[name]), (isa, name)
 
 
-def test_every_thread_count_gives_the_same_bits():
-    results, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 100_001, 64, 0)]
-            set_grads(params, 0)
-            optim.SGD(params, **FULL).step()
-            results.append(torch.cat([p.detach() for p in params]))
-    finally:
-        torch.set_num_threads(threads)
+def test_every_thread_count_gives_the_same_bits(isa):
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 100_001, 64, 0)]
+        set_grads(params, 0)
+        optim.SGD(params, **FULL).step()
+        results.append(torch.cat([p.detach() for p in params]))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
-def test_expanded_gradient():
+def test_expanded_gradient(isa):
     """The gradient of a sum gives what its stored copy gives (in torch they differ)."""
     p, g = torch.randn(3, 5), torch.randn(3, 1).expand(3, 5)
     q = p.clone()
@@ -161,7 +154,7 @@ def test_expanded_gradient():
     assert torch.equal(p, q)
 
 
-def test_buffer_in_another_layout():
+def test_buffer_in_another_layout(isa):
     p, g = torch.randn(6, 7), torch.randn(6, 7)
     b = torch.randn(7, 6).t()
     q, c = p.clone(), b.clone(memory_format=torch.contiguous_format)

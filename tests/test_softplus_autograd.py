@@ -7,21 +7,11 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
-import twophase_ext
 from twophase_ext import softplus, softplus_
-from twophase_ext._load import _C
 
 ops = torch.ops.twophase
 BETA = 3.0
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-@pytest.fixture(params=twophase_ext.build_info()["isa_variants"])
-def isa(request):
-    before = twophase_ext.build_info()["isa"]
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 def smooth(z: torch.Tensor) -> torch.Tensor:

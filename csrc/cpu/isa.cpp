@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -10,6 +11,7 @@ namespace twophase {
 namespace {
 
 constexpr const char* kNames[] = {"baseline", "x86-64-v3", "x86-64-v4"};
+constexpr const char* kShort[] = {"baseline", "v3", "v4"};
 
 Isa best() {
   for (Isa candidate : {Isa::kX86V4, Isa::kX86V3})
@@ -19,10 +21,9 @@ Isa best() {
 
 // TWOPHASE_ISA limits the choice, to compare or to rule out an instruction set.
 Isa initial() {
-  if (const char* wanted = std::getenv("TWOPHASE_ISA"))
-    for (Isa candidate : {Isa::kBaseline, Isa::kX86V3, Isa::kX86V4})
-      if (!std::strcmp(wanted, isa_name(candidate)) && isa_supported(candidate)) return candidate;
-  return best();
+  const char* wanted = std::getenv("TWOPHASE_ISA");
+  const Isa limit = wanted && *wanted ? isa_named(wanted, "TWOPHASE_ISA") : Isa::kX86V4;
+  return std::min(limit, best());
 }
 
 std::atomic<Isa>& current() {
@@ -33,6 +34,14 @@ std::atomic<Isa>& current() {
 }  // namespace
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+Isa isa_named(const char* name, const char* argument) {
+  for (Isa candidate : {Isa::kBaseline, Isa::kX86V3, Isa::kX86V4})
+    for (const char* known : {isa_name(candidate), kShort[static_cast<int>(candidate)]})
+      if (!std::strcmp(name, known)) return candidate;
+  throw std::invalid_argument(std::string(argument) +
+                              ": expected baseline, x86-64-v3 or x86-64-v4, got " + name);
+}
 
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__)

@@ -10,12 +10,14 @@
 
 namespace twophase {
 
-enum class Isa : int { kBaseline, kX86V3, kX86V4 };
+enum class Isa : int { kBaseline, kX86V3, kX86V4 };  // each has what those before it have
 
 Isa isa();                  // in use
 const char* isa_name(Isa);  // "baseline", "x86-64-v3", "x86-64-v4"
-bool isa_supported(Isa);    // compiled in, and this processor has it
-void set_isa(Isa);          // for tests; std::invalid_argument where not supported
+// Also "v3" and "v4"; std::invalid_argument, which names `argument`, for another name
+Isa isa_named(const char* name, const char* argument);
+bool isa_supported(Isa);  // compiled in, and this processor has it
+void set_isa(Isa);        // for tests; std::invalid_argument where not supported
 
 }  // namespace twophase
 

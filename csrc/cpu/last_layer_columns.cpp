@@ -78,16 +78,13 @@ template <class T>
 double update(const Rows& rows, const Update& u) {
   const Slices slices(rows.m);
   const int64_t b = rows.b, k = rows.k;
-  const double scale = 1.0 / static_cast<double>(b);
+  const double scale = mean_scale(b);
   std::vector<double> z(k), losses(b), bias_sums(k);
   std::vector<T> delta(b * k), gradient(k);
   for (int64_t r = 0; r < b; ++r) {
     for (int64_t j = 0; j < k; ++j)
       z[j] = u.logits[r * k + j] + (u.bias ? static_cast<double>(static_cast<T*>(u.bias)[j]) : 0.0);
-    losses[r] =
-        u.loss == Loss::kCrossEntropy
-            ? cross_entropy_row(z.data(), k, static_cast<const int64_t*>(u.target)[r], scale)
-            : squared_error_row(z.data(), k, static_cast<const T*>(u.target) + r * k, scale);
+    losses[r] = loss_row<T>(u.loss, z.data(), k, u.target, r, scale);
     for (int64_t j = 0; j < k; ++j) {
       delta[r * k + j] = static_cast<T>(z[j]);
       bias_sums[j] += static_cast<double>(delta[r * k + j]);
@@ -107,7 +104,7 @@ double update(const Rows& rows, const Update& u) {
     (rows.dtype, u.bias, gradient.data(), u.bias_buffer, k, rule.fresh, rule.lr, rule.momentum,
      rule.dampening, rule.weight_decay, rule.nesterov, false);
   }
-  return pairwise_sum(losses.data(), b) * scale;
+  return mean_loss_of(losses.data(), b);
 }
 
 Tensor last_layer_update_op(Tensor weight, std::optional<Tensor> bias,

@@ -64,15 +64,14 @@ void epoch(const LastLayerEpoch& e) {
       passes.logits(rows, b, e.weight, slices.begin, slices.end);
       team.barrier();
       const Share mine(b, thread, team.size());
-      const double scale = 1.0 / static_cast<double>(b);
-      passes.losses(mine.begin, mine.end, b, e.bias, e.loss, e.target, e.order + first, scale,
-                    scratch.data() + thread * apart(e.k));
+      passes.losses(mine.begin, mine.end, b, e.bias, e.loss, e.target, e.order + first,
+                    mean_scale(b), scratch.data() + thread * apart(e.k));
       team.barrier();
       const Rule rule{e.fresh && s == 0, e.lr[s],        e.momentum,
                       e.dampening,       e.weight_decay, e.nesterov};
       passes.update(rows, b, e.weight, e.weight_buffer, rule, slices.begin, slices.end);
       if (thread > 0) continue;
-      e.losses[s] = passes.loss_sum(b) * scale;
+      e.losses[s] = passes.mean_loss(b);
       if (e.bias) passes.update_bias(b, e.bias, e.bias_buffer, rule, gradient.data());
     }
   });
@@ -92,13 +91,13 @@ constexpr int64_t kBlock = 64;  // rows whose second pass finds them in the cach
 template <class T>
 void gradient_of(const void* weight, const void* bias, const void* h, int64_t h_stride,
                  Dtype h_dtype, int64_t n, int64_t k, int64_t m, Loss loss, const void* target,
-                 double* mean_loss, void* by_weight, void* by_bias) {
+                 double* mean, void* by_weight, void* by_bias) {
   const int64_t blocks = (n + kBlock - 1) / kBlock, stride = h_stride * size_of(h_dtype);
   Passes<T> passes(std::min(n, kBlock), k, m, h_dtype);
   const int threads = team_size(passes.slices.count);
   std::vector<const void*> pointers(threads * kBlock);
   std::vector<double> scratch(threads * apart(k)), losses(blocks), bias_sums(k);
-  const double scale = 1.0 / static_cast<double>(n);
+  const double scale = mean_scale(n);
   Team::run(threads, [&](int thread, Team& team) {
     const Share slices(passes.slices.count, thread, team.size());
     const void** rows = pointers.data() + thread * kBlock;
@@ -119,7 +118,7 @@ void gradient_of(const void* weight, const void* bias, const void* h, int64_t h_
       for (int64_t j = 0; j < k; ++j) bias_sums[j] += passes.bias_sum(b, j);
     }
   });
-  *mean_loss = pairwise_sum(losses.data(), blocks) * scale;
+  *mean = mean_loss(pairwise_sum(losses.data(), blocks), n);
   for (int64_t j = 0; j < k; ++j) static_cast<T*>(by_bias)[j] = static_cast<T>(bias_sums[j]);
 }
 

@@ -36,6 +36,19 @@ inline double pairwise_sum(const double* x, int64_t n) {
   return pairwise_sum(x, n / 2) + pairwise_sum(x + n / 2, n - n / 2);
 }
 
+// Of the losses of b samples.
+inline double mean_loss_of(const double* losses, int64_t b) {
+  return mean_loss(pairwise_sum(losses, b), b);
+}
+
+// The loss of one sample; its logits z [k] become their derivatives of the mean.
+template <class T>
+double loss_row(Loss loss, double* z, int64_t k, const void* target, int64_t sample, double scale) {
+  return loss == Loss::kCrossEntropy
+             ? cross_entropy_row(z, k, static_cast<const int64_t*>(target)[sample], scale)
+             : squared_error_row(z, k, static_cast<const T*>(target) + sample * k, scale);
+}
+
 inline std::pair<int64_t, int64_t> first_bad_label(const int64_t* label, int64_t b, int64_t k) {
   for (int64_t r = 0; r < b; ++r)
     if (label[r] < 0 || label[r] >= k) return {r, label[r]};
@@ -69,26 +82,26 @@ class Passes {
      partial_.get() + i * b * k_);
   }
 
-  // Row r of the b has the target of sample r, or of sample index[r]. scale: of the mean. z: k
+  // Row r of the b has the target of sample r, or of sample index[r]. scale: mean_scale. z: k
   // numbers of scratch.
   void losses(int64_t begin, int64_t end, int64_t b, const void* bias, Loss loss,
               const void* target, const int64_t* index, double scale, double* z) {
     for (int64_t r = begin; r < end; ++r) {
-      for (int64_t j = 0; j < k_; ++j)
-        z[j] = bias ? static_cast<double>(static_cast<const T*>(bias)[j]) : 0.0;
+      for (int64_t j = 0; j < k_; ++j) z[j] = 0;
       for (int64_t i = 0; i < slices.count; ++i) {
         const T* partial = partial_.get() + (i * b + r) * k_;
         for (int64_t j = 0; j < k_; ++j) z[j] += static_cast<double>(partial[j]);
       }
-      const int64_t sample = index ? index[r] : r;
-      loss_[r] = loss == Loss::kCrossEntropy
-                     ? cross_entropy_row(z, k_, static_cast<const int64_t*>(target)[sample], scale)
-                     : squared_error_row(z, k_, static_cast<const T*>(target) + sample * k_, scale);
+      // Last, as where the logits of several holders of columns are added up before.
+      for (int64_t j = 0; bias && j < k_; ++j)
+        z[j] += static_cast<double>(static_cast<const T*>(bias)[j]);
+      loss_[r] = loss_row<T>(loss, z, k_, target, index ? index[r] : r, scale);
       for (int64_t j = 0; j < k_; ++j) delta_[r * k_ + j] = static_cast<T>(z[j]);
     }
   }
 
   double loss_sum(int64_t b) const { return pairwise_sum(loss_.get(), b); }
+  double mean_loss(int64_t b) const { return mean_loss_of(loss_.get(), b); }
 
   // Backwards: the first pass has left the end of a slice in the cache.
   void update(const void* const* rows, int64_t b, void* weight, void* buffer, const Rule& rule,

@@ -19,13 +19,13 @@ void step(const LastLayerStep& s) {
   torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
     passes.logits(rows.data(), s.b, s.weight, begin, end);
   });
-  const double scale = 1.0 / static_cast<double>(s.b);
+  const double scale = mean_scale(s.b);
   const int64_t grain = std::max<int64_t>(1, 4096 / s.k);
   torch::stable::parallel_for(0, s.b, grain, [&](int64_t begin, int64_t end) {
     std::vector<double> z(s.k);
     passes.losses(begin, end, s.b, s.bias, s.loss, s.target, nullptr, scale, z.data());
   });
-  *static_cast<T*>(s.loss_result) = static_cast<T>(passes.loss_sum(s.b) / static_cast<double>(s.b));
+  *static_cast<T*>(s.loss_result) = static_cast<T>(passes.mean_loss(s.b));
   torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
     passes.update(rows.data(), s.b, s.weight, s.weight_buffer, rule, begin, end);
   });

@@ -1,7 +1,8 @@
 // The losses of the last layer in double precision, and their derivatives by the logits.
 // cross-entropy of one sample: log(sum_j exp(z_j)) - z_label
 // squared error of one sample: sum_j (z_j - y_j)^2
-// The operators return the mean over the samples; `scale` is 1 / samples.
+// The operators return the mean over the samples: mean_loss of the losses' sum. Its derivatives are
+// those of each sample's loss times `scale`, which is mean_scale.
 #pragma once
 
 #include <math.h>
@@ -13,6 +14,11 @@
 namespace twophase {
 
 enum class Loss : int { kCrossEntropy, kSquaredError };
+
+// Divided, not multiplied by the reciprocal: one rounding, and the one place for every operator and
+// device.
+TP_HD double mean_loss(double sum, int64_t samples) { return sum / static_cast<double>(samples); }
+TP_HD double mean_scale(int64_t samples) { return 1.0 / static_cast<double>(samples); }
 
 // max_j z_j. A NaN may be passed over: it comes back in the sum of exponentials.
 TP_HD double largest(const double* z, int64_t k) {

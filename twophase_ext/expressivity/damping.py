@@ -57,13 +57,14 @@ def _last_layers(graph: BackboneGraph) -> list[tuple[str, bool]]:
     behind: dict[fx.Node, set[fx.Node]] = {}  # each node with all that it depends on
     for node in graph.nodes:
         behind[node] = {node}.union(*(behind[operand] for operand in node.all_input_nodes))
+    inputs = {node for node in graph.nodes if node.op == "placeholder"}
     layers = []
     for node in graph.nodes:
         operands = [a for a in node.args if isinstance(a, fx.Node)]
         if node.op == "call_module" or graph.rule(node) != "add" or len(operands) != 2:
             continue
         a, b = operands
-        if not any(n.op == "placeholder" for n in behind[a] & behind[b]):
+        if not inputs & behind[a] & behind[b]:
             continue
         own = [_weighted(graph, behind[a] - behind[b]), _weighted(graph, behind[b] - behind[a])]
         if len(own[0]) != len(own[1]):

@@ -212,10 +212,8 @@ TP_BODY void epoch_body(const Ctx& ctx, const EpochShared<T, H>& shared,
     const bool fresh = a.fresh && s == 0;
     slice_update(ctx, shared, a, b, fresh, scalars);
     if (ctx.block() == 0) {
-      double sum = 0;
-      for (int64_t r = ctx.thread(); r < b; r += kThreads) sum += a.row_loss[r];
-      sum = block_sum(ctx, loss_shared.sums, sum);
-      if (ctx.thread() == 0) a.losses[s] = sum / static_cast<double>(b);
+      const double mean = mean_of_rows(ctx, loss_shared.sums, a.row_loss, b);
+      if (ctx.thread() == 0) a.losses[s] = mean;
       for (int64_t o = ctx.thread(); a.bias && o < a.k; o += kThreads) {
         T gradient = 0;
         for (int64_t r = 0; r < b; ++r) gradient += shared.delta[r * a.outputs() + o];

@@ -124,7 +124,7 @@ TP_BODY void loss_body(const Ctx& ctx, LossShared<kThreads>& shared, const T* pa
   // Few outputs: several threads share one, each with every groups-th slice.
   const int lanes = static_cast<int>(smaller(k, kThreads)), groups = kThreads / lanes;
   const int group = ctx.thread() / lanes;
-  const double scale = 1.0 / static_cast<double>(shape.b);
+  const double scale = mean_scale(shape.b);
   for (int64_t row = ctx.block(); row < shape.b; row += ctx.blocks()) {
     const int64_t sample = target.index ? target.index[row] : row;
     double* z = logits + row * k;
@@ -170,6 +170,15 @@ TP_BODY void loss_body(const Ctx& ctx, LossShared<kThreads>& shared, const T* pa
   }
 }
 
+// The mean loss of b rows, for one block; every thread gets it.
+template <class Ctx, int kCount>
+TP_BODY double mean_of_rows(const Ctx& ctx, double (&slots)[kCount], const double* row_loss,
+                            int64_t b) {
+  double sum = 0;
+  for (int64_t row = ctx.thread(); row < b; row += ctx.threads()) sum += row_loss[row];
+  return mean_loss(block_sum(ctx, slots, sum), b);
+}
+
 template <class T>
 struct UpdateShared {
   alignas(16) T delta[kStepRows][kStepOutputs];
@@ -194,10 +203,8 @@ TP_BODY void update_body(const Ctx& ctx, UpdateShared<T>& shared, const T* h, co
                          const StepShape& shape) {
   constexpr int kRowsInFlight = 8;
   if (ctx.block() == 0) {
-    double sum = 0;
-    for (int64_t row = ctx.thread(); row < shape.b; row += kBlock) sum += row_loss[row];
-    sum = block_sum(ctx, shared.sums, sum);
-    if (ctx.thread() == 0) *loss = static_cast<Loss>(sum / static_cast<double>(shape.b));
+    const double mean = mean_of_rows(ctx, shared.sums, row_loss, shape.b);
+    if (ctx.thread() == 0) *loss = static_cast<Loss>(mean);
   }
   const int64_t feature_tiles = shape.feature_tiles();
   for (int64_t id = ctx.block(); id < shape.update_blocks(); id += ctx.blocks()) {
