@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 from determinism_cases import PHASES, SETTINGS, reference, trained
 from helpers import bits, quiet, same_bits, toy_convnet, toy_images
 from test_resume import StopAfter
-from twophase_ext.expressivity import verify
+from twophase_ext.expressivity import methods
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,8 +104,8 @@ def test_phase_one_does_not_depend_on_what_comes_later():
 def test_the_lazy_phase_verifies_by_size_alone(monkeypatch):
     """What it verifies decides about its steps: neither speed nor free memory may choose."""
     first = trained("lazy", verify="auto")
-    monkeypatch.setattr(verify, "available_memory", lambda device: 0)
-    monkeypatch.setattr(verify, "float64_rate", lambda device: 1.0)
+    monkeypatch.setattr(methods, "available_memory", lambda device: 0)
+    monkeypatch.setattr(methods, "float64_rate", lambda device: 1.0)
     again = trained("lazy", verify="auto")
     assert same_bits(first[0], again[0]) and first[1] == again[1]
     assert first[2].verdict.method == again[2].verdict.method == "svd"

@@ -12,7 +12,7 @@ import twophase_ext as tp
 from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 from twophase.models import PreActResNet18
 from twophase_ext.expressivity import problem
-from twophase_ext.expressivity.verify import AUTO_SECONDS
+from twophase_ext.expressivity.methods import AUTO_SECONDS
 
 
 def features(model: nn.Module, x: torch.Tensor) -> np.ndarray:
@@ -177,7 +177,7 @@ def test_batch_statistics_are_never_decided():
 
 
 def test_too_little_memory_is_undecided(monkeypatch):
-    monkeypatch.setattr("twophase_ext.expressivity.verify.available_memory", lambda _: 1000)
+    monkeypatch.setattr("twophase_ext.expressivity.methods.available_memory", lambda _: 1000)
     verdict = tp.verify_expressivity(toy_mlp(), toy_data(20)[0])
     assert verdict.claim == "exists" and verdict.rank is None and "GiB" in verdict.reason
 

@@ -185,6 +185,7 @@ def find_wide_layer(model: nn.Module, example_input: Tensor, last: LastLayer) ->
                 if runs > 1 or intercepted(call.module) or not is_affine(call.module):
                     return None
                 beta = activation.module.beta
+                assert isinstance(beta, float)
                 return WideLayer(names[call.module], call.module, names[activation.module], beta)
     return None
 

@@ -208,9 +208,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
             # a forward may bind new tensors to its names, or write into the old ones
-            for own, before in ((module._buffers, buffers), (module._parameters, parameters)):
-                own.clear()
-                own.update(before[module])
+            module._buffers.clear()
+            module._buffers.update(buffers[module])
+            module._parameters.clear()
+            module._parameters.update(parameters[module])
         with torch.no_grad():
             for tensor, value in values:
                 if not same_values(tensor, value):

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..holding import trainable
 from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
 from ..linalg.norms import frobenius_upper, norm_upper
-from ..ops import softplus
 from ..probing import rows_into, same_values, untouched
 from .bounded import Disagrees
 
@@ -87,7 +87,7 @@ class Reference:
         if self.wide is None:
             return Expected(z, allowed, None, None, norms)
         d, m = z.shape[1], len(self.weight)
-        h = softplus(torch.addmm(self.bias, z, self.weight.T), self.beta)
+        h = ops.softplus(torch.addmm(self.bias, z, self.weight.T), self.beta)
         rounding = gamma(d + 2) * (self.sizes * norms + self.shift)
         evaluation = 8 * UNIT_ROUNDOFF * (h.norm(dim=1) + math.sqrt(m) / self.beta)
         h_allowed = ERRORS * SLACK * (self.norm * error + rounding + evaluation)

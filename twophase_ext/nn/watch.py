@@ -57,7 +57,7 @@ def watch(model: nn.Module, batches: Sequence[Tensor], *, whole: bool) -> Watche
     of inputs is the only one. The copy shares its parameters with the model, which is not changed.
     """
     try:
-        with probing.untouched(model), probing._eager():
+        with probing.untouched(model), probing.eager():
             return _Watch(twin_of(model), whole).run(batches)
     # whatever a user's model raises means one thing here: it was not seen
     except Exception as error:
