@@ -21,6 +21,7 @@ from .. import ops
 from ..holding import trainable
 from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
 from ..linalg.norms import frobenius_upper, norm_upper
+from ..linalg.progress import Stage
 from ..probing import rows_into, same_values, untouched
 from .bounded import Disagrees
 
@@ -112,31 +113,34 @@ class Stored:
 
 
 @torch.no_grad()
-def require_agreement(problem: "Problem", expected: Reference | Stored) -> None:
+def require_agreement(
+    problem: "Problem", expected: Reference | Stored, stage: Stage | None = None
+) -> None:
     """The model's own features and outputs are those expected, over all samples.
 
     Raise Disagrees where the model gives other features, or another output, than expected.
 
-    Two passes over all samples: the float64 copy, its last layer's weights drawn anew, in a random
+    Two passes over all samples (`Problem.compared` of them, drawn at random, where these cost more
+    than OPERATIONS): the float64 copy, its last layer's weights drawn anew, in a random
     order and batches of BATCH; and the user's own model, or a copy of it that holds the witness, in
     its own precision. Both keep every parameter and buffer to the bit. Features that are not finite
     are left to the methods.
     """
-    _require_copy(problem, expected)
+    _require_copy(problem, expected, stage)
     own = problem.own_model()
     with untouched(own), _constant(own):
-        for index, seen in _passes(problem, own, problem.dtype, shuffled=False):
+        for index, seen in _passes(problem, own, problem.dtype, stage, shuffled=False):
             _compare_own(expected(index), seen, index, problem.dtype)
 
 
-def _require_copy(problem: "Problem", expected: Reference | Stored) -> None:
+def _require_copy(problem: "Problem", expected: Reference | Stored, stage: Stage | None) -> None:
     with _other_last_layer(problem), _constant(problem.model):
-        for index, seen in _passes(problem, problem.model, torch.float64, shuffled=True):
+        for index, seen in _passes(problem, problem.model, torch.float64, stage, shuffled=True):
             _compare(problem, expected(index), seen, index, "float64")
 
 
 @torch.no_grad()
-def require_free_wide_layer(problem: "Problem") -> None:
+def require_free_wide_layer(problem: "Problem", stage: Stage | None = None) -> None:
     """Raise Disagrees where h is not softplus(z W^T + b) at other W and b, or z is another one.
 
     The claim "some weights of the wide layer" is about weights that the model does not hold.
@@ -144,8 +148,8 @@ def require_free_wide_layer(problem: "Problem") -> None:
     assert problem.wide is not None
     for scale in SCALES:
         with _drawn(list(problem.wide.parameters()), scale):
-            _require_copy(problem, Reference(problem, through_wide=True))
-    require_agreement(problem, Reference(problem, through_wide=False))
+            _require_copy(problem, Reference(problem, through_wide=True), stage)
+    require_agreement(problem, Reference(problem, through_wide=False), stage)
 
 
 @torch.no_grad()
@@ -155,12 +159,16 @@ def require_equal_rows(problem: "Problem", groups: list[list[int]]) -> None:
     Their places in the batches are drawn, and the trainable weights moved: a model that adds
     something by position, or mixes the samples of a batch, has other rows.
     """
-    group = torch.full((problem.n,), -1)
+    group = torch.full((problem.n,), -1, device="cpu")
     for k, members in enumerate(groups):
-        group[torch.tensor(members)] = k
+        group[torch.tensor(members, device="cpu")] = k
     first: dict[int, Tensor] = {}
     with _moved(problem), _constant(problem.model):
-        for index, seen in _passes(problem, problem.model, torch.float64, shuffled=True):
+        equal = torch.tensor([i for g in groups for i in g], device="cpu")
+        chosen = None if problem.compared == problem.n else equal[: problem.compared]
+        for index, seen in _passes(
+            problem, problem.model, torch.float64, None, shuffled=True, chosen=chosen
+        ):
             for row, i in enumerate(index.tolist()):
                 k = int(group[i])
                 if k < 0:
@@ -176,19 +184,29 @@ def require_equal_rows(problem: "Problem", groups: list[list[int]]) -> None:
 
 
 def _passes(
-    problem: "Problem", model: nn.Module, dtype: torch.dtype, *, shuffled: bool
+    problem: "Problem",
+    model: nn.Module,
+    dtype: torch.dtype,
+    stage: Stage | None,
+    *,
+    shuffled: bool,
+    chosen: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, _Seen]]:
-    """(samples, what the model computes of them) until every sample has come once."""
-    generator = torch.Generator().manual_seed(0)
-    order = (
-        torch.randperm(problem.n, generator=generator, device="cpu")
-        if shuffled
-        else torch.arange(problem.n, device="cpu")
-    )
+    """(samples, what the model computes of them) until every sample has come once.
+
+    chosen: these alone.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    order = torch.randperm(problem.n, generator=generator, device="cpu")[: problem.compared]
+    if chosen is not None:
+        order = chosen[torch.randperm(len(chosen), generator=generator, device="cpu")]
+    order = order if shuffled else order.sort().values
     # few samples come in several batches too
     for index in order.split(BATCH if problem.n > BATCH else -(-3 * problem.n // 8)):
         x = problem.rows(index)
         yield index, _observe(problem, model, x.to(dtype) if x.is_floating_point() else x)
+        if stage is not None:
+            stage.advance(len(index))
 
 
 def _observe(problem: "Problem", model: nn.Module, x: Tensor) -> _Seen:
@@ -308,7 +326,7 @@ def _moved(problem: "Problem") -> Iterator[None]:
 @contextmanager
 def _drawn(parameters: list[nn.Parameter], scale: float, *, keep: bool = False) -> Iterator[None]:
     own = [p.detach().clone() for p in parameters]
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     for p, value in zip(parameters, own, strict=True):
         size = value.abs().mean() if bool(value.any()) else value.new_tensor(1.0)
         drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu")

@@ -2,6 +2,7 @@
 where none is named.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from ..linalg.gram_tiles import MatrixSource
-from ..linalg.progress import Stages
+from ..linalg.progress import Stage, Stages
 from ..memory import available_memory
 from .agreement import Reference, Stored, require_agreement, require_free_wide_layer
 from .attempts import float64_rate, kept, reasons, require_memory
@@ -77,7 +78,8 @@ class Attempt:
             "constants": {"backbone": chosen},
         }
         if separation.proved:
-            require_free_wide_layer(problem)
+            with self._compared(4) as stage:
+                require_free_wide_layer(problem, stage)
             return fields | {"status": "proved", "witness": dict(problem.changes)}
         groups = find_culprits(found.z, found.error)
         pairs = [sorted((i, j)) for i, j, _, _ in separation.closest]
@@ -90,6 +92,11 @@ class Attempt:
                 for i, j, distance, needed in separation.closest[:5]
             ],
         }
+
+    def _compared(self, passes: int) -> AbstractContextManager[Stage]:
+        """The stage in which the model itself is run beside what was bounded."""
+        count = passes * self.problem.compared
+        return self.stages.stage(f"{passes} passes of the model itself", count, "samples")
 
     @kept
     def certificate(self) -> dict[str, Any]:
@@ -113,11 +120,13 @@ class Attempt:
                     return fields | {"status": "undecided", "claim": "exists", "reason": reason}
                 found = certify_witness(problem, seed=self.seed, **arguments)
                 if found["status"] != "undecided":
-                    require_agreement(problem, Reference(problem, through_wide=True))
+                    with self._compared(2) as stage:
+                        require_agreement(problem, Reference(problem, through_wide=True), stage)
                 return fields | found
             found = certify_given(problem, **arguments)
             if found["status"] != "undecided":
-                require_agreement(problem, Reference(problem, through_wide=True))
+                with self._compared(2) as stage:
+                    require_agreement(problem, Reference(problem, through_wide=True), stage)
         except Disagrees:
             raise
         except Unbounded as error:
@@ -128,7 +137,8 @@ class Attempt:
                     "rounding fills up the rank of stored features"
                 ) from error
             h = self.problem.plain_features()
-            require_agreement(problem, Stored(h, problem.eps))
+            with self._compared(2) as stage:
+                require_agreement(problem, Stored(h, problem.eps), stage)
             matrix = torch.cat([h, h.new_ones(len(h), int(self.problem.ones))], 1)
             found = certify_matrix(
                 MatrixSource(matrix),
@@ -155,7 +165,8 @@ class Attempt:
         }
         if not bool(torch.isfinite(matrix).all()):
             return fields | {"reason": "svd: the features hold NaN or infinity"}
-        require_agreement(problem, Stored(h, problem.eps))
+        with self._compared(2) as stage:
+            require_agreement(problem, Stored(h, problem.eps), stage)
         with self.stages.stage("svd", SVD_FLOPS * problem.n**2 * problem.columns):
             sigma = torch.linalg.svdvals(matrix)
         # numpy's rule, with the precision that the numbers passed through

@@ -4,10 +4,12 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..files import inside, write_atomically
 from ..gate import Narrowed, Readers, overlap
@@ -23,6 +25,7 @@ from .witness import whiten
 
 CHUNK = 8192  # samples
 PILOT = 64  # samples that choose the backbone
+OPERATIONS = 5e12  # of a pass of the model over all samples; beyond it over a random part of them
 # Factors of residual branches (beside a shortcut with weights, beside an identity), tried in order.
 DAMPINGS = ((1.0, 1.0), (1.0, 0.0), (0.25, 0.0), (0.0, 0.0))
 
@@ -69,6 +72,14 @@ class Problem:
         except Exception as error:  # whatever a user's forward raises
             raise Unbounded(f"the model does not run in float64 ({_line(error)})") from error
         return torch.finfo(seen.dtype).eps, f"{seen.found[0]} to {seen.dtype}" if seen.found else ""
+
+    @cached_property
+    def compared(self) -> int:
+        """Samples on which the model itself is run beside its bounds: all, up to OPERATIONS."""
+        x = self.batches(2)[0].clone()
+        with torch.no_grad(), eager(), FlopCounterMode(display=False) as counter:
+            self.model(x)
+        return max(min(self.n, int(OPERATIONS * len(x) // max(counter.get_total_flops(), 1))), 1)
 
     def _twin(self, module: nn.Module) -> nn.Linear:
         return dict(self.model.named_modules())[self._names[module]]  # type: ignore[return-value]
