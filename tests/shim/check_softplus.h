@@ -33,7 +33,8 @@ void check_softplus_dtype(Checks& checks) {
           store(&expected[i], load(g[i]) * softplus_derivative(load(y[i]), p));
           const Compute<T> s = softplus_derivative(load(y[i]), p);
           store(&expected_a[i], load(gg[i]) * s);
-          store(&expected_b[i], load(gg[i]) * load(g[i]) * p.beta * (1 - s));
+          store(&expected_b[i],
+                load(gg[i]) * load(g[i]) * p.beta * softplus_complement(load(y[i]), p));
         }
         run_grid<NoShared>(blocks, 32, [&](const HostContext& ctx, NoShared& none) {
           T* in_place = forward.data() + offset;

@@ -21,9 +21,9 @@ from ._arguments import require_tensor
 from ._softplus_terms import Term, Terms, batch_first, evaluate
 
 _ops = torch.ops.twophase
-# What costs a small tensor's call the least: overloads, below autograd.
-_forward, _forward_ = _ops.softplus.default, _ops.softplus_.default
-_backward = _ops.softplus_backward.default
+# What costs a small tensor's call the least: overloads past their Python call, below autograd.
+_forward, _forward_ = _ops.softplus.default._op, _ops.softplus_.default._op
+_backward = _ops.softplus_backward.default._op
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _functorch_active = torch._C._are_functorch_transforms_active
 
