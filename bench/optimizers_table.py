@@ -206,6 +206,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
+    text = re.sub(r"^ValueError: optimizer: (\w+ failed in the first step: )?", "", text)
+    text = re.sub(r"\.? For every mini-batch .*|: torch\.load\(.*", "", text)
     return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")[:200]
 
 

@@ -177,6 +177,24 @@ def test_a_checkpoint_of_format_3_is_read_by_position(tmp_path):
     assert same_bits(bits(whole), bits(again))
 
 
+class Out:
+    """What had to be done before: the frozen parameters leave the optimizer at tau."""
+
+    def on_perturb(self, run) -> None:
+        last = [id(p) for p in run.network.last.module.parameters()]
+        for group in run.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) in last]
+
+
+def test_a_callback_may_take_the_frozen_parameters_out(tmp_path):
+    model, other = toy_mlp(), toy_mlp()
+    quiet(model, optimizer=O.Adam).fit(DATA)
+    quiet(other, tmp_path, optimizer=O.Adam, callbacks=[Out()]).fit(DATA)
+    assert same_bits(bits(model), bits(other))
+    with pytest.raises(ValueError, match=r"resume: .*0.weight lies in this optimizer's group 0"):
+        quiet(toy_mlp(), tmp_path, optimizer=O.Adam).fit(DATA, resume=True)
+
+
 # --- what a checkpoint holds -----------------------------------------------------------------
 
 

@@ -98,11 +98,11 @@ class LazyRun(Run):
                 "train: second_phase='lazy' needs the gradient of one fixed function, but the "
                 "inputs change from visit to visit"
             )
-        rates = sorted({str(rate(group)) for group in self.optimizer.param_groups})
-        if self.settings.smoothness is None and (len(rates) > 1 or rates == ["None"]):
+        rates = sorted({rate(group) for group in self.optimizer.param_groups}, key=str)
+        if self.settings.smoothness is None and (len(rates) > 1 or None in rates):
             raise ValueError(
                 "optimizer: second_phase='lazy' takes one step size for all parameters, got "
-                f"learning rates {', '.join(rates[:3])}; give lazy={{'smoothness': L}}"
+                f"learning rates {rates[:3]}; give lazy={{'smoothness': L}}"
             )
 
     def execute(self, epochs: int | None = None) -> str:

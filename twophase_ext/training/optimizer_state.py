@@ -3,7 +3,8 @@
 import copy
 import io
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ def pack(optimizer: Any, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
     """
     names = order(optimizer, by_id(named))
     found = {"order": names, "numbers": [_numbers(part) for part in parts(optimizer)]}
-    state = optimizer.state_dict()
+    with _held_alone(optimizer):
+        state = optimizer.state_dict()
     positions = _positions(state, names[0])
     if positions is None:
         return {**found, "by_name": False, "state_dict": state}
@@ -32,6 +34,25 @@ def pack(optimizer: Any, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
     renamed = {positions.get(key, key): value for key, value in state["state"].items()}
     by_name = {"state": renamed, "param_groups": groups}
     return {**found, "by_name": True, "state_dict": by_name}
+
+
+@contextmanager
+def _held_alone(optimizer: Any) -> Iterator[None]:
+    """Without the state of parameters in no group (a callback took them out): torch has no key."""
+    left_out = []
+    for part in parts(optimizer):
+        held, state = (
+            {id(p) for g in part.param_groups for p in g["params"]},
+            vars(part).get("state"),
+        )
+        if isinstance(state, dict):
+            strange = [p for p in state if isinstance(p, Tensor) and id(p) not in held]
+            left_out.append((state, [(p, state.pop(p)) for p in strange]))
+    try:
+        yield
+    finally:
+        for state, entries in left_out:
+            state.update(entries)
 
 
 def _numbers(optimizer: Any) -> dict[str, Any]:
