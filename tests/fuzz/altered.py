@@ -4,6 +4,7 @@ The truth is what the owner's own network gives, called as the owner calls it.
 """
 
 import copy
+import itertools
 import random
 import types
 from collections.abc import Callable
@@ -137,7 +138,7 @@ def _freeze(r: random.Random, m: Altered) -> None:
 def _tie(r: random.Random, m: Altered) -> None:
     if r.random() < 0.5:
         m.branch.weight = m.stem.weight
-    else:
+    elif len(m.wide.weight) >= len(m.stem.weight):
         m.stem.weight.data = m.wide.weight.data[: len(m.stem.weight)]
 
 
@@ -207,8 +208,10 @@ def claims(r: random.Random) -> None:
                     k: scale * torch.randn(v.shape, dtype=torch.float64) for k, v in drawn.items()
                 }
                 ranks.append(torch.linalg.matrix_rank(matrix(model, x, weights | free)))
-        apart = torch.cdist(x.double(), x.double()) + torch.eye(len(x))
-        assert max(ranks) == len(x) or float(apart.min()) < 1e-2, "no weights were found"
+        # twelve draws may miss weights for rows that are close; equal ones have none
+        rows = matrix(model, x, weights)
+        equal = any(torch.equal(a, b) for a, b in itertools.combinations(rows, 2))
+        assert max(ranks) == len(x) or (max(ranks) >= len(x) - 2 and not equal)
         return
     sigma = torch.linalg.svdvals(matrix(model, x, verdict.witness))
     if verdict.sigma_min_lower is not None:

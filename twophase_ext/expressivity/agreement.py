@@ -22,7 +22,7 @@ from ..holding import trainable
 from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
 from ..linalg.norms import frobenius_upper, norm_upper
 from ..linalg.progress import Stage
-from ..probing import rows_into, same_values, untouched
+from ..probing import cuda_devices, rows_into, same_values, untouched
 from .bounded import Disagrees
 
 if TYPE_CHECKING:
@@ -129,14 +129,18 @@ def require_agreement(
     _require_copy(problem, expected, stage)
     own = problem.own_model()
     with untouched(own), _constant(own):
-        for index, seen in _passes(problem, own, problem.dtype, stage, shuffled=False):
+        for index, seen in _passes(problem, own, problem.dtype, stage, shuffled=False, size=256):
             _compare_own(expected(index), seen, index, problem.dtype)
 
 
 def _require_copy(problem: "Problem", expected: Reference | Stored, stage: Stage | None) -> None:
     with _other_last_layer(problem), _constant(problem.model):
-        for index, seen in _passes(problem, problem.model, torch.float64, stage, shuffled=True):
-            _compare(problem, expected(index), seen, index, "float64")
+        # few samples come in several batches, and in one
+        for size in (BATCH,) if problem.n > BATCH else (-(-3 * problem.n // 8), BATCH):
+            for index, seen in _passes(
+                problem, problem.model, torch.float64, stage, shuffled=True, size=size
+            ):
+                _compare(problem, expected(index), seen, index, "float64")
 
 
 @torch.no_grad()
@@ -166,8 +170,9 @@ def require_equal_rows(problem: "Problem", groups: list[list[int]]) -> None:
     with _moved(problem), _constant(problem.model):
         equal = torch.tensor([i for g in groups for i in g], device="cpu")
         chosen = None if problem.compared == problem.n else equal[: problem.compared]
+        size = BATCH if problem.n > BATCH else -(-3 * problem.n // 8)
         for index, seen in _passes(
-            problem, problem.model, torch.float64, None, shuffled=True, chosen=chosen
+            problem, problem.model, torch.float64, None, shuffled=True, size=size, chosen=chosen
         ):
             for row, i in enumerate(index.tolist()):
                 k = int(group[i])
@@ -190,6 +195,7 @@ def _passes(
     stage: Stage | None,
     *,
     shuffled: bool,
+    size: int,
     chosen: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, _Seen]]:
     """(samples, what the model computes of them) until every sample has come once.
@@ -201,8 +207,7 @@ def _passes(
     if chosen is not None:
         order = chosen[torch.randperm(len(chosen), generator=generator, device="cpu")]
     order = order if shuffled else order.sort().values
-    # few samples come in several batches too
-    for index in order.split(BATCH if problem.n > BATCH else -(-3 * problem.n // 8)):
+    for index in order.split(size):
         x = problem.rows(index)
         yield index, _observe(problem, model, x.to(dtype) if x.is_floating_point() else x)
         if stage is not None:
@@ -291,12 +296,23 @@ def _require_close(
 
 @contextmanager
 def _constant(model: nn.Module) -> Iterator[None]:
-    """Raise Disagrees where a parameter or buffer is another one afterwards."""
+    """Raise Disagrees where a parameter or buffer is another one afterwards, or where torch's
+    generators have moved on.
+    """
     before = {name: t.detach().clone() for name, t in _state(model)}
-    yield
+    with torch.random.fork_rng(devices=cuda_devices()):
+        drawn = _generators()
+        yield
+        if _generators() != drawn:
+            raise Disagrees("the model draws random numbers in evaluation mode")
     for name, t in _state(model):
         if name not in before or not same_values(t, before[name]):
             raise Disagrees(f"the model's forward pass changes its own {name!r}")
+
+
+def _generators() -> list[bytes]:
+    states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda_devices())]
+    return [state.cpu().numpy().tobytes() for state in states]
 
 
 def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
