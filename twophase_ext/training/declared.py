@@ -44,4 +44,4 @@ def check_loss(loss: ConvexLoss, outputs: int, samples: Samples, config: "Config
     if problem := problem_of(loss, outputs, samples):
         if config.second_phase in BOUNDED:
             raise ValueError(problem)
-        warnings.warn(f"{problem}. Theorem 1 does not apply to this run", stacklevel=6)
+        warnings.warn(f"{problem}. Theorem 1 does not apply to this run", stacklevel=5)
