@@ -1,4 +1,4 @@
-"""Each term of a proved bound is there: every test here fails where the one it names is left out."""
+"""Each term of a proved bound is there: a test fails where the one that it names is left out."""
 
 import math
 from fractions import Fraction

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..losses import CROSS_ENTROPY, SAMPLES, SQUARED_ERROR, ConvexLoss, loss_problem
+from ..losses import CROSS_ENTROPY, SAMPLES, SQUARED_ERROR, ConvexLoss, loss_problem, zero_dim
 from .data import Samples
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def check_loss(loss: ConvexLoss, outputs: int, samples: Samples, config: "Config
     _, targets = samples.fetch(torch.arange(count), augmented=False)
     made_up = torch.zeros(count, outputs, dtype=samples.dtype, device=samples.device)
     try:
-        float(loss(made_up, targets))
+        zero_dim(loss(made_up, targets))
     except Exception as error:  # whatever the user's own function raises
         first = (str(error).splitlines() or [""])[0]
         raise ValueError(
