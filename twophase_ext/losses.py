@@ -52,6 +52,14 @@ class ConvexLoss:
         return self.function(outputs, targets)
 
 
+def zero_dim(value: Any) -> Tensor:
+    """A loss's value; TypeError where it is no tensor without dimensions."""
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        shape = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"expected a 0-d tensor, the mean over samples, got {shape}")
+    return value
+
+
 def counterexample(loss: ConvexLoss, outputs: int, targets: Tensor) -> str:
     """What of the declaration is seen to be wrong on a few samples; "" where nothing is.
 
@@ -72,13 +80,7 @@ def counterexample(loss: ConvexLoss, outputs: int, targets: Tensor) -> str:
     bases, moves = ([part.to(y.device) for part in parts] for parts in (bases, moves))
 
     def value(q: Tensor, y: Tensor) -> Tensor:
-        found = loss(q, y)
-        if not isinstance(found, Tensor) or found.dim() != 0:
-            got = (
-                f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            )
-            raise TypeError(f"expected a 0-d tensor, got {got}")
-        return found
+        return zero_dim(loss(q, y))
 
     with torch.enable_grad():
         whole = float(value(bases[0], y).detach())

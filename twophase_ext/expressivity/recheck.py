@@ -45,6 +45,8 @@ def recheck(
             return False, (
                 f"the status {verdict.status!r} claims nothing that could be proved again"
             )
+        if wrong := verdict.wrong_type():
+            return False, wrong
         reason, again = _compare(verdict, model, x, folder)
     except Exception as error:  # the model may do anything, and so may who wrote the fields
         return False, f"it cannot be proved again: {failure(error)}"

@@ -142,15 +142,19 @@ class Verdict:
             verdict = Verdict(**data)
         except TypeError as error:
             raise ValueError(f"path: {path} is not a verdict file: {error}") from error
+        if wrong := verdict.wrong_type():
+            raise ValueError(f"path: {path} is not a verdict file: {wrong}")
+        return verdict
+
+    def wrong_type(self) -> str:
+        """The first field whose value is of another type than declared; "" for none."""
         for name, kind in get_type_hints(Verdict).items():
             kinds = tuple(get_origin(part) or part for part in get_args(kind) or (kind,))
             kinds = (get_origin(kind),) if get_origin(kind) in (list, dict) else kinds
-            value = getattr(verdict, name)
+            value = getattr(self, name)
             if not isinstance(value, kinds if float not in kinds else (*kinds, int)):
-                raise ValueError(
-                    f"path: {path} is not a verdict file: {name} is of type {type(value).__name__}"
-                )
-        return verdict
+                return f"{name} is of type {type(value).__name__}"
+        return ""
 
     @inference_mode(False)
     def recheck(

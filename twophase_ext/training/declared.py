@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..losses import CROSS_ENTROPY, SAMPLES, SQUARED_ERROR, ConvexLoss, loss_problem
+from ..losses import CROSS_ENTROPY, SAMPLES, SQUARED_ERROR, ConvexLoss, loss_problem, zero_dim
 from .data import Samples
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def check_loss(loss: ConvexLoss, outputs: int, samples: Samples, config: "Config
     _, targets = samples.fetch(torch.arange(count, device="cpu"), augmented=False)
     made_up = torch.zeros(count, outputs, dtype=samples.dtype, device=samples.device)
     try:
-        float(loss(made_up, targets))
+        zero_dim(loss(made_up, targets))
     except Exception as error:  # whatever the user's own function raises
         first = (str(error).splitlines() or [""])[0]
         raise ValueError(
@@ -44,4 +44,4 @@ def check_loss(loss: ConvexLoss, outputs: int, samples: Samples, config: "Config
     if problem := problem_of(loss, outputs, samples):
         if config.second_phase in BOUNDED:
             raise ValueError(problem)
-        warnings.warn(f"{problem}. Theorem 1 does not apply to this run", stacklevel=6)
+        warnings.warn(f"{problem}. Theorem 1 does not apply to this run", stacklevel=5)
