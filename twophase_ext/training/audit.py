@@ -3,6 +3,8 @@
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..linalg.bounds import bound_text
 from ..premises import (
     FAILED,
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from .engine import Run
 
 Premise = tuple[str, str, str]
+SEEN = 64  # samples on which the model is watched for kinks
 REFUTES = 1e-3  # relative rise of a custom loss's objective that float32 hardly explains
 
 
@@ -31,7 +34,8 @@ def premises(run: "Run") -> list[Premise]:
     (ii), the one for mini-batches. Before tau the premises of the second phase are not checked.
     """
     network = run.network
-    rows = [_plain(row) for row in analytic_premises(network.model)]
+    first, _ = run.train.fetch(torch.arange(min(run.train.n, SEEN), device="cpu"), augmented=False)
+    rows = [_plain(row) for row in analytic_premises(network.model, [first])]
     rows += [_loss(run), _plain(depth_premise(network.model, network))]
     rows += [_plain(width_premise(network, run.train.n)), _expressivity(run)]
     if run.config.second_phase == "none":
