@@ -22,9 +22,8 @@ settings.load_profile("project")
 
 # Inductor's files on disk do not know for which vectors they were compiled: with those of AVX-512,
 # ATEN_CPU_CAPABILITY=avx2 gives half of a sum.
-os.environ.setdefault(
-    "TORCHINDUCTOR_CACHE_DIR",
-    f"{tempfile.gettempdir()}/inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}",
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
+    f"{tempfile.gettempdir()}/inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"
 )
 
 cuda = pytest.param("cuda", marks=pytest.mark.cuda)
