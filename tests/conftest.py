@@ -1,17 +1,30 @@
 """Fixtures shared by the tests."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from helpers import ISAS, instruction_set
 
-# One profile for every file: the same examples on every run, and no example is timed.
-settings.register_profile("project", derandomize=True, deadline=None, database=None)
+# One profile for every file: the same examples on every run, and nothing is timed.
+settings.register_profile(
+    "project",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("project")
+
+# Inductor's files on disk do not know for which vectors they were compiled: with those of AVX-512,
+# ATEN_CPU_CAPABILITY=avx2 gives half of a sum.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
+    f"{tempfile.gettempdir()}/inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"
+)
 
 cuda = pytest.param("cuda", marks=pytest.mark.cuda)
 
