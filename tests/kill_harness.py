@@ -63,7 +63,7 @@ def outcome(folder: Path) -> dict[str, Any]:
             part.pop(measured, None)
     momenta = {
         str(i): s["momentum_buffer"]
-        for i, s in state["optimizer"]["state"].items()
+        for i, s in state["optimizer"]["state_dict"]["state"].items()
         if s.get("momentum_buffer") is not None
     }
     curve = folder / "guarantee.csv"

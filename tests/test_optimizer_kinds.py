@@ -292,7 +292,7 @@ def test_no_rate_is_an_empty_cell(tmp_path, none):
     with open(tmp_path / "metrics.csv", newline="") as file:
         assert [row["learning_rate"] for row in csv.DictReader(file)] == [""] * 4
     assert "eta" in str(result.guarantee)
-    with pytest.raises(ValueError, match=r"optimizer: second_phase='lazy' .* None"):
+    with pytest.raises(ValueError, match=r"optimizer: second_phase='lazy' .*\[None\]"):
         quiet(toy_mlp(), optimizer=factory, second_phase="lazy", verify="svd").fit(DATA)
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..names import canonical_name
+
 NEEDED = ("param_groups", "state", "state_dict", "load_state_dict", "step", "zero_grad")
 
 
@@ -220,8 +222,8 @@ def first_settings(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def by_id(named: Iterable[tuple[str, Tensor]]) -> dict[int, str]:
-    """{id(parameter): name}."""
-    return {id(p): name for name, p in named}
+    """{id(parameter): canonical name}."""
+    return {id(p): canonical_name(name) for name, p in named}
 
 
 def averaging(optimizer: Any) -> Iterator[Any]:
