@@ -209,5 +209,5 @@ def _cost(n: int, width: int, outputs: int, loss: ConvexLoss) -> float:
     """Of the ridge family's search, in passes over the samples."""
     r, entries = min(n, width), n * outputs
     aims = len(SCALES) if loss is CROSS_ENTROPY else 1
-    search = 2.0 * n * width * r + 25.0 * r**3 + len(RIDGES) * entries * (4 * r + 100 * aims)
+    search = 2.0 * n * width * r + 25.0 * r**3 + len(RIDGES) * entries * (4 * r + 150 * aims)
     return search / (entries * (4 * width + 100))
