@@ -270,7 +270,7 @@ def test_a_comparator_that_raises_ends_no_run(monkeypatch):
     monkeypatch.setattr(module, "guarantee", fails)
     result = gd(toy_mlp(), "cross_entropy").fit(toy_data())
     assert result.status == "completed" and result.guarantee.curve == []
-    assert "no bound is claimed: MemoryError: no room for G" in str(result)
+    assert "not evaluated: MemoryError: no room for G" in str(result)
 
 
 def test_noise_on_no_hidden_tensor_is_not_held():

@@ -34,7 +34,10 @@ def check_loss(loss: ConvexLoss, outputs: int, samples: Samples, config: "Config
     _, targets = samples.fetch(torch.arange(count, device="cpu"), augmented=False)
     made_up = torch.zeros(count, outputs, dtype=samples.dtype, device=samples.device)
     try:
-        zero_dim(loss(made_up, targets))
+        with torch.enable_grad():
+            value = loss(made_up.requires_grad_(), targets)
+        zero_dim(value)
+        torch.autograd.grad(value, made_up)
     except Exception as error:  # whatever the user's own function raises
         first = (str(error).splitlines() or [""])[0]
         raise ValueError(

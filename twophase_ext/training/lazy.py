@@ -257,10 +257,9 @@ class LazyRun(Run):
         if shown != "failed" and every > 1 and len(rows) > 1:
             shown, ranks = "not checked", f"{ranks}, not between them"
         smoothness = self._smoothness_audit(rows, checks)
+        step = ("0 < eta_bar < 1", "held", f"eta_bar = {self.settings.eta_bar:g}")
         if self.settings.smoothness is None:
             step = ("0 < eta_bar < 1", "not checked", "the step is the learning rate")
-        else:
-            step = ("0 < eta_bar < 1", "held", f"eta_bar = {self.settings.eta_bar:g}")
         declared = loss_premise(self.loss)
         result = LazyGuarantee(
             [

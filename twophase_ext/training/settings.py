@@ -24,7 +24,7 @@ def _number(argument: str, name: str, value: Any, below: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{argument}: expected a number for {name}, got {value!r}")
     given: Any = value
-    if not 0 < given < below or float(given) > sys.float_info.max:
+    if not 0 < given < below or given > sys.float_info.max:
         raise ValueError(f"{argument}: expected {name} in (0, {below:g}), got {value}")
     return float(value)
 
