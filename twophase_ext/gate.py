@@ -30,6 +30,11 @@ _VALUE_FREE = {
 _ROWS = 3  # of random inputs, to tell whether a forward is the affine map
 
 
+def hooked(module: nn.Module) -> str:
+    """Whether hooks of its own may change what a call of the module gives: why, or ""."""
+    return "it has hooks" if any(getattr(module, name, None) for name in _HOOKS) else ""
+
+
 def intercepted(module: nn.Module) -> str:
     """Why a call of the module may not be its class's forward, "" where it is nothing but that."""
     kind = type(module)
@@ -37,8 +42,8 @@ def intercepted(module: nn.Module) -> str:
         return "its forward has been replaced"
     if kind.__call__ is not _CALL or kind._call_impl is not _CALL_IMPL:
         return f"{kind.__name__} defines how it is called"
-    if any(getattr(module, name, None) for name in _HOOKS):
-        return "it has hooks"
+    if why := hooked(module):
+        return why
     if any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS):
         return "global module hooks are registered (torch.nn.modules.module)"
     if is_parametrized(module):
@@ -145,15 +150,15 @@ def _storage(t: Tensor) -> int:
 
 
 class Narrowed(TorchDispatchMode):
-    """Notes where float64 numbers that depend on `x` become narrower floats: `found`, `dtype`."""
+    """Notes where numbers of `wide` that depend on `x` become narrower: `found`, `dtype`."""
 
-    def __init__(self, x: Tensor) -> None:
-        """x: the input, which the model is then run on."""
+    def __init__(self, x: Tensor, wide: torch.dtype = torch.float64) -> None:
+        """x: the input, which the model is then run on; wide: the model's own type."""
         super().__init__()
         self._marked = {_storage(x)}
         self._alive: list[Tensor] = []  # so that no address is given to another tensor
         self.found: list[str] = []
-        self.dtype = torch.float64
+        self.wide = self.dtype = wide
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -164,12 +169,16 @@ class Narrowed(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not marked:
             return result
-        wide = any(t.dtype == torch.float64 for t in marked)
+        wide = any(t.dtype == self.wide for t in marked)
         for t in (t for t in tree_leaves(result) if isinstance(t, Tensor)):
             self._marked.add(_storage(t))
             self._alive.append(t)
-            if wide and t.is_floating_point() and t.dtype != torch.float64:
+            if wide and t.is_floating_point() and _eps(t.dtype) > _eps(self.wide):
                 self.found.append(func.overloadpacket.__name__)
-                if torch.finfo(t.dtype).eps > torch.finfo(self.dtype).eps:
+                if _eps(t.dtype) > _eps(self.dtype):
                     self.dtype = t.dtype
         return result
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps

@@ -149,6 +149,11 @@ def named_last_layer(model: nn.Module, last_layer: nn.Module | str) -> LastLayer
     if module not in names:
         raise ValueError(f"last_layer: this {module} is not in the model; {listing}")
     _check_parameters(model, names, module)
+    if tuple(module.weight.shape) != (module.out_features, module.in_features):
+        raise ValueError(
+            f"last_layer: {names[module]!r} has a weight of shape {tuple(module.weight.shape)}, "
+            f"but out_features, in_features = {module.out_features, module.in_features}; set them"
+        )
     if why := intercepted(module):
         raise ValueError(
             f"last_layer: {names[module]!r} is not computed from its weights alone: {why}. The "

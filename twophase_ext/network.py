@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from . import layers, ops
+from .gate import hooked
 from .names import canonical_name
-from .probing import require_pure
+from .probing import require_pure, wraps
 
 
 class Network:
@@ -25,6 +26,11 @@ class Network:
         layers read its weights too, and where a forward pass in evaluation mode changes the model.
         """
         self.model = model
+        wrapper = model
+        while wraps(wrapper):
+            if why := hooked(wrapper):
+                raise ValueError(f"model: the wrapper {type(wrapper).__name__}: {why}; remove them")
+            wrapper = next(iter(wrapper.children()))
         require_pure(model, example)
         self.last = layers.find_last_layer(model, example, last_layer)
         self.wide = layers.find_wide_layer(model, example, self.last)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+_COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
+
 
 class Call(NamedTuple):
     """One call of a module: tensors with their version counters at that moment."""
@@ -36,14 +38,16 @@ def require_module(model: Any) -> None:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own model inside DataParallel, DistributedDataParallel and torch.compile."""
+    while wraps(model):
+        model = model.module if hasattr(model, "module") else model._orig_mod  # type: ignore
+    return model
+
+
+def wraps(model: nn.Module) -> bool:
+    """Whether it is torch's own wrapper; a subclass may do anything with what it wraps."""
+    kind = type(model)
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if isinstance(model, parallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
+    return kind in parallel or f"{kind.__module__}.{kind.__name__}" == _COMPILED
 
 
 def cuda_devices() -> range:
@@ -207,7 +211,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for module in modes:
             # a forward may bind new tensors to its names, or write into the old ones
+            if isinstance(module, torch.jit.ScriptModule):  # its names are fixed
+                continue
             module._buffers.clear()
             module._buffers.update(buffers[module])
             module._parameters.clear()

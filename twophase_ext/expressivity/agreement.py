@@ -22,7 +22,7 @@ from ..holding import trainable
 from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
 from ..linalg.norms import frobenius_upper, norm_upper
 from ..linalg.progress import Stage
-from ..probing import cuda_devices, rows_into, same_values, untouched
+from ..probing import cuda_devices, rows_into, same_values
 from .bounded import Disagrees
 
 if TYPE_CHECKING:
@@ -32,9 +32,10 @@ BATCH = 192  # samples; the features are computed 256 at a time
 # The model's own float64 evaluation rounds as the bounded one does, in another order: twice its
 # bound would do. Without bounds: networks that mix nothing agree to 1e-10 between batch sizes.
 ERRORS, RELATIVE = 8, 1e-9
-OWN_EPS = 4096  # roundings of the model's own precision, relative to the sizes that enter
+WHOLE = 1 << 20  # numbers of inputs that make one batch, too
+OWN_EPS = 256  # roundings of the model's own precision, relative to the sizes that enter
 SCALES = (1.0, 30.0)  # of the wide layer's weights drawn anew: guards show at large values
-NOISE = 1e-2  # relative, of the weights at which equal inputs have to give equal rows
+NOISE = (1e-2, 3.0)  # relative, of the weights at which equal inputs have to give equal rows
 
 
 @dataclass
@@ -127,16 +128,15 @@ def require_agreement(
     are left to the methods.
     """
     _require_copy(problem, expected, stage)
-    own = problem.own_model()
-    with untouched(own), _constant(own):
+    with problem.own_model() as own, torch.enable_grad(), _constant(own):
         for index, seen in _passes(problem, own, problem.dtype, stage, shuffled=False, size=256):
-            _compare_own(expected(index), seen, index, problem.dtype)
+            with torch.no_grad():
+                _compare_own(expected(index), seen, index, problem.dtype)
 
 
 def _require_copy(problem: "Problem", expected: Reference | Stored, stage: Stage | None) -> None:
     with _other_last_layer(problem), _constant(problem.model):
-        # few samples come in several batches, and in one
-        for size in (BATCH,) if problem.n > BATCH else (-(-3 * problem.n // 8), BATCH):
+        for size in _sizes(problem):
             for index, seen in _passes(
                 problem, problem.model, torch.float64, stage, shuffled=True, size=size
             ):
@@ -166,26 +166,42 @@ def require_equal_rows(problem: "Problem", groups: list[list[int]]) -> None:
     group = torch.full((problem.n,), -1, device="cpu")
     for k, members in enumerate(groups):
         group[torch.tensor(members, device="cpu")] = k
+    equal = torch.tensor([i for g in groups for i in g], device="cpu")
+    chosen = None if problem.compared == problem.n else equal[: problem.compared]
+    tolerance = max(RELATIVE, OWN_EPS * problem.eps if problem.eps > 1e-15 else 0.0)
+    for noise in NOISE:
+        with _moved(problem, noise), _constant(problem.model):
+            for size in _sizes(problem):
+                passes = _passes(
+                    problem, problem.model, torch.float64, None, shuffled=True, size=size,
+                    chosen=chosen,
+                )  # fmt: skip
+                _require_equal(passes, group, tolerance)
+    with problem.own_model() as own, _constant(own):
+        passes = _passes(problem, own, problem.dtype, None, shuffled=False, size=256, chosen=chosen)
+        _require_equal(passes, group, OWN_EPS * torch.finfo(problem.dtype).eps)
+
+
+def _require_equal(passes: Iterator[tuple[Tensor, _Seen]], group: Tensor, tolerance: float) -> None:
     first: dict[int, Tensor] = {}
-    with _moved(problem), _constant(problem.model):
-        equal = torch.tensor([i for g in groups for i in g], device="cpu")
-        chosen = None if problem.compared == problem.n else equal[: problem.compared]
-        size = BATCH if problem.n > BATCH else -(-3 * problem.n // 8)
-        for index, seen in _passes(
-            problem, problem.model, torch.float64, None, shuffled=True, size=size, chosen=chosen
-        ):
-            for row, i in enumerate(index.tolist()):
-                k = int(group[i])
-                if k < 0:
-                    continue
-                h = seen.h[row]
-                other = first.setdefault(k, h)
-                tolerance = max(RELATIVE, OWN_EPS * problem.eps if problem.eps > 1e-15 else 0.0)
-                if not bool((h - other).norm() <= tolerance * (h.norm() + other.norm())):
-                    raise Disagrees(
-                        f"sample {i} has an input equal to another one's, but not its row of h: "
-                        "the model depends on a sample's place or on the others of its batch"
-                    )
+    for index, seen in passes:
+        for row, i in enumerate(index.tolist()):
+            k = int(group[i])
+            if k < 0:
+                continue
+            h = seen.h[row]
+            other = first.setdefault(k, h)
+            if not bool((h - other).norm() <= tolerance * (h.norm() + other.norm())):
+                raise Disagrees(
+                    f"sample {i} has an input equal to another one's, but not its row of h: "
+                    "the model depends on a sample's place or on the others of its batch"
+                )
+
+
+def _sizes(problem: "Problem") -> list[int]:
+    """Of the batches of each pass: few samples come in several batches, and in one."""
+    small = [BATCH] if problem.n > BATCH else [-(-3 * problem.n // 8)]
+    return small + ([problem.n] if problem.n * problem.inputs[0][0].numel() <= WHOLE else [])
 
 
 def _passes(
@@ -231,6 +247,7 @@ def _observe(problem: "Problem", model: nn.Module, x: Tensor) -> _Seen:
     ]
     try:
         output = model(x.clone())
+        output = output.detach() if isinstance(output, Tensor) else output
     except Exception as error:
         raise Disagrees(f"the model does not run on these samples ({_line(error)})") from error
     finally:
@@ -327,15 +344,15 @@ def _other_last_layer(problem: "Problem") -> Iterator[None]:
 
 
 @contextmanager
-def _moved(problem: "Problem") -> Iterator[None]:
-    """All trainable weights of the copy moved a little."""
+def _moved(problem: "Problem", noise: float) -> Iterator[None]:
+    """All trainable weights of the copy moved."""
     free = [
         p
         for module in problem.model.modules()
         for name, p in module.named_parameters(recurse=False)
         if trainable(module, name)
     ]
-    with _drawn(free, NOISE, keep=True):
+    with _drawn(free, noise, keep=True):
         yield
 
 

@@ -39,7 +39,11 @@ def batches(x: Tensor, parameter: nn.Parameter) -> Iterator[tuple[Tensor, None]]
     """(inputs as the model is fed, None): on its device; uint8 becomes k / 255 in its dtype."""
     for start in range(0, len(x), 256):
         part = x[start : start + 256].to(parameter.device)
-        yield (part.to(parameter.dtype) / 255 if part.dtype == torch.uint8 else part), None
+        if part.dtype == torch.uint8:
+            part = part.to(parameter.dtype) / 255
+        elif part.dtype == torch.float64 and parameter.is_floating_point():
+            part = part.to(parameter.dtype)  # all that the model can be fed
+        yield part, None
 
 
 def identical_rows(rows: Tensor) -> list[list[int]]:

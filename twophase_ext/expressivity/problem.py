@@ -17,8 +17,7 @@ from ..holding import trainable
 from ..layers import wide_chain
 from ..linalg.progress import Stage
 from ..network import Network
-from ..probing import copy_model, eager, input_of, rows_into, unwrap
-from .bounded import Disagrees
+from ..probing import copy_model, eager, input_of, rows_into, untouched, unwrap
 from .forward_error import BoundedFeatures, Unbounded, bounded_features, damped
 from .record import describe_model, hash_tensors
 from .witness import whiten
@@ -71,6 +70,15 @@ class Problem:
                 self.model(x)
         except Exception as error:  # whatever a user's forward raises
             raise Unbounded(f"the model does not run in float64 ({_line(error)})") from error
+        own = self.inputs[0][:2].clone()
+        own = own.to(self.dtype) if own.is_floating_point() else own
+        with untouched(self.source), eager(), Narrowed(own, self.dtype) as narrow:
+            self.source(own)
+        if narrow.found:
+            raise Unbounded(
+                f"the model computes in {narrow.dtype} within {self.dtype} ({narrow.found[0]}), "
+                "as under autocast: its own features are far from what is bounded"
+            )
         return torch.finfo(seen.dtype).eps, f"{seen.found[0]} to {seen.dtype}" if seen.found else ""
 
     @cached_property
@@ -116,6 +124,8 @@ class Problem:
         if wide.bias is None:
             return "the wide layer has no bias"
         own = [wide.weight, wide.bias]
+        if overlap(*own) or any(torch._debug_has_internal_overlap(p) for p in own):
+            return "the wide layer's weights share memory with each other"
         others = [p for m in self._names if m is not wide for p in m._parameters.values()]
         others += [b for m in self._names for b in m._buffers.values()]
         if any(overlap(p, q) for p in own for q in others if q is not None):
@@ -124,6 +134,11 @@ class Problem:
             return "the wide layer is frozen (requires_grad=False)"
         with torch.no_grad(), eager(), Readers(self.wide.parameters()) as readers:
             input_of(self.model, self.wide, self.batches(2)[0])
+        x = self.inputs[0][:2]
+        x = x.to(self.dtype) if x.is_floating_point() else x
+        with untouched(self.source), Readers([wide.weight, wide.bias]) as source_readers:
+            input_of(self.source, wide, x)  # what captured it still reads the original's
+        readers.found += source_readers.found
         if readers.found:
             return f"the layers before it read the wide layer's weights ({readers.found[0]})"
         return ""
@@ -135,21 +150,13 @@ class Problem:
         named = dict(model.named_modules())
         return [named[self._names[module]] for module in chain]
 
-    def own_model(self) -> nn.Module:
-        """The user's own model; a copy of it in its own precision where weights were changed."""
-        if not self.changes:
-            return self.source
-        if self.dtype == torch.float64:
-            return self.model
-        try:
-            own = copy_model(self.source).eval()
-        except Exception as error:
-            raise Disagrees(f"the model cannot be copied ({_line(error)})") from error
-        state = own.state_dict()
-        with torch.no_grad():
-            for name, value in self.changes.items():
-                state[name].copy_(value)
-        return own
+    @contextmanager
+    def own_model(self) -> Iterator[nn.Module]:
+        """The user's own model, with the weights that were changed; they come back afterwards."""
+        with untouched(self.source):
+            if self.changes:
+                self.source.load_state_dict(self.changes, strict=False)
+            yield self.source
 
     def rows(self, index: Tensor) -> Tensor:
         """The inputs of the samples `index`, as the model is fed."""

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg.progress import Stages
+from ..names import canonical_name
 from ..network import Network
+from ..probing import eager, untouched, unwrap
 from . import record
 from .agreement import (
     require_equal_rows,
@@ -165,9 +167,18 @@ def verify_network(
             reason="flush-to-zero is on, the bounds need subnormal numbers: call "
             "torch.set_flush_denormal(False) first",
         )
+    if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+        return verdict(
+            status="undecided",
+            claim="at w",
+            method="none",
+            reason="torch.autocast is on: what the model computes under it is not what is bounded",
+        )
     inputs = [x for x, _ in samples]
     common["hashes"] = _hashes(network, inputs)
     columns = network.width + ones
+    if n > columns and (why := _narrower_than_told(network, inputs)):
+        return verdict(status="undecided", claim="exists", method="none", reason=why)
     if n > columns:
         return verdict(
             status="deficient",
@@ -193,13 +204,32 @@ def verify_network(
                 assumptions=list(IDENTICAL_INPUTS),
             )
         key += f" {record.describe_model(problem.source)}"
+        names = {canonical_name(name): name for name in network.model.state_dict()}
         attempt = Attempt(problem, w, seed, factorization, folder, stages, key, training)
-        return verdict(**getattr(attempt, method)())
+        found = getattr(attempt, method)()
+        if found.get("witness"):  # under the names of the model as it was given, wrapped or not
+            found["witness"] = {
+                names[canonical_name(name)]: value for name, value in found["witness"].items()
+            }
+        return verdict(**found)
     except Exception as error:
         reason = failure(error, folder)
         return verdict(
             status="undecided", claim="exists", method="none", reason=reason, culprits=culprits
         )
+
+
+def _narrower_than_told(network: Network, inputs: list[Tensor]) -> str:
+    """Why the rows of h are not the m_H numbers that two samples gave; "" where they are."""
+    x, source = inputs[0], unwrap(network.model)
+    parameter = next(source.parameters())
+    x = x.to(parameter.dtype) if x.is_floating_point() else x
+    try:
+        with untouched(source), eager():
+            h = network.hidden(x)
+    except Exception as error:  # whatever a user's forward raises
+        return f"the model does not run on these samples ({failure(error)})"
+    return "" if h.shape == (len(x), network.width) else f"h has the shape {tuple(h.shape)}"
 
 
 def _flushes_subnormals() -> bool:

@@ -128,7 +128,12 @@ class FirstStep:
 
 
 def check_autocast(config: Config, device: torch.device) -> None:
-    """ValueError where torch has no such mixed precision on the device."""
+    """ValueError where torch lacks such mixed precision there, or the caller is under autocast."""
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            "precision: fit is called under torch.autocast; leave it, precision='bf16-mixed' or "
+            "'fp16-mixed' puts the first phase alone under it"
+        )
     if config.autocast_dtype is None:
         return
     reason = "autocast leaves a product in float32"
