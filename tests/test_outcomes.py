@@ -10,7 +10,7 @@ from torch import nn
 import twophase_ext as tp
 from helpers import Given, toy_data, toy_mlp
 from twophase.cli import main
-from twophase_ext.expressivity import attempts, certify, verify
+from twophase_ext.expressivity import attempts, certify, methods
 
 X = toy_data(20)[0]
 
@@ -73,13 +73,13 @@ def test_a_method_that_raises_leaves_the_others(monkeypatch, error):
     def fails(*arguments, **settings):
         raise error
 
-    monkeypatch.setattr(verify, "separate", fails)
+    monkeypatch.setattr(methods, "separate", fails)
     verdict = tp.verify_expressivity(toy_mlp(), X)
     assert verdict.status == "proved" and verdict.method == "certificate"
     alone = tp.verify_expressivity(toy_mlp(), X, method="separation")
     assert alone.status == "undecided" and type(error).__name__ in alone.reason
-    monkeypatch.setattr(verify, "certify_given", fails)
-    monkeypatch.setattr(verify, "find_culprits", fails)
+    monkeypatch.setattr(methods, "certify_given", fails)
+    monkeypatch.setattr(methods, "find_culprits", fails)
     monkeypatch.setattr(torch.linalg, "svdvals", fails)
     verdict = tp.verify_expressivity(toy_mlp(), X)
     assert verdict.status == "undecided"
@@ -92,7 +92,7 @@ def test_training_goes_on_where_the_verification_raises(monkeypatch):
         raise IndexError("a rule's own")
 
     for name in ("Problem", "separate", "certify_given"):
-        monkeypatch.setattr(verify, name, fails)
+        monkeypatch.setattr(methods, name, fails)
         settings = {"epochs": 4, "tau": 0.5, "run_dir": False, "progress": False}
         result = tp.Trainer(toy_mlp(), **settings).fit(toy_data(20))
         assert result.status == "completed"

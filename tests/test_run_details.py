@@ -96,7 +96,7 @@ def test_the_loss_of_a_stochastic_epoch_is_a_mean_over_its_draws():
 
 def test_the_cache_takes_the_share_of_memory_that_is_said():
     sizes = {"n": 1000, "width": 1100, "backbone_width": 64, "itemsize": 4, "disk": 10**9}
-    more = {"random": False, "fixed_features": True}
+    more = {"random": False, "moving": None}
     enough = int(1000 * 1100 * 4 / 0.6)
     backbone = int(1000 * 64 * 4 / 0.6)
 

@@ -135,9 +135,9 @@ def test_each_sample_is_fetched_once_more_than_needed(second_phase, verify):
     data, val = Given(), Given()
     model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), *toy_mlp())
     quiet(model, second_phase=second_phase, epochs=5, tau=3, verify=verify).fit(data, val)
-    # three epochs, features at tau, the check before; ten samples are looked at at once
+    # three epochs, features at tau, the check before; sixteen samples are looked at at once
     for counts in (data.count, val.count):
-        assert sum(counts.values()) <= 5 * 64 + 10 and min(counts.values()) == 5
+        assert sum(counts.values()) <= 5 * 64 + 16 and min(counts.values()) == 5
 
 
 def test_held_batches_are_not_fetched_twice_nor_written_to():

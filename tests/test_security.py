@@ -142,7 +142,9 @@ def test_a_checkpoint_with_code(tmp_path, marker, monkeypatch, how, forced):
 
 
 def test_features_with_code(tmp_path, marker):
-    hostile(tmp_path / "features0.pt", marker, "torch.save")
+    settings = {"method": "certificate", "folder": tmp_path}
+    tp.verify_expressivity(toy_mlp(), toy_data()[0], **settings)
+    hostile(next(tmp_path.glob("features-*.pt")), marker, "torch.save")
     with pytest.raises(Exception, match="Weights only load failed"):
         tp.verify_expressivity(toy_mlp(), toy_data()[0], method="certificate", folder=tmp_path)
 

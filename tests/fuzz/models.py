@@ -212,8 +212,8 @@ def optimizer(r: random.Random) -> None:
 
 
 def surgery(r: random.Random) -> None:
-    """nn.analytic, classify, widen, WideHead and Softplus."""
-    which = r.randrange(4)
+    """nn.analytic, classify, widen, plain, WideHead and Softplus."""
+    which = r.randrange(5)
     if which == 0:
         beta: Any = r.choice((1.0, 100.0, *STRANGE))
         got = attempt(tp.nn.Softplus, beta, r.random() < 0.5, label="nn.Softplus")
@@ -229,6 +229,10 @@ def surgery(r: random.Random) -> None:
     if which == 1:
         found = attempt(tp.nn.classify, model)
         assert isinstance(found, Refused) or not isinstance(model, nn.Module) or found
+    elif which == 4:
+        got = attempt(tp.nn.plain, model)
+        if not isinstance(got, Refused):
+            close(got(x), wide(model(x)), 1e-6, "nn.plain")
     elif which == 2:
         wanted = None if not isinstance(model, nn.Module) else model[0](x).detach()
         got = attempt(tp.nn.analytic, model, r.choice((1.0, 100.0)), changes=[model])

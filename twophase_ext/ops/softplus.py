@@ -4,6 +4,8 @@ Derivatives are taken from the output y alone (s = sigmoid(beta x) = 1 - exp(-be
 but y is kept for the backward pass and the in-place form is possible.
 """
 
+import os
+import sys
 from numbers import Real
 from typing import Any
 
@@ -249,8 +251,19 @@ def _traced(x: Tensor, beta: float) -> Tensor:
 
 
 # The raw operators: what torch.compile traces, with a gradient for whoever calls them directly.
+def _quiet_inductor() -> None:
+    """Where the environment variable CI is set, Inductor asserts that what has a decomposition uses
+    it; this one is for exporters, the operator itself is faster. Said once, when it is imported.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    operator = _ops.softplus.default
+    if lowering is not None and os.environ.get("CI") and operator not in lowering.lowerings:
+        lowering.make_fallback(operator, warn=False)
+
+
 @torch.library.register_fake("twophase::softplus")
 def _(x: Tensor, beta: float) -> Tensor:
+    _quiet_inductor()
     return torch.empty_like(x)
 
 

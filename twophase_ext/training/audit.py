@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .engine import Run
 
 Premise = tuple[str, str, str]
-SEEN = 64  # samples on which the model is watched for kinks
+SEEN = 2  # samples on which the model is watched for kinks
 REFUTES = 1e-3  # relative rise of a custom loss's objective that float32 hardly explains
 
 
