@@ -10,7 +10,7 @@ from torch import nn
 import twophase_ext as tp
 from helpers import Given, toy_data, toy_mlp
 from twophase.cli import main
-from twophase_ext.expressivity import attempts, certify, methods
+from twophase_ext.expressivity import attempts, certify, methods, verify
 
 X = toy_data(20)[0]
 
@@ -92,7 +92,7 @@ def test_training_goes_on_where_the_verification_raises(monkeypatch):
         raise IndexError("a rule's own")
 
     for name in ("Problem", "separate", "certify_given"):
-        monkeypatch.setattr(methods, name, fails)
+        monkeypatch.setattr(verify if name == "Problem" else methods, name, fails)
         settings = {"epochs": 4, "tau": 0.5, "run_dir": False, "progress": False}
         result = tp.Trainer(toy_mlp(), **settings).fit(toy_data(20))
         assert result.status == "completed"
