@@ -64,13 +64,12 @@ class Expected:
 class Reference:
     """What the bounded features say that the model computes."""
 
-    def __init__(self, problem: "Problem", *, through_wide: bool) -> None:
-        """through_wide: h as well, from the wide layer's weights as they are in the copy."""
+    def __init__(self, problem: "Problem") -> None:
+        """Of the weights as they are in the copy."""
         found = problem.bounded
         assert found is not None
         self.z, self.error = found.z, found.error
-        self.wide = problem.wide if through_wide else None
-        self.into_wide = problem.wide is not None
+        self.wide = problem.wide
         if self.wide is not None:
             self.beta = problem.beta
             self.weight = self.wide.weight.detach()
@@ -84,10 +83,8 @@ class Reference:
         z, error = self.z[index], self.error[index]
         norms = z.norm(dim=1)
         allowed = ERRORS * error + 64 * UNIT_ROUNDOFF * norms
-        if not self.into_wide:  # the bounded features are h itself
+        if self.wide is None:  # the bounded features are h itself
             return Expected(None, None, z, allowed, norms)
-        if self.wide is None:
-            return Expected(z, allowed, None, None, norms)
         d, m = z.shape[1], len(self.weight)
         h = ops.softplus(torch.addmm(self.bias, z, self.weight.T), self.beta)
         rounding = gamma(d + 2) * (self.sizes * norms + self.shift)
@@ -152,8 +149,8 @@ def require_free_wide_layer(problem: "Problem", stage: Stage | None = None) -> N
     assert problem.wide is not None
     for scale in SCALES:
         with _drawn(list(problem.wide.parameters()), scale):
-            _require_copy(problem, Reference(problem, through_wide=True), stage)
-    require_agreement(problem, Reference(problem, through_wide=False), stage)
+            _require_copy(problem, Reference(problem), stage)
+    require_agreement(problem, Reference(problem), stage)
 
 
 @torch.no_grad()

@@ -121,12 +121,12 @@ class Attempt:
                 found = certify_witness(problem, seed=self.seed, **arguments)
                 if found["status"] != "undecided":
                     with self._compared(2) as stage:
-                        require_agreement(problem, Reference(problem, through_wide=True), stage)
+                        require_agreement(problem, Reference(problem), stage)
                 return fields | found
             found = certify_given(problem, **arguments)
             if found["status"] != "undecided":
                 with self._compared(2) as stage:
-                    require_agreement(problem, Reference(problem, through_wide=True), stage)
+                    require_agreement(problem, Reference(problem), stage)
         except Disagrees:
             raise
         except Unbounded as error:

@@ -1,0 +1,132 @@
+"""Wrappers, captured weights, precisions and sizes that make a claim one about another function."""
+
+import copy
+import io
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+from torch import nn
+
+import twophase_ext as tp
+from helpers import quiet, toy_data, toy_mlp
+from lying_models import Net
+
+X = torch.rand(8, 4, generator=torch.Generator().manual_seed(1))
+pytestmark = pytest.mark.usefixtures("one_thread")
+WAYS = ({}, {"method": "separation"}, {"w": "witness", "method": "certificate"})
+
+
+class Wrapper(nn.DataParallel):
+    def forward(self, x):
+        return super().forward(x * 0)
+
+
+class Named(nn.Module):
+    """Holds its model as torch.compile's wrapper does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._orig_mod = model
+
+    def forward(self, x):
+        return self._orig_mod(x * 0)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, Named])
+def test_a_wrapper_that_changes_the_input_is_run(wrap):
+    for way in WAYS:
+        assert tp.verify_expressivity(wrap(Net()), X, **way).status == "undecided"
+
+
+def test_hooks_on_a_wrapper_are_refused():
+    model = nn.DataParallel(Net())
+    model.register_forward_pre_hook(lambda _, a: (a[0] * 0,))
+    with pytest.raises(ValueError, match="the wrapper DataParallel: it has hooks"):
+        tp.verify_expressivity(model, X)
+
+
+def test_a_witness_has_the_names_of_the_model_as_given():
+    model = nn.DataParallel(Net())
+    verdict = tp.verify_expressivity(model, X, w="witness", method="certificate")
+    assert verdict.status == "proved"
+    found = copy.deepcopy(model).load_state_dict(verdict.witness, strict=False)
+    assert found.unexpected_keys == []
+
+
+def test_autocast_is_no_part_of_a_proof():
+    def half(model, z):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.stem(z).float()
+
+    for way in WAYS:
+        assert tp.verify_expressivity(Net(before=half), X, **way).status == "undecided"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in tp.verify_expressivity(Net(), X).reason
+        with pytest.raises(ValueError, match="precision: fit is called under"):
+            quiet(toy_mlp()).fit(toy_data())
+
+
+@pytest.mark.parametrize("way", ["a closure", "an array", "a view"])
+def test_captured_weights_are_read_where_they_are(way):
+    model = Net()
+    if way == "a closure":
+        model.before = lambda _, z: z / (1 + model.wide.weight.norm())
+    elif way == "an array":
+        array = model.wide.weight.detach().numpy()
+        model.before = lambda _, z: z if abs(array).max() < 1 else z * 0
+    else:
+        view = model.wide.weight.data[:4]
+        model.before = lambda _, z: z * (view.abs().max() < 1)
+    verdict = tp.verify_expressivity(model, X, w="witness", method="certificate")
+    assert verdict.status == "undecided", str(verdict)
+
+
+def test_wide_weights_in_one_memory_are_not_free():
+    shared, expanded = Net(), Net()
+    shared.wide.bias = nn.Parameter(shared.wide.weight.data[:, 0])
+    expanded.wide.weight = nn.Parameter(torch.randn(1, 4).expand(10, 4))
+    for model in (shared, expanded):
+        verdict = tp.verify_expressivity(model, X, w="witness", method="certificate")
+        assert verdict.status == "undecided", str(verdict)
+
+
+def test_the_grad_mode_of_the_owner_counts():
+    model = Net(between=lambda m, a: a * 0 if torch.is_grad_enabled() else a)
+    for way in WAYS:
+        assert tp.verify_expressivity(model, X, **way).status == "undecided"
+
+
+def test_large_batches_count():
+    x = torch.rand(300, 4, generator=torch.Generator().manual_seed(2))
+    model = Net(before=lambda m, z: z * (1 - z.shape[0] // 257))
+    model.wide, model.last = nn.Linear(4, 320), nn.Linear(320, 2)
+    assert tp.verify_expressivity(model, x, method="separation").status == "undecided"
+
+
+def test_inputs_are_what_the_model_can_be_fed():
+    x = X.double()
+    x[3] = x[2] + 1e-12
+    assert tp.verify_expressivity(Net(), x, method="separation").status != "proved"
+
+
+def test_sizes_that_a_weight_does_not_have_are_refused():
+    model = Net()
+    model.last.in_features = 4
+    with pytest.raises(ValueError, match="last_layer: 'last' has a weight of shape"):
+        tp.verify_expressivity(model, X)
+
+
+def test_scripted_parts_leave_the_model_as_it_was():
+    class Scripted(Net):
+        def __init__(self):
+            super().__init__()
+            self.extra = torch.jit.script(nn.Linear(4, 4))
+
+        def forward(self, x):
+            return super().forward(self.extra(x))
+
+    model = Scripted().train()
+    with redirect_stdout(io.StringIO()):
+        tp.verify_expressivity(model, X, method="svd")
+    assert all(m.training for m in model.modules())
