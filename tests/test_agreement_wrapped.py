@@ -97,6 +97,38 @@ def test_the_grad_mode_of_the_owner_counts():
         assert tp.verify_expressivity(model, X, **way).status == "undecided"
 
 
+def test_compiled_code_is_run_as_it_is_compiled():
+    model = Net(before=lambda m, z: z * 0 if torch.compiler.is_compiling() else z)
+    for way in WAYS:
+        verdict = tp.verify_expressivity(torch.compile(model, backend="eager"), X, **way)
+        assert verdict.status == "undecided" and "torch.compile" in verdict.reason, str(verdict)
+        verdict = tp.verify_expressivity(torch.compile(Net(), backend="eager"), X, **way)
+        assert verdict.status == "proved", str(verdict)
+
+
+def test_the_output_in_the_owners_precision_counts():
+    model = Net(after=lambda m, out: out * 0 if out.dtype is torch.float32 else out)
+    for way in WAYS:
+        try:
+            status = tp.verify_expressivity(model, X, **way).status
+        except ValueError:  # no output of an affine layer
+            continue
+        assert status == "undecided"
+
+
+def test_a_module_in_a_plain_list_is_refused_and_comes_back():
+    model = Net(before=lambda m, z: m.norms[0](z))
+    model.norms = [nn.BatchNorm1d(4)]
+    for call in (
+        lambda: tp.verify_expressivity(model, X),
+        lambda: quiet(model).fit((X, torch.arange(8) % 2)),
+        lambda: tp.ntk_rank(model, X),
+    ):
+        with pytest.raises(ValueError, match="model: its forward pass changes a tensor"):
+            call()
+        assert not model.norms[0].running_mean.any() and model.norms[0].num_batches_tracked == 0
+
+
 def test_large_batches_count():
     x = torch.rand(300, 4, generator=torch.Generator().manual_seed(2))
     model = Net(before=lambda m, z: z * (1 - z.shape[0] // 257))

@@ -183,3 +183,78 @@ def test_convex_loss_declaration():
         tp.ConvexLoss(nn.functional.cross_entropy, smoothness=0.0)
     with pytest.raises(TypeError, match="function: expected a callable"):
         tp.ConvexLoss("cross_entropy", smoothness=1.0)
+
+
+def _dense(x):
+    return {
+        "sparse": x.to_sparse(),
+        "rows": x.to_sparse_csr(),
+        "quantized": torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        "meta": x.to("meta"),
+        "eight bits": x.to(torch.float8_e4m3fn),
+        "nested": torch.nested.nested_tensor([x[0], x[1]]),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sparse", "rows", "quantized", "meta", "eight bits", "nested"])
+def test_tensors_that_are_no_arrays_of_numbers(kind):
+    x, y = toy_data()
+    odd = _dense(x)[kind]
+    for call, name in (
+        (lambda: tp.verify_expressivity(toy_mlp(), odd), "x"),
+        (lambda: tp.ntk_rank(toy_mlp(), odd), "x"),
+        (lambda: quiet(toy_mlp()).fit((odd, y)), r"train\[0\]"),
+    ):
+        with pytest.raises(TypeError, match=f"^{name}: expected a dense tensor with data, got a"):
+            call()
+
+
+def _verify(model=None, x=None, **arguments):
+    return tp.verify_expressivity(
+        toy_mlp() if model is None else model, toy_data()[0] if x is None else x, **arguments
+    )
+
+
+VERIFY = {
+    "a width that the model has not": (
+        {"x": torch.randn(6, 7)},
+        ValueError,
+        r"^model: it does not run on inputs \[2, 7\] of torch.float32: mat1 and",
+    ),
+    "no feature dimension": (
+        {"x": torch.randn(6)},
+        ValueError,
+        r"^model: it does not run on inputs \[2\]",
+    ),
+    "complex": (
+        {"x": torch.randn(6, 5, dtype=torch.complex64)},
+        ValueError,
+        "^model: it does not run on inputs .* torch.complex64",
+    ),
+    "seed": ({"seed": 1.5}, TypeError, "^seed: expected an integer, got 1.5"),
+    "folder": ({"folder": 3}, TypeError, "^folder: expected a path or None, got int"),
+    "a file": ({"folder": __file__}, ValueError, "^folder: .* cannot be made"),
+    "no outputs": (
+        {"model": nn.Sequential(nn.Linear(5, 4), nn.Softplus(), nn.Linear(4, 0))},
+        ValueError,
+        "^last_layer: '2' has no weights",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("case", VERIFY)
+def test_verify_names_what_is_wrong(case):
+    arguments, kind, message = VERIFY[case]
+    with pytest.raises(kind, match=message):
+        _verify(**arguments)
+
+
+def test_weights_that_share_memory_with_themselves():
+    model = toy_mlp()
+    last = model[-1]
+    last.weight = nn.Parameter(torch.randn(1, last.in_features).expand(last.out_features, -1))
+    for call in (lambda: _verify(model), lambda: quiet(model).fit(toy_data())):
+        with pytest.raises(ValueError, match=r"share memory \(expand\)"):
+            call()

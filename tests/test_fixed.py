@@ -62,6 +62,46 @@ def test_the_lazy_phase_says_so():
     assert features_premise(result)[0] == "failed" and result.guarantee.bound is None
 
 
+def only(sizes):
+    """h is the same function but for batches of these sizes."""
+    return lambda m, h: h * 0.5 if len(h) in sizes else h
+
+
+OF_SIZES = {  # n, batch_size, accumulate, size
+    "the last batch": (11, 4, 1, 3),
+    "a last batch of one": (13, 4, 1, 1),
+    "nearly all samples": (12, 11, 1, 11),
+    "more than are cached at once": (600, 280, 1, 280),
+    "the rest of these": (600, 280, 1, 40),
+    "a part of a batch": (12, 8, 2, 4),
+}
+
+
+@pytest.mark.parametrize("kind", OF_SIZES)
+def test_every_size_of_a_batch_in_training(kind):
+    n, batch_size, accumulate, size = OF_SIZES[kind]
+    settings = {"batch_size": batch_size, "accumulate": accumulate, "second_phase": "gd"}
+    result = quiet(net(only([size])), **settings).fit(toy_data(n))
+    status, evidence = features_premise(result)
+    assert status == "failed" and "another batch: apart by" in evidence
+    assert not result.guarantee.curve
+
+
+def test_gradients_are_on_where_training_has_them():
+    model = net(lambda m, h: h * 0.5 if torch.is_grad_enabled() else h)
+    status, evidence = features_premise(quiet(model, batch_size=4).fit(toy_data(11)))
+    assert status == "failed" and "another batch: apart by" in evidence
+
+
+def test_a_compiled_model_is_run_as_it_is_compiled():
+    other = net(lambda m, h: h * 0.5 if torch.compiler.is_compiling() else h)
+    plain = net(lambda m, h: h * 0.5)
+    for model, expected in ((other, "failed"), (plain, "held")):
+        compiled = torch.compile(model, backend="eager")
+        result = quiet(compiled, batch_size=4, second_phase="gd").fit(toy_data(11))
+        assert features_premise(result)[0] == expected
+
+
 @pytest.mark.parametrize(
     ("model", "data"),
     [

@@ -59,12 +59,31 @@ def as_data(a: Any, *, name: str) -> Tensor:
     """`as_tensor` of data, which no gradient reaches.
 
     A tensor with a graph is detached. One that was made under torch.inference_mode has no version
-    counter and cannot enter a graph: it is copied where it is used outside.
+    counter and cannot enter a graph: it is copied where it is used outside. Raises TypeError too
+    for a tensor that is sparse, nested or quantized, of the meta device or in eight bits.
     """
-    found = as_tensor(a, name=name).detach()
+    found = as_tensor(a, name=name)
+    if why := _no_numbers(found):
+        raise TypeError(f"{name}: expected a dense tensor with data, got {why}")
+    found = found.detach()
     if found.is_inference() and not torch.is_inference_mode_enabled():
         return found.clone()
     return found
+
+
+def _no_numbers(t: Tensor) -> str:
+    """What keeps a tensor from being read as an array of numbers, and the way out; or ""."""
+    if t.is_nested:
+        return "a nested tensor; pad it (torch.nested.to_padded_tensor)"
+    if t.layout is not torch.strided:
+        return f"a tensor in the layout {t.layout}; use x.to_dense()"
+    if t.is_quantized:
+        return f"a quantized tensor ({t.dtype}); use x.dequantize()"
+    if t.is_meta:
+        return "a meta tensor"
+    if t.is_floating_point() and t.element_size() == 1:
+        return f"a tensor of {t.dtype}, in which torch does not compute; use x.float()"
+    return ""
 
 
 def require_finite(x: Tensor, name: str, what: str, indices: list[int] | None = None) -> None:

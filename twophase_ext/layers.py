@@ -149,6 +149,13 @@ def named_last_layer(model: nn.Module, last_layer: nn.Module | str) -> LastLayer
     if module not in names:
         raise ValueError(f"last_layer: this {module} is not in the model; {listing}")
     _check_parameters(model, names, module)
+    if module.in_features < 1 or module.out_features < 1:
+        raise ValueError(f"last_layer: {names[module]!r} has no weights: {module}")
+    if any(torch._debug_has_internal_overlap(p) == 1 for p in module.parameters(recurse=False)):
+        raise ValueError(
+            f"last_layer: entries of the weights of {names[module]!r} share memory (expand), so "
+            "that no step can move one alone; use weight.contiguous()"
+        )
     if tuple(module.weight.shape) != (module.out_features, module.in_features):
         raise ValueError(
             f"last_layer: {names[module]!r} has a weight of shape {tuple(module.weight.shape)}, "

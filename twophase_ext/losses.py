@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .messages import type_and_line
+
 SAMPLES = 16  # that a declaration is tried on
 EXCESS = 1e-3  # of L_ell: a loss may compute in float32
 
@@ -125,10 +127,9 @@ def loss_problem(loss: ConvexLoss, outputs: int, targets: Tensor) -> str:
     try:
         reason = counterexample(loss, outputs, targets)
     except Exception as error:  # whatever the user's own function raises
-        first = (str(error).splitlines() or [""])[0]
         reason = (
             f"fails on float64 outputs [{len(targets[:SAMPLES])}, {outputs}], in which bounds are "
-            f"evaluated ({type(error).__name__}: {first}); let its own tensors follow "
+            f"evaluated ({type_and_line(error)}); let its own tensors follow "
             "outputs.dtype and outputs.device"
         )
     return f"loss: {loss.name}: {reason}" if reason else ""

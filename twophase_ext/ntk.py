@@ -19,6 +19,7 @@ from .expressivity.inputs import as_example, checked_inputs, first_parameter
 from .expressivity.verify import hashes_of, verify_network
 from .linalg.bounds import bound_text
 from .memory import available_memory
+from .messages import first_line
 from .network import Network
 from .probing import copy_model, unwrap
 
@@ -234,7 +235,7 @@ def _kernel(model: nn.Module, x: Tensor, size: int) -> Tensor:
         except RuntimeError as error:
             raise RuntimeError(
                 "model: torch.func cannot differentiate it sample by sample; method='bound' needs "
-                f"no Jacobian ({str(error).splitlines()[0]})"
+                f"no Jacobian ({first_line(error)})"
             ) from error
         for part in jacobian.values():
             rows = part.reshape(size, -1)

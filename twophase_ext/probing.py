@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .messages import first_line
+
 _COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 
 
@@ -30,6 +32,18 @@ class _Stop(BaseException):
     """Ends a forward pass. Not an Exception, so that no `except Exception` in it swallows this."""
 
 
+class DoesNotRun(ValueError):
+    """The user's own forward pass raised; `line` is what it said."""
+
+    def __init__(self, example: Tensor, error: Exception) -> None:
+        """error: raised on the inputs `example`."""
+        self.line = first_line(error)
+        super().__init__(
+            f"model: it does not run on inputs {list(example.shape)} of {example.dtype}: "
+            f"{self.line}"
+        )
+
+
 def require_module(model: Any) -> None:
     """Raise TypeError where `model` is no module."""
     if not isinstance(model, nn.Module):
@@ -45,9 +59,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def wraps(model: nn.Module) -> bool:
     """Whether it is torch's own wrapper; a subclass may do anything with what it wraps."""
-    kind = type(model)
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return kind in parallel or f"{kind.__module__}.{kind.__name__}" == _COMPILED
+    return type(model) in parallel or _compiled_wrapper(model)
+
+
+def compiled(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, runs code that torch.compile made of it."""
+    return any(_compiled_wrapper(m) or m._compiled_call_impl is not None for m in model.modules())
+
+
+def _compiled_wrapper(model: nn.Module) -> bool:
+    kind = type(model)
+    return f"{kind.__module__}.{kind.__name__}" == _COMPILED
 
 
 def cuda_devices() -> range:
@@ -141,8 +164,8 @@ def rows_into(model: nn.Module, chain: list[nn.Module], x: Tensor) -> Tensor:
             object.__delattr__(module, "forward")
 
 
-def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], Any]:
-    """Run the model once: the calls of `wanted` modules in order of completion, and its output."""
+def _require_runnable(model: nn.Module, example: Any) -> None:
+    """Raise TypeError or ValueError where no run of the model on the example would say anything."""
     if not isinstance(example, Tensor):
         raise TypeError(f"example_input: expected a tensor, got {type(example).__name__}")
     if example.dim() == 0 or example.numel() == 0:
@@ -151,6 +174,11 @@ def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], 
         )
     if any(is_lazy(p) for p in model.parameters()):
         raise ValueError("model: its lazy modules are not initialised yet; run it once first")
+
+
+def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], Any]:
+    """Run the model once: the calls of `wanted` modules in order of completion, and its output."""
+    _require_runnable(model, example)
     calls: list[Call] = []
     inputs: dict[nn.Module, list[tuple[Any, int]]] = {}
 
@@ -241,19 +269,51 @@ def require_pure(model: nn.Module, example: Tensor) -> None:
     """Raise ValueError where a forward pass in evaluation mode changes parameters or buffers.
 
     A first pass may fill caches: what the second one changes again is refused. The claims of the
-    second phase are about hidden layers that stay as they are.
+    second phase are about hidden layers that stay as they are. Tensors that the model holds in
+    other ways (a BatchNorm in a plain list, which eval() does not reach) count too; they come back.
+    Raises ValueError too where the model does not run on the example.
     """
+    _require_runnable(model, example)
+    state = {id(t) for t in state_tensors(model)}
+    held = [t for t in _tensors(model) if id(t) not in state and _plain(t)]
+    own = [t.detach().clone() for t in held]
     with untouched(model), eager():
-        unwrap(model)(example.clone())
+        _run_once(model, example)
         before = {name: t.detach().clone() for name, t in _state(model)}
-        unwrap(model)(example.clone())
+        values = [t.detach().clone() for t in held]
+        _run_once(model, example)
         changed = [n for n, t in _state(model) if n not in before or not same_values(t, before[n])]
+        hidden = [t for t, value in zip(held, values, strict=True) if not same_values(t, value)]
+        if hidden:
+            for t, value in zip(held, own, strict=True):
+                t.data.copy_(value)
+    if hidden and not changed:
+        raise ValueError(
+            f"model: its forward pass changes a tensor {list(hidden[0].shape)} that is neither a "
+            f"parameter nor a buffer of its modules, in evaluation mode ({len(hidden)} such); "
+            "modules in a plain list or dict are not reached by eval(): use nn.ModuleList, "
+            "nn.ModuleDict or register_buffer"
+        )
     if changed:
         raise ValueError(
             f"model: its forward pass changes {changed[0]!r} in evaluation mode ({len(changed)} "
             "such parameters and buffers); hidden layers that change as they run cannot be frozen. "
             "Change them in training mode alone (if self.training: ...)"
         )
+
+
+def _run_once(model: nn.Module, example: Tensor) -> None:
+    try:
+        unwrap(model)(example.clone())
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the user's own forward pass raises
+        raise DoesNotRun(example, error) from error
+
+
+def _plain(t: Tensor) -> bool:
+    ordinary = type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
+    return ordinary and not is_lazy(t) and not t.is_meta and not t.is_inference()
 
 
 def _state(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -22,7 +22,8 @@ from ..holding import trainable
 from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
 from ..linalg.norms import frobenius_upper, norm_upper
 from ..linalg.progress import Stage
-from ..probing import cuda_devices, rows_into, same_values
+from ..messages import type_and_line
+from ..probing import compiled, cuda_devices, rows_into, same_values
 from .bounded import Disagrees
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def require_agreement(
     with problem.own_model() as own, torch.enable_grad(), _constant(own):
         for index, seen in _passes(problem, own, problem.dtype, stage, shuffled=False, size=256):
             with torch.no_grad():
-                _compare_own(expected(index), seen, index, problem.dtype)
+                _compare_own(problem, own, expected(index), seen, index)
 
 
 def _require_copy(problem: "Problem", expected: Reference | Stored, stage: Stage | None) -> None:
@@ -246,7 +247,9 @@ def _observe(problem: "Problem", model: nn.Module, x: Tensor) -> _Seen:
         output = model(x.clone())
         output = output.detach() if isinstance(output, Tensor) else output
     except Exception as error:
-        raise Disagrees(f"the model does not run on these samples ({_line(error)})") from error
+        raise Disagrees(
+            f"the model does not run on these samples ({type_and_line(error)})"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -275,17 +278,37 @@ def _compare(problem: "Problem", expected: Expected, seen: _Seen, index: Tensor,
     _require_close("its output", seen.output, outputs, allowed, index, what)
 
 
-def _compare_own(expected: Expected, seen: _Seen, index: Tensor, dtype: torch.dtype) -> None:
-    """As far as the model's own precision goes: is the float64 copy the same function?"""
+def _compare_own(
+    problem: "Problem", own: nn.Module, expected: Expected, seen: _Seen, index: Tensor
+) -> None:
+    """As far as the model's own precision goes: is the float64 copy the same function?
+
+    And is what torch.compile made of it, where the user's model is compiled?
+    """
+    dtype = problem.dtype
+    what = f"the user's own model ({dtype})"
     relative = min(0.5, OWN_EPS * torch.finfo(dtype).eps)
-    for name, value, own in (
+    last: nn.Linear = problem.chain_in(own)[-1]  # type: ignore[assignment]
+    shift = 0.0 if last.bias is None else frobenius_upper(last.bias.double())
+    sizes = frobenius_upper(last.weight.double()) * seen.h.double().norm(dim=1) + shift
+    outputs = F.linear(seen.h, last.weight, last.bias).double()
+    _require_close("its output", seen.output, outputs, relative * sizes, index, what)
+    if compiled(problem.network.model):
+        x = problem.rows(index)
+        try:
+            output = problem.network.model(x.to(dtype) if x.is_floating_point() else x)
+        except Exception as error:
+            raise Disagrees(f"the compiled model does not run ({type_and_line(error)})") from error
+        what = f"the model as torch.compile compiled it ({dtype})"
+        _require_close("its output", output, outputs, relative * sizes, index, what)
+    for name, value, given in (
         ("the wide layer's input", expected.z, seen.z),
         ("h", expected.h, seen.h),
     ):
         if value is not None:
             size = expected.size if name == "h" else value.norm(dim=1)
             allowed = relative * (size + value.norm(dim=1).mean())
-            _require_close(name, own, value, allowed, index, f"the user's own model ({dtype})")
+            _require_close(name, given, value, allowed, index, what)
 
 
 def _require_close(
@@ -366,7 +389,3 @@ def _drawn(parameters: list[nn.Parameter], scale: float, *, keep: bool = False) 
     finally:
         for p, value in zip(parameters, own, strict=True):
             p.data.copy_(value)
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]

@@ -10,6 +10,7 @@ import torch
 
 from ..linalg.plan import plan
 from ..memory import available_memory
+from ..messages import first_line, type_and_line
 from .bounded import Unbounded
 
 
@@ -62,10 +63,7 @@ def failure(error: Exception, folder: Path | None = None) -> str:
     """The error in a line of text; raised again where it is about the caller's folder."""
     if folder is not None and str(folder) in str(error):
         raise error
-    first = (str(error).splitlines() or [""])[0]
-    if isinstance(error, Unbounded):
-        return first
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return first_line(error) if isinstance(error, Unbounded) else type_and_line(error)
 
 
 def float64_rate(device: torch.device) -> float:

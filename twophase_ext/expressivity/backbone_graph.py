@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import ops
+from ..messages import type_and_line
 from ..nn.softplus import Softplus
 from ..probing import cuda_devices
 from .bounded import Unbounded
@@ -205,7 +206,7 @@ def backbone_graph(model: nn.Module, stop: str | None) -> BackboneGraph:
     try:
         twin = copy.deepcopy(model, shared).double().eval()  # type: ignore[arg-type]
     except Exception as error:  # whatever a user's tensors raise
-        raise Unbounded(f"model: it cannot be copied ({_first_line(error)})") from error
+        raise Unbounded(f"model: it cannot be copied ({type_and_line(error)})") from error
     layer = None if stop is None else twin.get_submodule(stop)
     tracer = _Tracer(layer)
     with torch.random.fork_rng(devices=cuda_devices()):
@@ -215,7 +216,7 @@ def backbone_graph(model: nn.Module, stop: str | None) -> BackboneGraph:
         except _Reached:
             pass
         except Exception as error:  # whatever a user's forward raises on proxies
-            raise Unbounded(f"model: torch.fx cannot trace it ({_first_line(error)})") from error
+            raise Unbounded(f"model: torch.fx cannot trace it ({type_and_line(error)})") from error
         if not torch.equal(state, torch.get_rng_state()):
             raise Unbounded("model: its forward pass draws random numbers")
     nodes = list(tracer.graph.nodes)
@@ -312,11 +313,6 @@ def _omitted(module: nn.Module) -> dict[str, None]:
     """Arguments of forward that are None unless given: `if mask is None` is then decided."""
     parameters = inspect.signature(module.forward).parameters.values()
     return {p.name: None for p in parameters if p.default is None}
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {line}"[:200]
 
 
 def is_zero(weight: Tensor) -> bool:

@@ -16,6 +16,7 @@ from ..gate import Narrowed, Readers, overlap
 from ..holding import trainable
 from ..layers import wide_chain
 from ..linalg.progress import Stage
+from ..messages import first_line, type_and_line
 from ..network import Network
 from ..probing import copy_model, eager, input_of, rows_into, untouched, unwrap
 from .forward_error import BoundedFeatures, Unbounded, bounded_features, damped
@@ -54,7 +55,9 @@ class Problem:
         try:
             self.model = copy_model(self.source).double().eval()
         except Exception as error:  # whatever a user's tensors raise
-            raise Unbounded(f"the model cannot be copied in float64 ({_line(error)})") from error
+            raise Unbounded(
+                f"the model cannot be copied in float64 ({type_and_line(error)})"
+            ) from error
         self.last = self._twin(self.network.last.module)
         wide = self.network.wide
         self.wide = None if wide is None else self._twin(wide.linear)
@@ -69,7 +72,9 @@ class Problem:
             with torch.no_grad(), eager(), Narrowed(x) as seen:
                 self.model(x)
         except Exception as error:  # whatever a user's forward raises
-            raise Unbounded(f"the model does not run in float64 ({_line(error)})") from error
+            raise Unbounded(
+                f"the model does not run in float64 ({type_and_line(error)})"
+            ) from error
         own = self.inputs[0][:2].clone()
         own = own.to(self.dtype) if own.is_floating_point() else own
         with untouched(self.source), eager(), Narrowed(own, self.dtype) as narrow:
@@ -324,10 +329,6 @@ class Problem:
         return f"{what} ({resolved} directions resolved on {min(PILOT, self.n)} samples)"
 
 
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
-
-
 def _checksum(found: BoundedFeatures) -> str:
     """Of everything that a proof is made from."""
     return hash_tensors([found.z, found.error]) + repr(found.assumptions)
@@ -341,8 +342,7 @@ def _read_features(path: Path, key: str, device: torch.device) -> BoundedFeature
         found = BoundedFeatures(**state)
         intact = checksum == _checksum(found)
     except Exception as error:  # torch raises many types for a damaged file
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"folder: {path} cannot be read: {first_line}") from error
+        raise ValueError(f"folder: {path} cannot be read: {first_line(error)}") from error
     if theirs != key:
         raise ValueError(f"folder: {path} belongs to another problem; use another folder")
     if not intact:

@@ -149,11 +149,8 @@ class Verdict:
     def wrong_type(self) -> str:
         """The first field whose value is of another type than declared; "" for none."""
         for name, kind in get_type_hints(Verdict).items():
-            kinds = tuple(get_origin(part) or part for part in get_args(kind) or (kind,))
-            kinds = (get_origin(kind),) if get_origin(kind) in (list, dict) else kinds
-            value = getattr(self, name)
-            if not isinstance(value, kinds if float not in kinds else (*kinds, int)):
-                return f"{name} is of type {type(value).__name__}"
+            if not _is(getattr(self, name), kind):
+                return f"{name}: expected {kind}, got {type(getattr(self, name)).__name__}"
         return ""
 
     @inference_mode(False)
@@ -179,3 +176,21 @@ class Verdict:
         holds, found = recheck(self, model, x, folder)
         say(f"holds: {self.status}, {self.claim}{found}" if holds else f"does not hold: {found}")
         return holds
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type as dataclasses declare it; an int is a float, a bool neither."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin is list:
+        return isinstance(value, list) and all(_is(v, parts[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _is(k, parts[0]) and _is(v, parts[1]) for k, v in value.items()
+        )
+    if parts:
+        return any(_is(value, part) for part in parts)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)

@@ -1,5 +1,6 @@
 """Verification of rank [h_X, 1] = n for a model and its data."""
 
+import os
 import resource
 import time
 from collections.abc import Callable, Iterable
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import integer
 from ..linalg.progress import Stages
+from ..messages import first_line
 from ..names import canonical_name
 from ..network import Network
 from ..probing import eager, untouched, unwrap
@@ -63,8 +66,10 @@ def verify_expressivity(
     last layer without a trainable bias has no use for the column 1: then h_X alone counts.
 
     Returns a Verdict. Raises ValueError for unknown w, method or factorization, for x empty or with
-    NaN or infinity.
+    NaN or infinity, for a model that does not run on x, for a folder that cannot be written;
+    TypeError for arguments of other types.
     """
+    seed = integer("seed", seed)
     x = checked_inputs(x)
     parameter = first_parameter(model)
     network = Network(model, as_example(x, parameter), last_layer)
@@ -76,10 +81,25 @@ def verify_expressivity(
         method=method,
         factorization=factorization,
         seed=seed,
-        folder=None if folder is None else Path(folder),
+        folder=_writable(folder),
         progress=progress,
         say=print if progress else lambda _: None,
     )
+
+
+def _writable(folder: Any) -> Path | None:
+    """The folder, made where it is missing."""
+    if folder is None:
+        return None
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder: expected a path or None, got {type(folder).__name__}")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"folder: {folder} cannot be made ({first_line(error)})") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"folder: {folder} cannot be written")
+    return Path(folder)
 
 
 def hashes_of(model: nn.Module, x: Any, last_layer: str | None) -> dict[str, str]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .. import layers, ops
+from ..arguments import integer
 from ..expressivity import Verdict, verify_network
 from ..expressivity.verify import METHODS
 from ..network import Network
@@ -16,7 +17,6 @@ from ..training.config import resolve_noise, resolve_tau
 from ..training.data import Samples
 from ..training.features import BATCH
 from ..training.freeze import Frozen, freeze, samples_of
-from ..training.settings import integer
 from ..training.streams import stream_seed
 
 

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from twophase_ext.probing import cuda_devices
 
+from ..messages import type_and_line
 from .catalog import is_container, is_hooked, rule_for
 from .watch import twin_of
 
@@ -77,7 +78,7 @@ def trace(model: nn.Module, *, whole: tuple[type[nn.Module], ...] = ()) -> Trace
     try:
         twin = twin_of(model)
     except Exception as error:
-        found.failures[""] = f"could not be traced: it cannot be copied ({_first_line(error)})"
+        found.failures[""] = f"could not be traced: it cannot be copied ({type_and_line(error)})"
         return found
     with torch.random.fork_rng(devices=cuda_devices()):
         _trace_into(found, twin, "", whole)
@@ -100,7 +101,7 @@ def _trace_into(
                 raise RuntimeError(tracer.asked)
         # whatever a user's forward raises on proxies means one thing: it cannot be traced
         except Exception as error:
-            found.failures[prefix] = f"could not be traced: {_first_line(error)}"
+            found.failures[prefix] = f"could not be traced: {type_and_line(error)}"
         else:
             found.visited |= tracer.visited
             if prefix == "":
@@ -121,8 +122,3 @@ def _output(graph: fx.Graph) -> str | None:
     if isinstance(result, fx.Node) and result.op == "call_module":
         return str(result.target)
     return None
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {line}"[:200]

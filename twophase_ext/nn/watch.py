@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from twophase_ext import probing
 
+from ..messages import type_and_line
 from .catalog import judge_module
 from .operators import RANDOM, SIZES_ONLY, Call, Judgement, is_random, is_real, judge, plain
 
@@ -61,8 +62,7 @@ def watch(model: nn.Module, batches: Sequence[Tensor], *, whole: bool) -> Watche
             return _Watch(twin_of(model), whole).run(batches)
     # whatever a user's model raises means one thing here: it was not seen
     except Exception as error:
-        line = (str(error).strip().splitlines() or [""])[0]
-        return Watched(failure=f"could not be run: {type(error).__name__}: {line}"[:200])
+        return Watched(failure=f"could not be run: {type_and_line(error)}")
 
 
 def twin_of(model: nn.Module) -> nn.Module:

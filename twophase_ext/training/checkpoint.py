@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..files import inside, write_atomically
+from ..messages import first_line
 from .groups import plain
 
 FORMAT = 4  # 3 had the optimizer's state by position
@@ -181,8 +182,7 @@ def load(path: Path) -> tuple[dict[str, Any], Path]:
         try:
             state = _read(path if candidate == path else inside(folder, candidate.name))
         except Exception as error:  # torch raises many types for a damaged file
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            failures.append(f"{candidate.name}: {first_line}")
+            failures.append(f"{candidate.name}: {first_line(error)}")
             continue
         if failures:
             warnings.warn(

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..probing import eager, main_output, record, untouched
+from ..messages import first_line
+from ..probing import DoesNotRun, eager, main_output, require_pure, untouched
 from .data import Samples
 
 
@@ -38,13 +39,13 @@ def check_runs(model: nn.Module, samples: Samples) -> Tensor:
     """
     x: Tensor = next(samples.in_order(2))[0][:2]
     try:
-        record(model, x, ())
-    except Exception as error:  # whatever the user's own forward pass raises
+        require_pure(model, x)
+    except DoesNotRun as error:
         whole = not (x.is_floating_point() or x.is_complex())
         advice = "; integers are not converted: make measurements floats (x.float())"
         raise ValueError(
             f"{samples.name}: the model does not run on inputs of shape "
-            f"[n, {', '.join(map(str, x.shape[1:]))}] and {x.dtype}: {_first_line(error)}"
+            f"[n, {', '.join(map(str, x.shape[1:]))}] and {x.dtype}: {error.line}"
             f"{advice if whole else ''}"
         ) from error
     return x
@@ -63,7 +64,7 @@ def check_trains(model: nn.Module, example: Tensor, outputs: int) -> None:
         if len(example) < 2:  # BatchNorm has no variance over one sample
             return
         raise ValueError(
-            f"model: it runs in evaluation mode, but not in training mode: {_first_line(error)}"
+            f"model: it runs in evaluation mode, but not in training mode: {first_line(error)}"
         ) from error
     main = main_output(found)
     expected = [len(example), outputs]
@@ -74,10 +75,6 @@ def check_trains(model: nn.Module, example: Tensor, outputs: int) -> None:
             f"model: expected an output of shape {expected} in training mode, as in evaluation "
             f"mode, or a tuple that begins with it, got{first} {shape}"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def model_device(model: nn.Module, device: str | torch.device) -> torch.device:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import integer
 from ..expressivity.verify import METHODS
 from ..names import canonical_name
 from .features import MODES
 from .schedule import INTERVALS
-from .settings import GradientDescent, Lazy, Settings, StochasticDescent, integer
+from .settings import GradientDescent, Lazy, Settings, StochasticDescent
 
 SETTINGS: dict[str, type[Settings]] = {
     "gd": GradientDescent,

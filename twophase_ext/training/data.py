@@ -131,8 +131,6 @@ class _Arrays(Samples):
         self.x = as_data(x, name=f"{name}[0]")
         self.y = as_data(y, name=f"{name}[1]")
         for part, tensor in (("x", self.x), ("y", self.y)):
-            if tensor.is_meta:
-                raise ValueError(f"{name}: expected {part} with data, got a meta tensor")
             if tensor.dim() == 0:
                 raise ValueError(f"{name}: expected {part} with a sample dimension, got a scalar")
         _check_length(name, len(self.x), len(self.y))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..losses import CROSS_ENTROPY, SAMPLES, SQUARED_ERROR, ConvexLoss, loss_problem, zero_dim
+from ..messages import type_and_line
 from .data import Samples
 
 if TYPE_CHECKING:
@@ -39,10 +40,9 @@ def check_loss(loss: ConvexLoss, outputs: int, samples: Samples, config: "Config
         zero_dim(value)
         torch.autograd.grad(value, made_up)
     except Exception as error:  # whatever the user's own function raises
-        first = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"loss: {loss.name} fails on outputs {made_up.dtype} {list(made_up.shape)} and targets "
-            f"{targets.dtype} {list(targets.shape)} ({type(error).__name__}: {first})"
+            f"{targets.dtype} {list(targets.shape)} ({type_and_line(error)})"
         ) from error
     if problem := problem_of(loss, outputs, samples):
         if config.second_phase in BOUNDED:

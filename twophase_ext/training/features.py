@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..memory import available_memory
+from ..messages import first_line
 from ..network import Network
 from .data import Samples
 from .ranks import Ranks
@@ -125,7 +126,7 @@ def smaller_mode(
     if not smaller:
         raise error
     warnings.warn(
-        f"feature_cache: memory ran out in mode {mode!r} ({str(error).splitlines()[0]}); going on "
+        f"feature_cache: memory ran out in mode {mode!r} ({first_line(error)}); going on "
         f"with {smaller[0]!r}",
         stacklevel=2,
     )

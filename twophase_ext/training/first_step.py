@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..losses import ConvexLoss
+from ..messages import first_line
 from ..network import Network
 from ..probing import main_output
 from .batchnorm import batch_norms
@@ -146,5 +147,5 @@ def check_autocast(config: Config, device: torch.device) -> None:
         if product.dtype == config.autocast_dtype:
             return
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
     raise ValueError(f"precision: torch has no {config.precision!r} on {device}: {reason}")

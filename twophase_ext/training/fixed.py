@@ -4,17 +4,19 @@ The premise "fixed features" of Theorem 1, and what a cache of features rests on
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..messages import first_line
 from ..network import Network
-from ..probing import eager, untouched
+from ..probing import compiled, eager, untouched
+from .batchnorm import batch_bounds
 from .data import Samples
 from .features import BATCH, Features
 from .freeze import tensors_hash
@@ -36,6 +38,15 @@ class Agreement:
     compared: bool = False
 
 
+class _Block(NamedTuple):
+    """Samples, and what the model gives for them."""
+
+    samples: Tensor  # their indices
+    x: Tensor
+    h: Tensor
+    outputs: Any
+
+
 def tolerance(device: torch.device, dtype: torch.dtype) -> float:
     """How far two passes may be apart by rounding, relative to the row's norm."""
     reduced = 0.0
@@ -47,41 +58,60 @@ def tolerance(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def agreement(
-    network: Network, samples: Samples, batch_size: int, ranks: Ranks | None = None
+    network: Network,
+    samples: Samples,
+    batch_size: int,
+    ranks: Ranks | None = None,
+    *,
+    accumulate: int = 1,
 ) -> Agreement:
     """Compare two passes over all samples in evaluation mode: as they come, and regrouped.
 
-    The outputs must be the last layer's. Each batch is fetched once. Each rank passes its own
-    batches, and all learn of a disagreement.
+    The outputs must be the last layer's. Batches of every size that training makes of the samples
+    are tried, with gradients on where training has them, and a compiled model as it is compiled.
+    Each sample is fetched once. Each rank passes its own, and all learn of a disagreement.
 
-    Raises ValueError where the model does not run on these samples, or its forward pass changes
+    batch_size, accumulate: of training, a batch going through in that many parts. Raises
+    ValueError where the model does not run on these samples, or its forward pass changes
     parameters or buffers in evaluation mode.
     """
     ranks = ranks or Ranks()
     found, started, done = Agreement(), time.monotonic(), 0
+    sizes = _other_sizes(network, samples.n, batch_size, accumulate)
+    held = -(-batch_size // accumulate)
+    first: list[_Block] = []  # of max(sizes) samples
     with untouched(network.model), _state_kept(network.model):
         for number, (start, end) in enumerate(samples.batches(BATCH)):
-            x, _ = samples.fetch(torch.arange(start, end, device="cpu"), augmented=False)
+            index = torch.arange(start, end, device="cpu")
+            x, _ = samples.fetch(index, augmented=False)
             late = time.monotonic() - started > SECONDS
             if found.evidence or late:
                 continue
             if number % ranks.size == ranks.rank:
                 try:
-                    h, outputs = _run(network, x)
+                    block = _Block(index, x, *_run(network, x))
                 except Exception as error:  # whatever the user's own forward pass raises
                     raise ValueError(
                         f"{samples.name}: the model does not run on samples {start} to {end - 1}: "
-                        f"{_first_line(error)}"
+                        f"{first_line(error)}"
                     ) from error
-                found.evidence = _outputs_apart(
-                    network, h, outputs, network.logits(h), start
-                ) or _regrouped(network, x, h, outputs, start, batch_size)
+                found.evidence = (
+                    _outputs_apart(network, block, network.logits(block.h))
+                    or _compiled_apart(network, block)
+                    or _regrouped(network, block, _parts(len(x), held), held)
+                )
+                if sum(len(part.x) for part in first) < max(sizes, default=0):
+                    first.append(block)
             done = end
+        if first and not found.evidence:
+            whole = _Block(*map(torch.cat, zip(*first, strict=True)))
+            of_sizes = (torch.arange(k, device="cpu") for k in sizes if k <= len(whole.x))
+            found.evidence = _regrouped(network, whole, of_sizes, held)
     found.compared = True
     found.evidence = next((e for e in ranks.collect(found.evidence) if e), None)
     if done and not found.evidence:
-        whole = "all" if done == samples.n else f"the first {done} of"
-        found.extent = f"h is the same in other batches for {whole} {samples.n} samples"
+        compared = "all" if done == samples.n else f"the first {done} of"
+        found.extent = f"h is the same in other batches for {compared} {samples.n} samples"
     return found
 
 
@@ -95,14 +125,15 @@ def cache_disagreement(features: Features, network: Network, batch_size: int) ->
     with untouched(network.model):
         for x, h in features.beside_inputs():
             expected = network.logits(h)
+            index = torch.arange(done, done + len(x), device="cpu")
             for part in _parts(len(x), batch_size):
                 try:
-                    with eager():
+                    with eager(), torch.set_grad_enabled(len(part) <= batch_size):
                         outputs = network.model(x[part])
                 except Exception as error:  # whatever the user's own forward pass raises
-                    return _does_not_run(part, done, error)
-                found = _outputs_apart(network, h[part], outputs, expected[part], done, part)
-                if found:
+                    return _does_not_run(index[part], error)
+                block = _Block(index[part], x[part], h[part], outputs)
+                if found := _outputs_apart(network, block, expected[part]):
                     return found
             done += len(x)
     return None
@@ -113,7 +144,7 @@ def _run(network: Network, x: Tensor) -> tuple[Tensor, Any]:
     caught: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append((args[0] if args else kwargs["input"]).clone())
+        caught.append((args[0] if args else kwargs["input"]).detach().clone())
 
     handle = network.last.module.register_forward_pre_hook(keep, with_kwargs=True)
     try:
@@ -125,52 +156,62 @@ def _run(network: Network, x: Tensor) -> tuple[Tensor, Any]:
     return (h if h.dim() == 2 else network.hidden(x)), outputs  # of one token, where it is picked
 
 
-def _regrouped(
-    network: Network, x: Tensor, h: Tensor, outputs: Tensor, start: int, size: int
-) -> str | None:
-    for part in _parts(len(x), size):
+def _regrouped(network: Network, block: _Block, parts: Iterable[Tensor], held: int) -> str | None:
+    """Evidence where parts of the block have other features or outputs than the block.
+
+    held: samples of which training holds the graph; gradients are on for as many.
+    """
+    for part in parts:
+        index = block.samples[part]
         try:
-            h_now, outputs_now = _run(network, x[part])
+            with torch.set_grad_enabled(len(part) <= held):
+                now = _Block(index, block.x[part], *_run(network, block.x[part]))
         except Exception as error:  # whatever the user's own forward pass raises
-            return _does_not_run(part, start, error)
-        bad = _first_apart(h_now, h[part], h[part].flatten(1).norm(dim=1))
+            return _does_not_run(index, error)
+        h = block.h[part]
+        bad = _first_apart(now.h, h, h.flatten(1).norm(dim=1))
         if bad is not None:
             row, apart, allowed = bad
             return (
-                f"h of sample {start + int(part[row])} is another one in another batch: apart by "
+                f"h of sample {int(index[row])} is another one in another batch: apart by "
                 f"{apart:.2g} of its norm, rounding explains {allowed:.2g}"
             )
-        found = _outputs_apart(network, h[part], outputs_now, outputs[part], start, part)
-        if found:
+        if found := _outputs_apart(network, now, block.outputs[part]):
             return found
     return None
 
 
-def _outputs_apart(
-    network: Network,
-    h: Tensor,
-    outputs: Any,
-    expected: Tensor,
-    start: int,
-    part: Tensor | None = None,
-) -> str | None:
+def _compiled_apart(network: Network, block: _Block) -> str | None:
+    """Evidence where the compiled model, as its owner runs it, gives other outputs."""
+    if not compiled(network.model):
+        return None
+    try:
+        outputs = network.model(block.x.clone())
+    except Exception as error:  # whatever the compiler or the forward pass raises
+        return _does_not_run(block.samples, error)
+    return _outputs_apart(network, block._replace(outputs=outputs), block.outputs)
+
+
+def _outputs_apart(network: Network, block: _Block, expected: Tensor) -> str | None:
+    """Evidence where the block's outputs are not those expected."""
     weight, bias = network.last.module.weight, network.last.module.bias
-    scale = h.flatten(1).norm(dim=1) * weight.norm()
+    scale = block.h.flatten(1).norm(dim=1) * weight.norm()
     if bias is not None:
         scale = scale + bias.norm()
+    outputs = block.outputs
     if not isinstance(outputs, Tensor) or outputs.shape != expected.shape:
         found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         return (
-            f"the model's output is {found} for {len(h)} samples, {list(expected.shape)} expected"
+            f"the model's output is {found} for {len(block.h)} samples, "
+            f"{list(expected.shape)} expected"
         )
     bad = _first_apart(outputs, expected, scale)
     if bad is None:
         return None
     row, apart, allowed = bad
-    sample = start + (row if part is None else int(part[row]))
     return (
-        f"the model's output for sample {sample} is not the last layer's of its features: apart by "
-        f"{apart:.2g} of |h| |W|, rounding explains {allowed:.2g}"
+        f"the model's output for sample {int(block.samples[row])} is not the last layer's of its "
+        f"features: apart by {apart:.2g} of |h| |W|, rounding explains {allowed:.2g}"
     )
 
 
@@ -196,13 +237,18 @@ def _parts(b: int, size: int) -> Iterator[Tensor]:
         yield order[begin:end]
 
 
-def _does_not_run(part: Tensor, start: int, error: Exception) -> str:
-    rows = ", ".join(str(start + int(i)) for i in part[:3])
-    return f"the model does not run on {len(part)} samples ({rows}, ...): {_first_line(error)}"
+def _other_sizes(network: Network, n: int, size: int, accumulate: int) -> list[int]:
+    """Sizes of training's batches that `_parts` of blocks of BATCH does not make."""
+    steps = {end - begin for begin, end in pairwise(batch_bounds(network.model, n, size))}
+    held = -(-size // accumulate)
+    made = {held} if held <= min(n, BATCH) - 2 else set()
+    parts = {max(1, k // accumulate) for k in steps} | {-(-k // accumulate) for k in steps}
+    return sorted(parts - made)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _does_not_run(index: Tensor, error: Exception) -> str:
+    rows = ", ".join(map(str, index[:3].tolist()))
+    return f"the model does not run on {len(index)} samples ({rows}, ...): {first_line(error)}"
 
 
 @contextmanager

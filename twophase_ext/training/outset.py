@@ -42,7 +42,10 @@ def look_at(
         check_loss(loss, network.outputs, train, config)
         if train.random and config.augment_copies is None:
             compare = False  # nothing is cached or claimed
-        fixed = agreement(network, train, config.batch_size, ranks) if compare else Agreement()
+        fixed = Agreement()
+        if compare:
+            accumulate = config.accumulate
+            fixed = agreement(network, train, config.batch_size, ranks, accumulate=accumulate)
     for samples in sets[1:]:
         samples.prepare(loss, network.outputs)
     return fixed

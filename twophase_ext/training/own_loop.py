@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .. import layers, optim
+from ..arguments import integer
 from ..losses import ConvexLoss, resolve_loss
 from ..network import Network
 from .averaged import Averaged
@@ -21,7 +22,6 @@ from .fixed import cache_disagreement
 from .freeze import samples_of
 from .head import HeadStep
 from .interrupt import Interrupt
-from .settings import integer
 from .streams import epoch_order
 
 _PAPER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5}  # section 7.2

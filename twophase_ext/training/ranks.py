@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..messages import first_line
 from .shared import Lost, SharedMemory, shared_memory
 
 T = TypeVar("T")
@@ -143,7 +144,7 @@ class Ranks:
 
     def _lost(self, error: Exception) -> RuntimeError:
         text = re.sub(r"^\[[^]]*\] *", "", str(error))  # the file of gloo that says so
-        reason = (text or type(error).__name__).splitlines()[0]
+        reason = first_line(text or error)
         return RuntimeError(
             f"{self.where()}: another process ended or hung (seen by rank {self.rank} of "
             f"{self.size}: {reason}). Start again with resume=True, with any number of processes, "

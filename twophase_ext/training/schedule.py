@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ..messages import first_line
 from .groups import first_settings, plain, plain_groups
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -117,6 +118,6 @@ def make_schedule(
     except Exception as error:  # of pickle or torch, of many types
         raise ValueError(
             f"scheduler: {schedule.name} keeps what a checkpoint cannot hold, expected tensors and "
-            f"plain data: {str(error).splitlines()[0]}"
+            f"plain data: {first_line(error)}"
         ) from error
     return schedule

@@ -250,7 +250,7 @@ class GradientDescentRun(TheoremRun):
         return loss
 
     def _check(self, objective: float) -> None:
-        """Theorem 1 (i) rests on descent: a rise that rounding does not explain is an error."""
+        """Theorem 1 (i) rests on descent: a rise beyond rounding ends the claim, not the run."""
         known = self.descent
         if (
             self.unfixed
@@ -260,12 +260,12 @@ class GradientDescentRun(TheoremRun):
         ):
             return
         if objective > known["objective"] + known["rise"]:
-            raise RuntimeError(
-                f"second_phase='gd': expected no rise of the objective in epoch {self.epoch}, got "
-                f"{known['objective']!r} -> {objective!r}, where rounding explains at most "
-                f"{known['rise']:.3g}. The weights or the features changed between the steps (a "
-                "callback?); the last checkpoint is from before"
+            self.unfixed = (
+                f"the objective rose in epoch {self.epoch}, {known['objective']!r} -> "
+                f"{objective!r}, where rounding explains at most {known['rise']:.3g}: weights or "
+                "features changed between the steps (a callback?)"
             )
+            warnings.warn(f"nothing is claimed: {self.unfixed}", stacklevel=2)
 
     def guarantee(self, status: str) -> Guarantee:
         """Theorem 1 (i) in its comparator form, beside the objective at every epoch's start."""

@@ -4,19 +4,12 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Self
 
+from ..arguments import integer
+
 FORMS = ("tight", "paper")  # of L_H
-
-
-def integer(name: str, value: Any, least: int) -> int:
-    """`value` as an int of at least `least`; TypeError or ValueError name the argument."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return int(value)
 
 
 def _number(argument: str, name: str, value: Any, below: float) -> float:
