@@ -9,6 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+WORKERS ?= 2
 BENCH_JSON ?= runs/bench.json
 SANITIZED := build/sanitized
 SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,\
@@ -26,7 +27,7 @@ demo: $(STAMPS)/package
 	$(BIN)/twophase demo
 
 test: $(STAMPS)/package $(STAMPS)/test
-	$(BIN)/pytest --benchmark-disable
+	OMP_WAIT_POLICY=passive $(BIN)/pytest --benchmark-disable --numprocesses $(WORKERS) --dist loadfile
 
 bench: $(STAMPS)/package $(STAMPS)/test
 	mkdir -p $(dir $(BENCH_JSON))

@@ -249,7 +249,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module._parameters.update(parameters[module])
         with torch.no_grad():
             for tensor, value in values:
-                if not same_values(tensor, value):
+                if not same_bits(tensor, value):
                     tensor.data.copy_(value)
 
 
@@ -258,11 +258,32 @@ def state_tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def same_values(a: Tensor, b: Tensor) -> bool:
-    """Equal, NaN where the other is NaN too."""
-    return a.shape == b.shape and (
-        torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())
-    )
+class State:
+    """The values of a model's parameters and buffers at one moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Copy them."""
+        self._model = model
+        self._values = {name: t.detach().clone() for name, t in self._now()}
+
+    def _now(self) -> list[tuple[str, Tensor]]:
+        return [*self._model.named_parameters(), *self._model.named_buffers()]
+
+    def changed(self) -> list[str]:
+        """Names of those that have other bits now, are new, or are gone."""
+        now = dict(self._now())
+        found = [n for n, v in self._values.items() if n not in now or not same_bits(now[n], v)]
+        return found + [n for n in now if n not in self._values]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits; equal numbers for kinds without bits of their own."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if _plain(a) and _plain(b):
+        one, other = (t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b))
+        return torch.equal(one, other)
+    return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())
 
 
 def require_pure(model: nn.Module, example: Tensor) -> None:
@@ -279,11 +300,11 @@ def require_pure(model: nn.Module, example: Tensor) -> None:
     own = [t.detach().clone() for t in held]
     with untouched(model), eager():
         _run_once(model, example)
-        before = {name: t.detach().clone() for name, t in _state(model)}
+        before = State(model)
         values = [t.detach().clone() for t in held]
         _run_once(model, example)
-        changed = [n for n, t in _state(model) if n not in before or not same_values(t, before[n])]
-        hidden = [t for t, value in zip(held, values, strict=True) if not same_values(t, value)]
+        changed = before.changed()
+        hidden = [t for t, value in zip(held, values, strict=True) if not same_bits(t, value)]
         if hidden:
             for t, value in zip(held, own, strict=True):
                 t.data.copy_(value)
@@ -314,10 +335,6 @@ def _run_once(model: nn.Module, example: Tensor) -> None:
 def _plain(t: Tensor) -> bool:
     ordinary = type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
     return ordinary and not is_lazy(t) and not t.is_meta and not t.is_inference()
-
-
-def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def unchanged(then: Tensor, version: int, now: Any, now_version: int | None = None) -> bool:

@@ -23,7 +23,7 @@ from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
 from ..linalg.norms import frobenius_upper, norm_upper
 from ..linalg.progress import Stage
 from ..messages import type_and_line
-from ..probing import compiled, cuda_devices, rows_into, same_values
+from ..probing import State, compiled, cuda_devices, rows_into
 from .bounded import Disagrees
 
 if TYPE_CHECKING:
@@ -336,24 +336,19 @@ def _constant(model: nn.Module) -> Iterator[None]:
     """Raise Disagrees where a parameter or buffer is another one afterwards, or where torch's
     generators have moved on.
     """
-    before = {name: t.detach().clone() for name, t in _state(model)}
+    before = State(model)
     with torch.random.fork_rng(devices=cuda_devices()):
         drawn = _generators()
         yield
         if _generators() != drawn:
             raise Disagrees("the model draws random numbers in evaluation mode")
-    for name, t in _state(model):
-        if name not in before or not same_values(t, before[name]):
-            raise Disagrees(f"the model's forward pass changes its own {name!r}")
+    if changed := before.changed():
+        raise Disagrees(f"the model's forward pass changes its own {changed[0]!r}")
 
 
 def _generators() -> list[bytes]:
     states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda_devices())]
     return [state.cpu().numpy().tobytes() for state in states]
-
-
-def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
 
 
 @contextmanager

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from ..messages import first_line
 from ..network import Network
-from ..probing import compiled, eager, untouched
+from ..probing import State, compiled, eager, untouched
 from .batchnorm import batch_bounds
 from .data import Samples
 from .features import BATCH, Features
-from .freeze import tensors_hash
 from .ranks import Ranks
 
 SECONDS = 60.0  # of passes before training; beyond them the samples left are not compared
@@ -253,27 +252,11 @@ def _does_not_run(index: Tensor, error: Exception) -> str:
 
 @contextmanager
 def _state_kept(model: nn.Module) -> Iterator[None]:
-    """ValueError where parameters or buffers have other bits afterwards; parameters come back."""
-    before = {name: (t, t.detach().clone()) for name, t in _state(model).items()}
+    """ValueError where parameters or buffers have other bits afterwards."""
+    before = State(model)
     yield
-    now = _state(model)
-    changed = [n for n, (_, value) in before.items() if n not in now or not _same(now[n], value)]
-    changed += [n for n in now if n not in before]
-    if not changed:
-        return
-    with torch.no_grad():
-        for t, value in before.values():
-            if isinstance(t, nn.Parameter) and not _same(t, value):
-                t.copy_(value)
-    raise ValueError(
-        f"model: its forward pass changes {', '.join(changed[:3])} in evaluation mode, so that no "
-        "two passes are of the same function; let it change them in training mode alone"
-    )
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return tensors_hash({"": a}) == tensors_hash({"": b})
+    if changed := before.changed():
+        raise ValueError(
+            f"model: its forward pass changes {', '.join(changed[:3])} in evaluation mode, so that "
+            "no two passes are of the same function; let it change them in training mode alone"
+        )
