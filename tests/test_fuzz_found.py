@@ -190,8 +190,9 @@ def test_no_model():
 def test_data_without_numbers():
     model = torch.nn.Sequential(torch.nn.Linear(2, 4), tp.nn.Softplus(), torch.nn.Linear(4, 2))
     x, y = torch.ones(3, 2), torch.zeros(3, dtype=torch.int64)
-    for given, part in (((x.to("meta"), y), "x"), ((x, y.to("meta")), "y")):
-        with pytest.raises(ValueError, match=f"train: expected {part} with data, got a meta"):
+    for given, part in (((x.to("meta"), y), 0), ((x, y.to("meta")), 1)):
+        message = rf"train\[{part}\]: expected a dense tensor with data, got a meta tensor"
+        with pytest.raises(TypeError, match=message):
             tp.Trainer(model, run_dir=False, progress=False).fit(given)
 
 

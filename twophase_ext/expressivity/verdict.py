@@ -149,8 +149,9 @@ class Verdict:
     def wrong_type(self) -> str:
         """The first field whose value is of another type than declared; "" for none."""
         for name, kind in get_type_hints(Verdict).items():
-            if not _is(getattr(self, name), kind):
-                return f"{name}: expected {kind}, got {type(getattr(self, name)).__name__}"
+            value = getattr(self, name)
+            if not _is(value, kind):
+                return f"{name} is of type {type(value).__name__}, expected {_name(kind)}"
         return ""
 
     @inference_mode(False)
@@ -176,6 +177,10 @@ class Verdict:
         holds, found = recheck(self, model, x, folder)
         say(f"holds: {self.status}, {self.claim}{found}" if holds else f"does not hold: {found}")
         return holds
+
+
+def _name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
 
 
 def _is(value: Any, kind: Any) -> bool:
