@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
+from twophase_ext.core.memory import available_memory
 from twophase_ext.linalg.certificate import certify_gram
-from twophase_ext.memory import available_memory
 
 pytestmark = [
     pytest.mark.cuda,

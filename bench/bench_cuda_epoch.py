@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from twophase_ext.memory import available_memory
+from twophase_ext.core.memory import available_memory
 from twophase_ext.ops import last_layer_epoch_
 
 pytestmark = [

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 import twophase_ext as tp
-from twophase_ext.losses import CROSS_ENTROPY
-from twophase_ext.network import Network
+from twophase_ext.model.losses import CROSS_ENTROPY
+from twophase_ext.model.network import Network
 from twophase_ext.training.columns import ColumnStep, OwnColumns, cached
 from twophase_ext.training.data import Samples
 from twophase_ext.training.head import HeadStep

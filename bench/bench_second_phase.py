@@ -12,8 +12,8 @@ from torch import nn
 
 import twophase_ext as tp
 from twophase import data, models
-from twophase_ext.losses import CROSS_ENTROPY
-from twophase_ext.network import Network
+from twophase_ext.model.losses import CROSS_ENTROPY
+from twophase_ext.model.network import Network
 from twophase_ext.training.data import Samples
 from twophase_ext.training.features import Features
 from twophase_ext.training.head import HeadStep

@@ -34,9 +34,9 @@ from certificate_points import SEED, read_count
 from certificate_tables import render
 from table import update
 
+from twophase_ext.core.environment import environment_of_run, processor_name
 from twophase_ext.expressivity.witness import whiten
 from twophase_ext.linalg.tiles import Grid
-from twophase_ext.training.runfolder import environment, processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
 POINTS = ROOT / "bench" / "certificate_points.py"
@@ -158,7 +158,7 @@ def measure(part: str, path: Path, arguments: argparse.Namespace) -> dict[str, A
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
-    found = environment(torch.device("cpu"), SEED)
+    found = environment_of_run(torch.device("cpu"), SEED)
     names = ("processor", "threads", "torch", "numpy", "python", "commit", "started")
     cores = len(os.sched_getaffinity(0))
     return {"cores": cores, "isa": found["twophase_ext"]["isa"]} | {k: found[k] for k in names}

@@ -21,8 +21,8 @@ import torch
 import twophase_ext as tp
 from twophase import data
 from twophase.assembly import build_model
-from twophase_ext.files import write_json
-from twophase_ext.training.runfolder import environment
+from twophase_ext.core.environment import environment_of_run
+from twophase_ext.core.files import write_json
 
 STAGES = ("perturbation", "batch_norm", "features", "second_phase", "evaluation")
 
@@ -84,7 +84,7 @@ def main() -> None:
             "width": options.width,
             "wide": tp.nn.wide_units(options.samples),
         }
-        machine = environment(torch.device("cpu"), 1)
+        machine = environment_of_run(torch.device("cpu"), 1)
         write_json(options.out, {"setting": setting, "runs": runs, "environment": machine})
 
 

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 import twophase_ext as tp
 from twophase import data, figures
 from twophase.assembly import build_model
-from twophase_ext.files import write_json
-from twophase_ext.training.runfolder import environment
+from twophase_ext.core.environment import environment_of_run
+from twophase_ext.core.files import write_json
 
 GD_STEPS = 250  # an epoch: a gradient of 2,048 cached rows is cheap
 STAGES = ("perturbation", "batch_norm", "verification", "features")
@@ -98,7 +98,7 @@ def main() -> int:
         options.out.with_suffix(".json"),
         {
             "options": {k: v for k, v in vars(options).items() if k != "out"},
-            "environment": environment(torch.device("cpu"), 1),
+            "environment": environment_of_run(torch.device("cpu"), 1),
             "ratio": ratio,
             "runs": runs,
         },

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from helpers import quiet, toy_convnet, toy_images
-from twophase_ext.training.freeze import tensors_hash
+from twophase_ext.core.hashing import tensors_hash
 
 # Functions of the Trainer that name a stage; the innermost one counts.
 STAGES = ("_first", "_second", "_perturb", "_fill_caches", "_finish_epoch", "save", "write")

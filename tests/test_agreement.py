@@ -13,7 +13,7 @@ import twophase_ext as tp
 from helpers import Given, bits, quiet, same_bits, toy_data, toy_mlp
 from lying_models import NO_CLAIM, RANK_ONE, Net
 from twophase_ext.expressivity import agreement
-from twophase_ext.network import Network
+from twophase_ext.model.network import Network
 
 WAYS = [
     {"method": "separation"},

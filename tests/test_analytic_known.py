@@ -7,7 +7,8 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import Given
-from twophase_ext.nn import Softplus, analytic, classify
+from twophase_ext.model.surgery import analytic
+from twophase_ext.nn import Softplus, classify
 
 
 def own(run) -> nn.Module:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from twophase_ext.arrays import as_tensor
+from twophase_ext.core.arrays import as_tensor
 
 SUPPORTED = [
     *("bool", "uint8", "int8", "int16", "int32", "int64"),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import twophase_ext as tp
-import twophase_ext.assumptions as module
+import twophase_ext.theory.assumptions as module
 from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 
 

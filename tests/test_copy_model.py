@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from helpers import quiet, same_bits, toy_data
-from twophase_ext.probing import copy_model
+from twophase_ext.model.probing import copy_model
 
 
 class Store:

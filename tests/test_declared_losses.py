@@ -13,9 +13,9 @@ from torch import nn
 import twophase_ext as tp
 from helpers import quiet, toy_data, toy_mlp
 from twophase.report import write_report
-from twophase_ext import comparators as family
-from twophase_ext.loss_rounding import rounding_of
-from twophase_ext.losses import counterexample
+from twophase_ext.model.losses import counterexample
+from twophase_ext.theory import comparators as family
+from twophase_ext.theory.loss_rounding import rounding_of
 
 BCE = F.binary_cross_entropy_with_logits
 

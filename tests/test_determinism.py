@@ -19,8 +19,8 @@ from determinism_cases import digest, operators, report, verdicts
 from helpers import ISAS, instruction_set, quiet, toy_data, toy_mlp
 from test_last_layer_epoch import Problem
 from twophase_ext import ops
-from twophase_ext.expressivity.record import hash_tensors
-from twophase_ext.training.streams import epoch_order
+from twophase_ext.core.hashing import hash_tensors
+from twophase_ext.core.seeds import epoch_order
 
 TESTS = Path(__file__).resolve().parent
 PAGE = TESTS.parent / "docs" / "determinism.md"

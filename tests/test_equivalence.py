@@ -7,8 +7,8 @@ from torch import nn
 import twophase_ext as tp
 from helpers import toy_convnet, toy_data, toy_images, toy_mlp
 from twophase.reference import two_phase
-from twophase_ext.losses import squared_error
-from twophase_ext.training.streams import epoch_order
+from twophase_ext.core.seeds import epoch_order
+from twophase_ext.model.losses import squared_error
 
 EPOCHS, TAU, BATCH, SEED = 6, 3, 8, 5
 LOSSES = {"cross_entropy": nn.functional.cross_entropy, "squared_error": squared_error}

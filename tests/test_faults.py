@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
+from twophase_ext.core.seeds import epoch_order
 from twophase_ext.training import checkpoint, faults
 from twophase_ext.training.features import Features
-from twophase_ext.training.streams import epoch_order
 
 SGD = dict(optimizer=lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9))
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, saved_bytes, toy_convnet, toy_images
 from twophase.models import PreActResNet18
-from twophase_ext.losses import CROSS_ENTROPY
+from twophase_ext.model.losses import CROSS_ENTROPY
 from twophase_ext.training import data
 from twophase_ext.training.engine import Run
 

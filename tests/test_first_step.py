@@ -11,8 +11,8 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import Given, bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
+from twophase_ext.core.seeds import epoch_order
 from twophase_ext.training.config import Config
-from twophase_ext.training.streams import epoch_order
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
 DATA = toy_data(20)

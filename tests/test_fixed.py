@@ -7,7 +7,7 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import Given, bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
-from twophase_ext.network import Network
+from twophase_ext.model.network import Network
 from twophase_ext.training import fixed
 from twophase_ext.training.data import Samples
 

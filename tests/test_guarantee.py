@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 import twophase_ext as tp
-from twophase_ext import comparators as family
-from twophase_ext.comparators import comparators, last_layer_objective
-from twophase_ext.guarantee import Guarantee, guarantee, smoothness
-from twophase_ext.losses import CROSS_ENTROPY, SQUARED_ERROR, resolve_loss, squared_error
+from twophase_ext.model.losses import CROSS_ENTROPY, SQUARED_ERROR, resolve_loss, squared_error
+from twophase_ext.theory import comparators as family
+from twophase_ext.theory.comparators import comparators, last_layer_objective
+from twophase_ext.theory.guarantee import Guarantee, guarantee, smoothness
 
 STEPS = [0, 1, 2, 3, 5, 8, 15, 30, 60, 120, 250, 500]
 
@@ -173,7 +173,7 @@ def test_the_ridge_parameter_0_is_the_theorem_s_r():
 
 def test_the_bound_is_the_theorem_s_formula(monkeypatch):
     """By hand, over comparators that are given."""
-    module = __import__("sys").modules["twophase_ext.guarantee"]
+    module = __import__("sys").modules["twophase_ext.theory.guarantee"]
     known = [module.Comparator("near", 0.5, 4.0), module.Comparator("far", 0.1, 900.0)]
     monkeypatch.setattr(module, "comparators", lambda *a, **k: known)
     problem = Problem(5, "cross_entropy", n=40)

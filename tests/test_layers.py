@@ -7,8 +7,8 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import Given
-from twophase_ext import layers
-from twophase_ext.names import canonical_name
+from twophase_ext.core.names import canonical_name
+from twophase_ext.model import layers
 from twophase_ext.nn import Softplus, WideHead
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import twophase_ext as tp
 from twophase import data, models
-from twophase_ext.training.streams import epoch_order
+from twophase_ext.core.seeds import epoch_order
 
 N, EPOCHS, SEED = 2000, 20, 1
 SETTINGS = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5}

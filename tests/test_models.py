@@ -5,7 +5,7 @@ import torch
 
 import twophase_ext as tp
 from twophase import models
-from twophase_ext.network import Network
+from twophase_ext.model.network import Network
 
 
 def count(model) -> int:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
-from twophase_ext import ntk, verify_expressivity
-from twophase_ext.ntk import ntk_rank
+from twophase_ext import verify_expressivity
+from twophase_ext.theory import ntk
+from twophase_ext.theory.ntk import ntk_rank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,8 +9,8 @@ import optimizer_kinds as kinds
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
 from test_optimizer_kinds import KINDS, several
+from twophase_ext.core.hashing import tensors_hash
 from twophase_ext.training import checkpoint
-from twophase_ext.training.freeze import tensors_hash
 from twophase_ext.training.groups import plain
 
 O = torch.optim  # noqa: E741

@@ -12,8 +12,8 @@ from torch import nn
 import optimizer_kinds as kinds
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
+from twophase_ext.core.seeds import epoch_order, global_stream, stream_seed
 from twophase_ext.training.groups import Alone, averaging
-from twophase_ext.training.streams import epoch_order, global_stream, stream_seed
 
 O = torch.optim  # noqa: E741
 DATA = toy_data(20)  # 3 steps an epoch

@@ -6,7 +6,7 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
-from twophase_ext.training.streams import epoch_order
+from twophase_ext.core.seeds import epoch_order
 
 
 class Orthogonal(torch.optim.Optimizer):

@@ -14,10 +14,10 @@ from twophase_ext.expressivity.triangular import (
     preactivation_error,
     promoted_log_det,
 )
-from twophase_ext.guarantee import smoothness
 from twophase_ext.linalg.bounds import minus, plus
 from twophase_ext.linalg.norms import frobenius_upper, norm_upper
 from twophase_ext.linalg.progress import Stages
+from twophase_ext.theory.guarantee import smoothness
 
 U = 2.0**-53
 

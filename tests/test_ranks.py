@@ -11,7 +11,7 @@ import twophase_ext as tp
 from helpers import quiet, toy_convnet, toy_data, toy_images, toy_mlp
 from processes import N, assert_same, data, fit, results
 from twophase import runs
-from twophase_ext.network import Network
+from twophase_ext.model.network import Network
 from twophase_ext.training import batchnorm
 from twophase_ext.training.data import Samples
 from twophase_ext.training.ranks import joined

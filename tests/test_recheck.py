@@ -13,8 +13,8 @@ from torch import nn
 import twophase_ext as tp
 from helpers import Given, toy_data, toy_mlp
 from twophase.cli import main
+from twophase_ext.expressivity.outcome import STATUSES
 from twophase_ext.expressivity.recheck import NOT_COMPARED
-from twophase_ext.expressivity.verdict import STATUSES
 from twophase_ext.linalg.bounds import bound_text
 
 X = torch.rand(10, 4, generator=torch.Generator().manual_seed(0))

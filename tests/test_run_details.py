@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 import twophase_ext as tp
 from helpers import quiet, toy_data, toy_mlp
-from twophase_ext.files import write_atomically
+from twophase_ext.core.files import write_atomically
 from twophase_ext.training.features import plan_cache
 
 N = 40

@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler as lrs
 
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
-from twophase_ext.training.streams import epoch_order
+from twophase_ext.core.seeds import epoch_order
 
 DATA = toy_data(20)  # 3 steps an epoch
 SETTINGS = {"epochs": 6, "tau": 3}

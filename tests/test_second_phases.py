@@ -14,10 +14,10 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
-from twophase_ext.guarantee import guarantee
-from twophase_ext.losses import squared_error
+from twophase_ext.core.seeds import stream_seed
+from twophase_ext.model.losses import squared_error
+from twophase_ext.theory.guarantee import guarantee
 from twophase_ext.training import second_phase
-from twophase_ext.training.streams import stream_seed
 
 EPS = 0.1
 

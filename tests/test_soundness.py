@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from soundness_cases import CASES, Case, combination, exact_rank, integer_rows, modular_rank
-from twophase_ext.linalg import certificate, cholesky_tiles, preconditioned
+from twophase_ext.linalg import certificate, cholesky_tiles, gram_run, preconditioned
 from twophase_ext.linalg import gram as large
 from twophase_ext.linalg.certificate import certify_gram
 from twophase_ext.linalg.gram_tiles import MatrixSource, e_G
@@ -48,8 +48,8 @@ def tiles_at_the_edge(matrix: Tensor) -> bool:
     n, trace = first.n, first.trace
     if first.proved or not trace > 0:
         return first.proved
-    errors = certificate.e_G(trace, first.columns, first.panel)
-    errors += certificate.expected_e_C(trace, certificate.Grid(n, first.tile))
+    errors = gram_run.e_G(trace, first.columns, first.panel)
+    errors += gram_run.expected_e_C(trace, gram_run.Grid(n, first.tile))
     return tiles(matrix, shift=1.001 * errors)
 
 
@@ -275,7 +275,7 @@ def in_order(rows, others, diagonal, out):
 def test_half_of_the_gram_bound_would_lie(panel, panels, part, monkeypatch):
     """Every rounding goes up by almost u: the bound's constant is what it has to be."""
     monkeypatch.setattr("twophase_ext.linalg.gram_tiles.lower_product", in_order)
-    monkeypatch.setattr("twophase_ext.linalg.certificate.e_G", lambda *x: part * e_G(*x))
+    monkeypatch.setattr("twophase_ext.linalg.gram_run.e_G", lambda *x: part * e_G(*x))
     small = 2.0**-26.5 * (1 + 2.0**-20)  # its square is a little more than u
     row = torch.full((panel * panels,), small, dtype=torch.float64)
     row[:: panel if panel > 1 else panels] = 1.0

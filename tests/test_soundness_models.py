@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import twophase_ext as tp
 from soundness_cases import CASES, Case
-from twophase_ext.expressivity.inputs import identical_rows
 from twophase_ext.expressivity.separation import separate
 from twophase_ext.expressivity.triangular import certify_triangular
 from twophase_ext.expressivity.witness import local_kinks, whiten
+from twophase_ext.model.inputs import identical_rows
 
 USABLE = {
     name: case

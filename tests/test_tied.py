@@ -7,7 +7,7 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import Given, bits, quiet, same_bits, toy_data, toy_mlp
-from twophase_ext.network import Network
+from twophase_ext.model.network import Network
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 READS_LAST_LAYER = {

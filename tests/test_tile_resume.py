@@ -186,7 +186,7 @@ def test_interrupt_leaves_a_state_to_resume(tmp_path):
 
 def test_failed_attempts_are_not_repeated(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("twophase_ext.linalg.certificate.extrapolated", lambda *x: 1e3)
+        patch.setattr("twophase_ext.linalg.gram_run.extrapolated", lambda *x: 1e3)
         whole = certify(tmp_path)
         again = certify(tmp_path)
     assert whole.proved and whole.attempts >= 2

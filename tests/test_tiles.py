@@ -271,7 +271,7 @@ def test_a_bound_that_drops_an_error_would_lie(monkeypatch):
     assert not any(c.proved for c in honest)
     assert sum(c.failed_pivot is None for c in honest) >= 3
     monkeypatch.setattr(cholesky_tiles.Factorization, "e_C", lambda self, grid: 0.0)
-    monkeypatch.setattr("twophase_ext.linalg.certificate.e_G", lambda *x: 0.0)
+    monkeypatch.setattr("twophase_ext.linalg.gram_run.e_G", lambda *x: 0.0)
     assert any(c.proved for c in tried())
 
 
@@ -289,7 +289,7 @@ def test_the_error_of_the_gram_matrix_decides_too(monkeypatch):
     honest = list(tried())
     assert not any(c.proved for c in honest)
     assert sum(c.failed_pivot is None for c in honest) >= 2
-    monkeypatch.setattr("twophase_ext.linalg.certificate.e_G", lambda *x: 0.0)
+    monkeypatch.setattr("twophase_ext.linalg.gram_run.e_G", lambda *x: 0.0)
     assert any(c.proved for c in tried())
 
 
@@ -339,7 +339,7 @@ def test_a_shift_too_high_is_lowered():
     assert not failing.proved and failing.failed_pivot is not None and failing.attempts == 1
     assert "pivot" in failing.reason
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("twophase_ext.linalg.certificate.extrapolated", lambda *x: 20 * truth)
+        patch.setattr("twophase_ext.linalg.gram_run.extrapolated", lambda *x: 20 * truth)
         c = certify_gram(MatrixSource(m), tile=32)
     assert c.proved and c.attempts == 3 and c.failed_pivot is None
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
-from twophase_ext.training.streams import epoch_order
+from twophase_ext.core.seeds import epoch_order
 
 pytestmark = pytest.mark.filterwarnings("error")
 

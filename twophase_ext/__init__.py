@@ -2,12 +2,12 @@
 
 from . import nn, ops, optim
 from ._load import build_info
-from .assumptions import Assumptions, check_assumptions
 from .expressivity import Verdict, verify_expressivity
-from .guarantee import Guarantee, guarantee
 from .linalg.rank_logdet import RankLogdet, rank_logdet
-from .ntk import NtkRank, ntk_rank
 from .ops import gram_logdet, perturb_, softplus, softplus_
+from .theory.assumptions import Assumptions, check_assumptions
+from .theory.guarantee import Guarantee, guarantee
+from .theory.ntk import NtkRank, ntk_rank
 from .training import (
     ConvexLoss,
     EpochSampler,

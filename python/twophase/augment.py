@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from twophase_ext.arguments import integer
+from twophase_ext.core.arguments import integer
 
 from .data import NAMES
 

@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from twophase_ext.files import inside, write_atomically
+from twophase_ext.core.files import inside, write_atomically
 
 # Okabe and Ito's colours, told apart by colour-blind readers and, with the dashes, in print
 MEASURED, BOUND, BASE, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"

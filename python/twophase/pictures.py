@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from twophase_ext.files import write_atomically
+from twophase_ext.core.files import write_atomically
 
 GROUPS, SAMPLES = 8, 8  # shown at most
 SMALLEST = 64  # pixels: smaller images are magnified by a whole number

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import twophase_ext as tp
-from twophase_ext.files import write_atomically
+from twophase_ext.core.files import write_atomically
 from twophase_ext.training.ranks import joined
 
 from . import data

@@ -8,7 +8,7 @@ import yaml
 from torch import Tensor, nn
 
 import twophase_ext as tp
-from twophase_ext.files import inside
+from twophase_ext.core.files import inside
 
 from .assembly import DataName, build_model, load_inputs
 from .pictures import culprit_picture

@@ -1,6 +1,5 @@
 """The expressivity condition (Assumption 1): rank [h_X, 1] = n, and what is known about it."""
 
-from .verdict import Verdict
-from .verify import verify_expressivity, verify_network
+from .verdict import Verdict, verify_expressivity, verify_network
 
 __all__ = ["Verdict", "verify_expressivity", "verify_network"]

@@ -11,23 +11,20 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..holding import trainable
+from ..core.messages import type_and_line
 from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
 from ..linalg.norms import frobenius_upper, norm_upper
 from ..linalg.progress import Stage
-from ..messages import type_and_line
-from ..probing import State, compiled, cuda_devices, rows_into
+from ..model.holding import trainable
+from ..model.probing import State, compiled, cuda_devices, rows_into
 from .bounded import Disagrees
-
-if TYPE_CHECKING:
-    from .problem import Problem
+from .problem import Problem
 
 BATCH = 192  # samples; the features are computed 256 at a time
 # The model's own float64 evaluation rounds as the bounded one does, in another order: twice its
@@ -65,7 +62,7 @@ class Expected:
 class Reference:
     """What the bounded features say that the model computes."""
 
-    def __init__(self, problem: "Problem") -> None:
+    def __init__(self, problem: Problem) -> None:
         """Of the weights as they are in the copy."""
         found = problem.bounded
         assert found is not None
@@ -113,7 +110,7 @@ class Stored:
 
 @torch.no_grad()
 def require_agreement(
-    problem: "Problem", expected: Reference | Stored, stage: Stage | None = None
+    problem: Problem, expected: Reference | Stored, stage: Stage | None = None
 ) -> None:
     """The model's own features and outputs are those expected, over all samples.
 
@@ -132,7 +129,7 @@ def require_agreement(
                 _compare_own(problem, own, expected(index), seen, index)
 
 
-def _require_copy(problem: "Problem", expected: Reference | Stored, stage: Stage | None) -> None:
+def _require_copy(problem: Problem, expected: Reference | Stored, stage: Stage | None) -> None:
     with _other_last_layer(problem), _constant(problem.model):
         for size in _sizes(problem):
             for index, seen in _passes(
@@ -142,7 +139,7 @@ def _require_copy(problem: "Problem", expected: Reference | Stored, stage: Stage
 
 
 @torch.no_grad()
-def require_free_wide_layer(problem: "Problem", stage: Stage | None = None) -> None:
+def require_free_wide_layer(problem: Problem, stage: Stage | None = None) -> None:
     """Raise Disagrees where h is not softplus(z W^T + b) at other W and b, or z is another one.
 
     The claim "some weights of the wide layer" is about weights that the model does not hold.
@@ -155,7 +152,7 @@ def require_free_wide_layer(problem: "Problem", stage: Stage | None = None) -> N
 
 
 @torch.no_grad()
-def require_equal_rows(problem: "Problem", groups: list[list[int]]) -> None:
+def require_equal_rows(problem: Problem, groups: list[list[int]]) -> None:
     """Raise Disagrees where equal inputs do not give equal rows of h at other weights, too.
 
     Their places in the batches are drawn, and the trainable weights moved: a model that adds
@@ -196,14 +193,14 @@ def _require_equal(passes: Iterator[tuple[Tensor, _Seen]], group: Tensor, tolera
                 )
 
 
-def _sizes(problem: "Problem") -> list[int]:
+def _sizes(problem: Problem) -> list[int]:
     """Of the batches of each pass: few samples come in several batches, and in one."""
     small = [BATCH] if problem.n > BATCH else [-(-3 * problem.n // 8)]
     return small + ([problem.n] if problem.n * problem.inputs[0][0].numel() <= WHOLE else [])
 
 
 def _passes(
-    problem: "Problem",
+    problem: Problem,
     model: nn.Module,
     dtype: torch.dtype,
     stage: Stage | None,
@@ -228,7 +225,7 @@ def _passes(
             stage.advance(len(index))
 
 
-def _observe(problem: "Problem", model: nn.Module, x: Tensor) -> _Seen:
+def _observe(problem: Problem, model: nn.Module, x: Tensor) -> _Seen:
     """Run the model as its owner does, and see what enters the wide and the last layer."""
     chain = problem.chain_in(model)
     caught: dict[int, Tensor] = {}
@@ -262,7 +259,7 @@ def _observe(problem: "Problem", model: nn.Module, x: Tensor) -> _Seen:
     return _Seen(caught.get(0) if len(chain) > 1 else None, h, output)
 
 
-def _compare(problem: "Problem", expected: Expected, seen: _Seen, index: Tensor, what: str) -> None:
+def _compare(problem: Problem, expected: Expected, seen: _Seen, index: Tensor, what: str) -> None:
     for name, value, allowed, own in (
         ("the wide layer's input", expected.z, expected.z_allowed, seen.z),
         ("h", expected.h, expected.h_allowed, seen.h),
@@ -279,7 +276,7 @@ def _compare(problem: "Problem", expected: Expected, seen: _Seen, index: Tensor,
 
 
 def _compare_own(
-    problem: "Problem", own: nn.Module, expected: Expected, seen: _Seen, index: Tensor
+    problem: Problem, own: nn.Module, expected: Expected, seen: _Seen, index: Tensor
 ) -> None:
     """As far as the model's own precision goes: is the float64 copy the same function?
 
@@ -352,14 +349,14 @@ def _generators() -> list[bytes]:
 
 
 @contextmanager
-def _other_last_layer(problem: "Problem") -> Iterator[None]:
+def _other_last_layer(problem: Problem) -> Iterator[None]:
     """Weights of the last layer at which nothing that follows it can hide."""
     with _drawn([p for p in problem.last.parameters()], 1.0):
         yield
 
 
 @contextmanager
-def _moved(problem: "Problem", noise: float) -> Iterator[None]:
+def _moved(problem: Problem, noise: float) -> Iterator[None]:
     """All trainable weights of the copy moved."""
     free = [
         p

@@ -1,6 +1,5 @@
 """What became of a method that raised: a reason, not the end of the run that asked for it."""
 
-import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
+from ..core.memory import available_memory
+from ..core.messages import first_line, type_and_line
 from ..linalg.plan import plan
-from ..memory import available_memory
-from ..messages import first_line, type_and_line
 from .bounded import Unbounded
 
 
@@ -64,12 +63,3 @@ def failure(error: Exception, folder: Path | None = None) -> str:
     if folder is not None and str(folder) in str(error):
         raise error
     return first_line(error) if isinstance(error, Unbounded) else type_and_line(error)
-
-
-def float64_rate(device: torch.device) -> float:
-    """Float64 operations a second of a matrix product of 512 on this device."""
-    a = torch.ones(512, 512, dtype=torch.float64, device=device)  # no draw: the caller's generator
-    (a @ a).sum().item()
-    started = time.perf_counter()
-    (a @ a).sum().item()
-    return 2 * 512**3 / max(time.perf_counter() - started, 1e-6)

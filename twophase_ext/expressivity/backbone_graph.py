@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import ops
-from ..messages import type_and_line
-from ..nn.softplus import Softplus
-from ..probing import cuda_devices
+from ..core.messages import type_and_line
+from ..model.probing import cuda_devices
+from ..model.softplus import Softplus
 from .bounded import Unbounded
 
 Invoke = Callable[[Any], dict[str, Any]]

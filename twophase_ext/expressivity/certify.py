@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.memory import available_memory
 from ..linalg.bounds import SLACK, UNDERFLOW, UNIT_ROUNDOFF, below, bound_text, minus
-from ..linalg.certificate import GramCertificate, certify_gram
+from ..linalg.certificate import certify_gram
+from ..linalg.gram_run import GramCertificate
 from ..linalg.gram_tiles import PANEL, MatrixSource
 from ..linalg.norms import frobenius_upper
 from ..linalg.preconditioned import preconditioned_sigma_min
 from ..linalg.progress import Stages
-from ..memory import available_memory
 from ..ops import softplus_
 from .attempts import failure
 from .culprits import Culprit, describe, find_culprits

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import require_finite
+from ..core.arrays import require_finite
 from ..linalg.bounds import UNIT_ROUNDOFF
-from .inputs import identical_rows
+from ..model.inputs import identical_rows
 
 LARGEST = 5000  # samples whose Gram matrix is formed
 MAX_PAIRS = 1 << 20  # distances of near-duplicates computed

@@ -5,8 +5,8 @@ from numbers import Real
 
 from torch import Tensor, fx, nn
 
-from ..holding import trainable
-from ..probing import unwrap
+from ..model.holding import trainable
+from ..model.probing import unwrap
 from .backbone_graph import WEIGHTED, BackboneGraph, backbone_graph
 from .bounded import Unbounded
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..probing import input_of, unwrap
+from ..model.probing import input_of, unwrap
 from .backbone_graph import (
     WEIGHTED,
     BackboneGraph,

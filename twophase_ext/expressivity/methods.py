@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from ..core.memory import available_memory, float64_rate
 from ..linalg.gram_tiles import MatrixSource
 from ..linalg.progress import Stage, Stages
-from ..memory import available_memory
 from .agreement import Reference, Stored, require_agreement, require_free_wide_layer
-from .attempts import float64_rate, kept, reasons, require_memory
+from .attempts import kept, reasons, require_memory
 from .bounded import Disagrees
 from .certify import certify_given, certify_matrix, certify_witness
 from .culprits import describe, find_culprits

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..files import inside, write_atomically
-from ..gate import Narrowed, Readers, overlap
-from ..holding import trainable
-from ..layers import wide_chain
+from ..core.files import inside, write_atomically
+from ..core.hashing import describe_model, hash_tensors
+from ..core.messages import first_line, type_and_line
+from ..core.seeds import stream_seed
 from ..linalg.progress import Stage
-from ..messages import first_line, type_and_line
-from ..network import Network
-from ..probing import copy_model, eager, input_of, rows_into, untouched, unwrap
+from ..model.gate import Narrowed, Readers, overlap
+from ..model.holding import trainable
+from ..model.layers import wide_chain
+from ..model.network import Network
+from ..model.probing import copy_model, eager, input_of, rows_into, untouched, unwrap
 from .forward_error import BoundedFeatures, Unbounded, bounded_features, damped
-from .record import describe_model, hash_tensors
 from .witness import whiten
 
 CHUNK = 8192  # samples
@@ -192,8 +193,6 @@ class Problem:
 
     def reinitialise(self, seed: int) -> None:
         """Default initialisation under the seed; running statistics and frozen weights stay."""
-        from ..training.streams import stream_seed  # training imports this package
-
         fresh = copy_model(self.source)
         buffers = {name: b.clone() for name, b in fresh.named_buffers()}
         with torch.random.fork_rng(), torch.no_grad():

@@ -3,16 +3,14 @@
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..linalg.bounds import bound_text
 from .attempts import failure
-from .verify import FACTORIZATIONS, METHODS, hashes_of, verify_expressivity
-
-if TYPE_CHECKING:
-    from .verdict import Verdict
+from .outcome import Outcome
+from .verify import FACTORIZATIONS, METHODS, hashes_of, verify_model
 
 # Of the machine and of the run; `witness` is not in a file and is made again.
 NOT_COMPARED = ("seconds", "peak_bytes", "stages", "environment", "source", "witness")
@@ -37,7 +35,7 @@ NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 
 
 def recheck(
-    verdict: "Verdict", model: nn.Module, x: Any, folder: str | Path | None
+    verdict: Outcome, model: nn.Module, x: Any, folder: str | Path | None
 ) -> tuple[bool, str]:
     """Whether the verdict holds for model and data, and what was found, for a person."""
     try:
@@ -56,8 +54,8 @@ def recheck(
 
 
 def _compare(
-    verdict: "Verdict", model: nn.Module, x: Any, folder: str | Path | None
-) -> tuple[str, "Verdict | None"]:
+    verdict: Outcome, model: nn.Module, x: Any, folder: str | Path | None
+) -> tuple[str, Outcome | None]:
     """(why it does not hold or "", what was proved now)."""
     last_layer = verdict.last_layer or None
     now = hashes_of(model, x, last_layer)
@@ -74,7 +72,7 @@ def _compare(
     }
     # what makes a verdict deficient is looked for first, whatever the method
     method = verdict.method if verdict.status == "proved" else "separation"
-    again = verify_expressivity(
+    again = verify_model(
         model, x, method=method, factorization=_factorization(verdict), **arguments
     )
     for name in EQUAL:
@@ -90,12 +88,12 @@ def _compare(
     if verdict.w != "witness" and any(
         getattr(verdict, name) is not None for name in ("rank", "sigma_min", "condition")
     ):
-        counted = verify_expressivity(model, x, method="svd", **arguments)
+        counted = verify_model(model, x, method="svd", **arguments)
     reason = _bounds(verdict, again) or _estimates(verdict, counted) or _texts(verdict, again)
     return reason, again
 
 
-def _factorization(verdict: "Verdict") -> str:
+def _factorization(verdict: Outcome) -> str:
     """The one asked for: "auto" where the file tells of an attempt before the one that proved."""
     used, constants = verdict.factorization, verdict.constants
     before = {"gram": ("inverse_norm",), "preconditioned": ("inverse_norm", "gram")}.get(used, ())
@@ -108,7 +106,7 @@ def _differ(name: str, written: Any, proved: Any) -> str:
     return f"{name}: {written!r} is written, {proved!r} is proved now"
 
 
-def _bounds(verdict: "Verdict", again: "Verdict") -> str:
+def _bounds(verdict: Outcome, again: Outcome) -> str:
     """Proved bounds: the written one may be weaker, and higher by no more than rounding."""
     share = SHARE.get(again.factorization, DEFAULT_SHARE)
     error = again.feature_error or 0.0
@@ -151,7 +149,7 @@ def _constants(written: Any, proved: Any, share: float, name: str = "constants")
     return ""
 
 
-def _estimates(verdict: "Verdict", counted: "Verdict") -> str:
+def _estimates(verdict: Outcome, counted: Outcome) -> str:
     """Numbers counted in float64, recounted; rounding hides what is below max(n, p) u sigma_max."""
     if verdict.rank != counted.rank:
         return _differ("rank", verdict.rank, counted.rank)
@@ -167,7 +165,7 @@ def _estimates(verdict: "Verdict", counted: "Verdict") -> str:
     return "" if _close(written, proved, allowed, 1.0) else _differ("logabsdet", written, proved)
 
 
-def _texts(verdict: "Verdict", again: "Verdict") -> str:
+def _texts(verdict: Outcome, again: Outcome) -> str:
     """What the verdict says in words, and the samples that it names."""
     planned = NOT_COMPUTED.fullmatch(verdict.reason)
     sizes = (str(again.n), str(again.width + again.bias))
@@ -205,7 +203,7 @@ def _same_text(a: str, b: str) -> bool:
     )
 
 
-def _proved_now(again: "Verdict") -> str:
+def _proved_now(again: Outcome) -> str:
     """What the proof that was made now says; the bounds are its own."""
     said = []
     if again.sigma_min_lower is not None:

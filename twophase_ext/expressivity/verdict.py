@@ -1,24 +1,19 @@
-"""What a verification found, in words and as data."""
+"""The public face of the verification: `verify_expressivity` and the `Verdict` that it returns."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Self
 
-from torch import Tensor, inference_mode, nn
+import torch
+from torch import inference_mode, nn
 
-from ..linalg.bounds import bound_text
-
-STATUSES = ("proved", "full rank", "deficient", "undecided")
-# What makes equal inputs equal rows of h_X, for every w.
-IDENTICAL_INPUTS = (
-    "the network is a deterministic function of each sample alone, whatever its place in the batch",
-    "inputs are equal as stored numbers: their comparison flushes none to zero",
-)
+from ..model.network import Network
+from .outcome import Outcome
+from .recheck import recheck
+from .verify import verify_model, verify_samples
 
 
-@dataclass
-class Verdict:
+class Verdict(Outcome):
     """The outcome of `verify_expressivity`.
 
     status: "proved"; "full rank" (numerically, or certified for the stored matrix only: not a
@@ -46,113 +41,10 @@ class Verdict:
     memory. source: how to build model and data again (the command line's).
     """
 
-    status: str
-    claim: str
-    method: str
-    n: int
-    width: int
-    factorization: str = ""
-    rank: int | None = None
-    logabsdet: float | None = None
-    logabsdet_lower: float | None = None
-    sigma_min: float | None = None
-    sigma_min_lower: float | None = None
-    margin: float | None = None
-    feature_error: float | None = None
-    condition: float | None = None
-    batch_norm: str = "frozen"
-    dtype: str = "float64"
-    reason: str = ""
-    culprits: list[list[int]] = field(default_factory=list)
-    explanation: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    bias: bool = True
-    w: str = "current"
-    seed: int = 0
-    last_layer: str = ""
-    asked: str = "auto"
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    assumptions: list[str] = field(default_factory=list)
-    constants: dict[str, Any] = field(default_factory=dict)
-    hashes: dict[str, str] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    source: dict[str, Any] = field(default_factory=dict)
-    witness: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
-
-    def __str__(self) -> str:
-        """An explanation for a person."""
-        where = "at these weights" if self.claim == "at w" else "for some weights (Assumption 1)"
-        if self.status == "deficient":
-            where = "for all weights (proved)"
-        elif self.status == "full rank":
-            where += " (counted numerically, not proved)"
-        matrix = "[h_X, 1]" if self.bias else "h_X"
-        lines = [
-            f"expressivity condition, rank {matrix} = n = {self.n} (m_H = {self.width}): "
-            f"{self.status} {where}"
-        ]
-        if self.reason:
-            lines.append(f"  {self.reason}")
-        if self.sigma_min_lower is not None:
-            at = f" at w = {self.w}" if self.w != "current" else ""
-            lines.append(
-                f"  proved{at}: smallest singular value >= {bound_text(self.sigma_min_lower)}"
-            )
-        if self.logabsdet_lower is not None:
-            lower = bound_text(self.logabsdet_lower, 6)
-            lines.append(f"  proved: log det of the Gram matrix >= {lower}")
-        if self.margin is not None and self.status == "proved":
-            lines.append(f"  {self.margin:.3g} times what rounding and all other errors can do")
-        if self.rank is not None:
-            shown = (
-                "" if self.sigma_min is None else f", smallest singular value {self.sigma_min:.3e}"
-            )
-            shown += "" if self.condition is None else f", condition {self.condition:.1e}"
-            lines.append(f"  rank {self.rank} of {self.n} counted in {self.dtype}{shown}")
-        if self.logabsdet is not None:
-            lines.append(f"  log det of the Gram matrix: {self.logabsdet:.6g} (estimate)")
-        lines += [f"  {line}" for line in self.explanation]
-        if self.assumptions:
-            lines.append(f"  assumed: {'; '.join(self.assumptions)}")
-        how = self.method + (f" ({self.factorization})" if self.factorization else "")
-        lines.append(f"  method {how}, {self.seconds:.1f} s")
-        return "\n".join(lines)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, without the witness."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "witness"}
-
-    def save(self, path: str | Path) -> None:
-        """Write the certificate file (JSON, docs/certificate.md)."""
-        from . import record
-
-        record.write(Path(path), self.as_dict())
-
-    @staticmethod
-    def load(path: str | Path) -> "Verdict":
-        """Read what `save` wrote; ValueError where it is not a verdict or has been changed."""
-        from . import record
-
-        data = record.read(Path(path))
-        known = {f.name for f in fields(Verdict)}
-        if data.get("status") not in STATUSES or not data.keys() <= known:
-            raise ValueError(f"path: {path} is not a verdict file")
-        try:
-            verdict = Verdict(**data)
-        except TypeError as error:
-            raise ValueError(f"path: {path} is not a verdict file: {error}") from error
-        if wrong := verdict.wrong_type():
-            raise ValueError(f"path: {path} is not a verdict file: {wrong}")
-        return verdict
-
-    def wrong_type(self) -> str:
-        """The first field whose value is of another type than declared; "" for none."""
-        for name, kind in get_type_hints(Verdict).items():
-            value = getattr(self, name)
-            if not _is(value, kind):
-                return f"{name} is of type {type(value).__name__}, expected {_name(kind)}"
-        return ""
+    @classmethod
+    def of(cls, outcome: Outcome) -> Self:
+        """The same, with `recheck`."""
+        return cls(**vars(outcome))
 
     @inference_mode(False)
     def recheck(
@@ -172,30 +64,64 @@ class Verdict:
         has the tolerances). Only "proved" and "deficient" can hold. x, folder as in
         `verify_expressivity`.
         """
-        from .recheck import recheck  # it verifies, and verifying makes verdicts
-
         holds, found = recheck(self, model, x, folder)
         say(f"holds: {self.status}, {self.claim}{found}" if holds else f"does not hold: {found}")
         return holds
 
 
-def _name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+@torch.inference_mode(False)
+def verify_expressivity(
+    model: nn.Module,
+    x: Any,
+    *,
+    w: str = "current",
+    method: str = "auto",
+    factorization: str = "auto",
+    last_layer: nn.Module | str | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> Verdict:
+    """Whether [h_X^(H)(w), 1_n] has rank n: Assumption 1, or that this very w fulfils it.
 
+    x: the n training inputs (tensor or array; uint8 becomes k / 255 in the model's dtype).
+    Everything is computed in float64, in evaluation mode, on a copy: the model is not changed,
+    BatchNorm's running statistics are constants of it.
 
-def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type as dataclasses declare it; an int is a float, a bool neither."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return True
-    if origin is list:
-        return isinstance(value, list) and all(_is(v, parts[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            _is(k, parts[0]) and _is(v, parts[1]) for k, v in value.items()
+    w: "current", the model's weights; "init", its default initialisation under `seed` (the paper's
+    procedure); "witness", weights of the wide layer made for the proof (witness.py).
+    method:
+    - "separation": some w exists, as distinct backbone features suffice where m_H >= n - 1
+      (NUMERICS: Pinkus 1999 and others). O(n d + n log n) after the backbone features.
+    - "certificate": a proved lower bound of sigma_min([h_X, 1]) and of log det, for the exact
+      function (Rump, BIT 46, 2006). factorization: "triangular" (w="witness", O(n^2 d)), "gram"
+      (O(n^2 m), tiles in memory or in a file in `folder`, which makes it resumable),
+      "preconditioned" (ill-conditioned M, in memory), "auto": the first of them that proves.
+    - "svd": singular values above max(n, p) eps sigma_max (numpy.linalg.matrix_rank's rule).
+    - "auto": separation, then what says more at this w where it fits into memory and time; the
+      plan is printed before it starts.
+    Identical inputs and n > m_H + 1 come first: they prove that no weights at all have rank n. A
+    last layer without a trainable bias has no use for the column 1: then h_X alone counts.
+
+    Returns a Verdict. Raises ValueError for unknown w, method or factorization, for x empty or with
+    NaN or infinity, for a model that does not run on x, for a folder that cannot be written;
+    TypeError for arguments of other types.
+    """
+    return Verdict.of(
+        verify_model(
+            model,
+            x,
+            w=w,
+            method=method,
+            factorization=factorization,
+            last_layer=last_layer,
+            seed=seed,
+            folder=folder,
+            progress=progress,
         )
-    if parts:
-        return any(_is(value, part) for part in parts)
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+    )
+
+
+def verify_network(network: Network, samples: Any, **settings: Any) -> Verdict:
+    """`verify_expressivity` for a Network and samples; see `verify_samples`."""
+    return Verdict.of(verify_samples(network, samples, **settings))

@@ -10,29 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import integer
+from ..core.arguments import integer
+from ..core.environment import environment
+from ..core.hashing import describe_model, hash_hidden_layers, hash_tensors
+from ..core.messages import first_line
+from ..core.names import canonical_name
 from ..linalg.progress import Stages
-from ..messages import first_line
-from ..names import canonical_name
-from ..network import Network
-from ..probing import eager, untouched, unwrap
-from . import record
-from .agreement import (
-    require_equal_rows,
-)
+from ..model.inputs import as_example, batches, checked_inputs, first_parameter, identical_rows
+from ..model.network import Network
+from ..model.probing import eager, untouched, unwrap
+from .agreement import require_equal_rows
 from .attempts import failure
-from .inputs import as_example, batches, checked_inputs, first_parameter, identical_rows
 from .methods import Attempt
+from .outcome import IDENTICAL_INPUTS, Outcome
 from .problem import Problem
-from .verdict import IDENTICAL_INPUTS, Verdict
 
 WEIGHTS = ("current", "init", "witness")
 METHODS = ("auto", "separation", "certificate", "svd")
 FACTORIZATIONS = ("auto", "triangular", "gram", "preconditioned")
 
 
-@torch.inference_mode(False)
-def verify_expressivity(
+def verify_model(
     model: nn.Module,
     x: Any,
     *,
@@ -43,37 +41,13 @@ def verify_expressivity(
     seed: int = 0,
     folder: str | Path | None = None,
     progress: bool = False,
-) -> Verdict:
-    """Whether [h_X^(H)(w), 1_n] has rank n: Assumption 1, or that this very w fulfils it.
-
-    x: the n training inputs (tensor or array; uint8 becomes k / 255 in the model's dtype).
-    Everything is computed in float64, in evaluation mode, on a copy: the model is not changed,
-    BatchNorm's running statistics are constants of it.
-
-    w: "current", the model's weights; "init", its default initialisation under `seed` (the paper's
-    procedure); "witness", weights of the wide layer made for the proof (witness.py).
-    method:
-    - "separation": some w exists, as distinct backbone features suffice where m_H >= n - 1
-      (NUMERICS: Pinkus 1999 and others). O(n d + n log n) after the backbone features.
-    - "certificate": a proved lower bound of sigma_min([h_X, 1]) and of log det, for the exact
-      function (Rump, BIT 46, 2006). factorization: "triangular" (w="witness", O(n^2 d)), "gram"
-      (O(n^2 m), tiles in memory or in a file in `folder`, which makes it resumable),
-      "preconditioned" (ill-conditioned M, in memory), "auto": the first of them that proves.
-    - "svd": singular values above max(n, p) eps sigma_max (numpy.linalg.matrix_rank's rule).
-    - "auto": separation, then what says more at this w where it fits into memory and time; the
-      plan is printed before it starts.
-    Identical inputs and n > m_H + 1 come first: they prove that no weights at all have rank n. A
-    last layer without a trainable bias has no use for the column 1: then h_X alone counts.
-
-    Returns a Verdict. Raises ValueError for unknown w, method or factorization, for x empty or with
-    NaN or infinity, for a model that does not run on x, for a folder that cannot be written;
-    TypeError for arguments of other types.
-    """
+) -> Outcome:
+    """`verify_expressivity` (verdict.py), as data."""
     seed = integer("seed", seed)
     x = checked_inputs(x)
     parameter = first_parameter(model)
     network = Network(model, as_example(x, parameter), last_layer)
-    return verify_network(
+    return verify_samples(
         network,
         batches(x, parameter),
         n=len(x),
@@ -103,7 +77,7 @@ def _writable(folder: Any) -> Path | None:
 
 
 def hashes_of(model: nn.Module, x: Any, last_layer: str | None) -> dict[str, str]:
-    """SHA-256 of data and hidden layers, as in a Verdict's `hashes`."""
+    """SHA-256 of data and hidden layers, as in an Outcome's `hashes`."""
     x = checked_inputs(x)
     parameter = first_parameter(model)
     network = Network(model, as_example(x, parameter), last_layer)
@@ -113,12 +87,12 @@ def hashes_of(model: nn.Module, x: Any, last_layer: str | None) -> dict[str, str
 def _hashes(network: Network, inputs: list[Tensor]) -> dict[str, str]:
     state = network.hidden_state()
     return {
-        "data": record.hash_tensors(inputs),
-        "model": record.hash_hidden_layers(network.model, state, network.last.name),
+        "data": hash_tensors(inputs),
+        "model": hash_hidden_layers(network.model, state, network.last.name),
     }
 
 
-def verify_network(
+def verify_samples(
     network: Network,
     samples: Iterable[tuple[Tensor, Any]],
     *,
@@ -132,8 +106,8 @@ def verify_network(
     training: bool = False,
     progress: bool = False,
     say: Callable[[str], None] = lambda _: None,
-) -> Verdict:
-    """`verify_expressivity` for a Network and samples: batches (x, anything) in index order.
+) -> Outcome:
+    """`verify_model` for a Network and samples: batches (x, anything) in index order.
 
     training: "auto" stops at a proof for some weights, unless the matrix is small.
     """
@@ -159,13 +133,13 @@ def verify_network(
         "last_layer": network.last.name,
     }
 
-    def verdict(**fields: Any) -> Verdict:
-        return Verdict(
+    def verdict(**fields: Any) -> Outcome:
+        return Outcome(
             **(common | fields),
             seconds=time.perf_counter() - started,
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             stages=stages.done,
-            environment=record.environment(),
+            environment=environment(),
         )
 
     moving = any(
@@ -223,7 +197,7 @@ def verify_network(
                 explanation=_named(culprits, "have identical inputs"),
                 assumptions=list(IDENTICAL_INPUTS),
             )
-        key += f" {record.describe_model(problem.source)}"
+        key += f" {describe_model(problem.source)}"
         names = {canonical_name(name): name for name in network.model.state_dict()}
         attempt = Attempt(problem, w, seed, factorization, folder, stages, key, training)
         found = getattr(attempt, method)()

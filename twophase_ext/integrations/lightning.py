@@ -8,8 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from ..expressivity import Verdict
-from ..losses import ConvexLoss, resolve_loss
-from ..probing import unwrap
+from ..model.losses import ConvexLoss, resolve_loss
+from ..model.probing import unwrap
 from ..training.config import resolve_tau
 from ..training.loaders import chosen
 from ..training.own_loop import FeatureCache, fit_last_layer

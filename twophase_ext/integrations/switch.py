@@ -6,18 +6,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import layers, ops
-from ..arguments import integer
+from .. import ops
+from ..core.arguments import integer
+from ..core.seeds import stream_seed
 from ..expressivity import Verdict, verify_network
 from ..expressivity.verify import METHODS
-from ..network import Network
+from ..model import layers
+from ..model.network import Network
 from ..ops.perturb import checked_tensors
 from ..training import batchnorm
 from ..training.config import resolve_noise, resolve_tau
 from ..training.data import Samples
 from ..training.features import BATCH
 from ..training.freeze import Frozen, freeze, samples_of
-from ..training.streams import stream_seed
 
 
 class Switch:

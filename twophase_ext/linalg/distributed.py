@@ -39,7 +39,7 @@ from torch import Tensor
 
 from .block_cyclic import BlockCyclic, Ranks
 from .bounds import SLACK, UNDERFLOW, bound_text, exponents_of, gamma, power_of_two, shifted_down
-from .certificate import GramCertificate, settle
+from .gram_run import GramCertificate, settle
 from .gram_tiles import PANEL, e_G, moderate
 from .progress import Stages
 from .scalapack import LARGEST, PART, Scalapack

@@ -11,16 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..memory import available_memory
-from .bounds import (
-    SLACK,
-    UNDERFLOW,
-    UNIT_ROUNDOFF,
-    exponents_of,
-    gamma,
-    power_of_two,
-    shifted_down,
-)
+from ..core.memory import available_memory
+from .bounds import SLACK, UNDERFLOW, UNIT_ROUNDOFF, exponents_of, gamma, power_of_two, shifted_down
 from .residual import residual_bound
 from .tiles import DenseTiles
 

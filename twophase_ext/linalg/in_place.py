@@ -21,9 +21,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..memory import available_memory
+from ..core.memory import available_memory
 from .bounds import power_of_two, shifted_down
-from .certificate import GramCertificate, _Run
+from .gram_run import GramCertificate, GramRun
 from .gram_tiles import PANEL, PanelSource, lower_product, new_tile
 from .plan import LARGE_TILE, SHARE, TILE, Plan, _measured_rate
 from .progress import Stages
@@ -225,7 +225,7 @@ class UpperTiles(DenseTiles):
         return tile
 
 
-class _InPlace(_Run):
+class _InPlace(GramRun):
     """One call of certify_in_place."""
 
     def __init__(

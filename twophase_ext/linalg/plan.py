@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..memory import available_memory
+from ..core.memory import available_memory
 from .gram_tiles import PANEL
 from .tiles import Grid
 

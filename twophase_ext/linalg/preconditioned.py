@@ -35,7 +35,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..memory import available_memory
+from ..core.memory import available_memory
 from .bounds import SLACK, UNDERFLOW, below, exponents_of, gamma, power_of_two
 from .norms import frobenius_upper, norm_upper
 

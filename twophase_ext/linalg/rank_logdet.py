@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arrays import as_tensor
-from ..memory import available_memory
+from ..core.arrays import as_tensor
+from ..core.memory import available_memory
 from ..ops.gram_logdet import gram_logdet
 from .preconditioned import preconditioned_sigma_min
 

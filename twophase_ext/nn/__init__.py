@@ -1,9 +1,9 @@
 """Building blocks that make a model meet the premises: exact softplus, analytic, wide."""
 
-from .analytic import AnalyticReport, Finding, Replacement, analytic, classify
-from .plain import plain
-from .softplus import Softplus
-from .widen import WideHead, wide_units, widen
+from ..model.softplus import Softplus
+from ..model.surgery.analytic import AnalyticReport, Finding, Replacement, analytic, classify
+from ..model.surgery.plain import plain
+from ..model.surgery.widen import WideHead, wide_units, widen
 
 __all__ = [
     "AnalyticReport",

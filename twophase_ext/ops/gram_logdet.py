@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
-from ..arrays import as_tensor
+from ..core.arrays import as_tensor
 from ..linalg.gram import gram_logdet_large
 
 _ops = torch.ops.twophase

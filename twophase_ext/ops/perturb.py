@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
-from ..names import canonical_name
+from ..core.names import canonical_name
 from ._arguments import require_tensor
 
 _ops = torch.ops.twophase

@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
-from ..arrays import as_tensor
+from ..core.arrays import as_tensor
 from ._arguments import require_tensor
 from ._softplus_terms import Term, Terms, batch_first, evaluate
 

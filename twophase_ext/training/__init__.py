@@ -10,13 +10,13 @@ On several processes: ranks.py (what they tell each other), data_parallel.py (fi
 columns.py (second phase).
 """
 
-from ..losses import ConvexLoss
+from ..core.seeds import EpochSampler, stream_seed
+from ..model.losses import ConvexLoss
 from .freeze import Frozen, freeze
 from .lazy import LazyGuarantee
 from .own_loop import FeatureCache, fit_last_layer
 from .result import Result
 from .settings import GradientDescent, Lazy, StochasticDescent
-from .streams import EpochSampler, stream_seed
 from .trainer import Trainer
 
 __all__ = [

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..linalg.bounds import bound_text
-from ..premises import (
+from ..theory.premises import (
     FAILED,
     HELD,
     UNCHECKED,

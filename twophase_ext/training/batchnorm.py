@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..network import Network
+from ..model.network import Network
 from .data import Samples
 from .features import BATCH
 from .ranks import Ranks

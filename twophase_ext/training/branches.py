@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import inside
-from ..probing import copy_model
+from ..core.files import inside
+from ..model.probing import copy_model
 from . import ranks
 from .checkpoint import exists
 from .config import resolve_tau

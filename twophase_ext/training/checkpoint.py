@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..files import inside, write_atomically
-from ..messages import first_line
+from ..core.files import inside, write_atomically
+from ..core.hashing import flat
+from ..core.messages import first_line
 from .groups import plain
 
 FORMAT = 4  # 3 had the optimizer's state by position
@@ -25,15 +26,6 @@ FRESH = CURRENT + ".new"  # complete, and newer than CURRENT: a kill came before
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Name -> "dtype [shape]": what makes two models interchangeable for a checkpoint."""
     return {name: f"{t.dtype} {list(t.shape)}" for name, t in tensors.items()}
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """The tensor's elements in their order on the CPU: one dimension, stride 1.
-
-    reshape(-1) leaves a single element its stride, whatever that is.
-    """
-    whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return whole.as_strided((whole.numel(),), (1,))
 
 
 def _sums(tensor: Tensor) -> bytes:

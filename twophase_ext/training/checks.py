@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..messages import first_line
-from ..probing import DoesNotRun, eager, main_output, require_pure, untouched
+from ..core.messages import first_line
+from ..model.probing import DoesNotRun, eager, main_output, require_pure, untouched
 from .data import Samples
 
 

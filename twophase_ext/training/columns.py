@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import ops, optim
-from ..losses import ConvexLoss
-from ..network import Network
+from ..core.hashing import tensors_hash
+from ..model.losses import ConvexLoss
+from ..model.network import Network
 from .data import Samples
 from .features import BATCH, Features
-from .freeze import tensors_hash
 from .head import HeadStep
 from .ranks import Ranks
 

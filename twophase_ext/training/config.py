@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arguments import integer
+from ..core.arguments import integer
+from ..core.names import canonical_name
 from ..expressivity.verify import METHODS
-from ..names import canonical_name
 from .features import MODES
 from .schedule import INTERVALS
 from .settings import GradientDescent, Lazy, Settings, StochasticDescent

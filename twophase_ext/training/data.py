@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
-from ..arrays import as_data, require_finite
-from ..losses import ConvexLoss, prepare_targets
-from ..memory import available_memory
+from ..core.arrays import as_data, require_finite
+from ..core.memory import available_memory
+from ..core.seeds import host_stream, stream_seed
+from ..model.losses import ConvexLoss, prepare_targets
 from .loaders import batching, chosen, is_loader, is_map_style, tell_ignored
-from .streams import host_stream, stream_seed
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _CHECKED = 256  # samples of a Dataset looked at together before training

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .streams import stream_seed
+from ..core.seeds import stream_seed
 
 if TYPE_CHECKING:
     from .engine import Run

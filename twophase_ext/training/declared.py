@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..losses import CROSS_ENTROPY, SAMPLES, SQUARED_ERROR, ConvexLoss, loss_problem, zero_dim
-from ..messages import type_and_line
+from ..core.messages import type_and_line
+from ..model.losses import CROSS_ENTROPY, SAMPLES, SQUARED_ERROR, ConvexLoss, loss_problem, zero_dim
 from .data import Samples
 
 if TYPE_CHECKING:

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..core import seeds as streams
+from ..core.files import FolderLock
+from ..core.hashing import tensors_hash
+from ..core.seeds import epoch_order, stream_seed
 from ..expressivity import Verdict
-from ..files import FolderLock
-from ..guarantee import Guarantee
-from ..losses import CROSS_ENTROPY, ConvexLoss
-from ..network import Network
-from . import batchnorm, caches, faults, runfolder, saved, streams
+from ..model.losses import CROSS_ENTROPY, ConvexLoss
+from ..model.network import Network
+from ..theory.guarantee import Guarantee
+from . import batchnorm, caches, faults, runfolder, saved
 from .audit import premises
 from .averaged import Averaged
 from .cadence import Cadence
@@ -27,7 +30,6 @@ from .faults import Diverged, LossWatch
 from .features import Features
 from .first_step import FirstStep
 from .fixed import Agreement
-from .freeze import tensors_hash
 from .groups import learning_rate, plain_groups
 from .interrupt import Interrupt
 from .measure import measure
@@ -35,7 +37,6 @@ from .progress import Progress
 from .proof import verified
 from .ranks import Ranks
 from .schedule import Schedule
-from .streams import epoch_order, stream_seed
 
 
 class Run:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import available_memory
-from ..messages import first_line
-from ..network import Network
+from ..core.memory import available_memory
+from ..core.messages import first_line
+from ..model.network import Network
 from .data import Samples
 from .ranks import Ranks
 

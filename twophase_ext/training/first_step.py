@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import ConvexLoss
-from ..messages import first_line
-from ..network import Network
-from ..probing import main_output
+from ..core.messages import first_line
+from ..model.losses import ConvexLoss
+from ..model.network import Network
+from ..model.probing import main_output
 from .batchnorm import batch_norms
 from .config import Config
 from .optimizers import first_try, refused

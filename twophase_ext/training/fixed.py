@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..messages import first_line
-from ..network import Network
-from ..probing import State, compiled, eager, untouched
+from ..core.messages import first_line
+from ..model.network import Network
+from ..model.probing import State, compiled, eager, untouched
 from .batchnorm import batch_bounds
 from .data import Samples
 from .features import BATCH, Features

@@ -1,31 +1,18 @@
 """Hidden layers that do not move any more, and the proof of it: a hash of their whole state."""
 
-import hashlib
-from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import layers
-from ..holding import hold, is_held, release
-from ..network import Network
-from ..probing import require_module
+from ..core.hashing import tensors_hash
+from ..model import layers
+from ..model.holding import hold, is_held, release
+from ..model.network import Network
+from ..model.probing import require_module
 from . import batchnorm
-from .checkpoint import flat
 from .checks import check_runs, model_device
 from .data import Samples
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bits of the tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        if tensor.numel():
-            digest.update(flat(tensor).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def samples_of(model: nn.Module, source: Any, name: str) -> Samples:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
+from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
 from .columns import Columns
 from .features import BATCH, Features
 

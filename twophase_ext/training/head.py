@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops, optim
-from ..losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
+from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
 from .features import Features
 from .groups import Alone
 

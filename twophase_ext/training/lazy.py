@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..expressivity import Verdict
 from ..linalg.bounds import bound_text
-from ..losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
-from ..network import Network
-from ..ntk import float64_copy, method_at_w, rank_shown
-from ..premises import loss_premise
+from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
+from ..model.network import Network
+from ..theory.ntk import float64_copy, method_at_w, rank_shown
+from ..theory.premises import loss_premise
 from .audit import fixed_premise
 from .engine import Run
 from .features import BATCH

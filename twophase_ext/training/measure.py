@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..losses import CROSS_ENTROPY, ConvexLoss
-from ..network import Network
+from ..model.losses import CROSS_ENTROPY, ConvexLoss
+from ..model.network import Network
 from .data import Samples
 from .features import BATCH, Features
 from .ranks import Ranks

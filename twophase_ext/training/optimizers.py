@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import optim
-from ..network import Network
+from ..model.network import Network
 from ..ops.perturb import checked_tensors
 from .groups import lacks, parts, plain_groups
 

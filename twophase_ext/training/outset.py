@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..losses import ConvexLoss
-from ..network import Network
+from ..model.losses import ConvexLoss
+from ..model.network import Network
 from . import runfolder
 from .checks import check_trains
 from .columns import check_model

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import layers, optim
-from ..arguments import integer
-from ..losses import ConvexLoss, resolve_loss
-from ..network import Network
+from .. import optim
+from ..core.arguments import integer
+from ..core.seeds import epoch_order
+from ..model import layers
+from ..model.losses import ConvexLoss, resolve_loss
+from ..model.network import Network
 from .averaged import Averaged
 from .batchnorm import batch_bounds
 from .features import BATCH, Features, plan_for
@@ -22,7 +24,6 @@ from .fixed import cache_disagreement
 from .freeze import samples_of
 from .head import HeadStep
 from .interrupt import Interrupt
-from .streams import epoch_order
 
 _PAPER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5}  # section 7.2
 

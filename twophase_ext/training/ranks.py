@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..messages import first_line
+from ..core.messages import first_line
 from .shared import Lost, SharedMemory, shared_memory
 
 T = TypeVar("T")

@@ -1,18 +1,14 @@
 """The folder that a run leaves: configuration, environment, metrics, verdict, checkpoints."""
 
 import os
-import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 
-from .._load import build_info
-from ..files import FolderLock, write_csv, write_json
+from ..core.environment import environment_of_run
+from ..core.files import FolderLock, write_csv, write_json
 from . import checkpoint
 from .features import BATCH
 
@@ -31,23 +27,6 @@ COLUMNS = (
 )
 
 
-def environment(device: torch.device, seed: int) -> dict[str, Any]:
-    """Versions, device, seed and the commit of the working folder, as plain data."""
-    return {
-        "twophase_ext": build_info(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "processor": processor_name(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "commit": _commit(),
-        "seed": seed,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's class and its groups' hyper-parameters, as plain data."""
     plain = (bool, int, float, str, type(None))
@@ -59,29 +38,6 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         for g in optimizer.param_groups
     ]
     return {"class": f"{type(optimizer).__module__}.{type(optimizer).__name__}", "groups": groups}
-
-
-def _commit() -> str | None:
-    """The commit of the working folder, None outside a repository or without git."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    return found.stdout.strip() or None
-
-
-def processor_name() -> str:
-    """The CPU's name as the system gives it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def create(run_dir: str | Path | None, *, resuming: bool) -> Path:
@@ -144,7 +100,7 @@ def describe(folder: Path, run: "Run", model: str, *, new: bool) -> None:
             "compile": run.compiled is not None,
         }
         write_json(folder / "config.json", resolved)
-        write_json(folder / "environment.json", environment(run.device, run.config.seed))
+        write_json(folder / "environment.json", environment_of_run(run.device, run.config.seed))
     if run.verdict is not None:
         run.verdict.save(folder / "verdict.json")
     run.progress.say(f"run folder: {folder}")

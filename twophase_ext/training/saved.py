@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.hashing import tensors_hash
 from ..expressivity import Verdict
 from . import checkpoint, optimizer_state
-from .freeze import tensors_hash
 
 if TYPE_CHECKING:
     from .engine import Run

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..guarantee import Guarantee, guarantee, smoothness
-from ..losses import CROSS_ENTROPY, SQUARED_ERROR
-from ..premises import UNCHECKED
+from ..core.seeds import epoch_order, stream_seed
+from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR
+from ..theory.guarantee import Guarantee, guarantee, smoothness
+from ..theory.premises import UNCHECKED
 from .audit import premises
 from .columns import ColumnStep, OwnColumns
 from .engine import Run
@@ -24,7 +25,6 @@ from .features import BATCH
 from .gradient import Rounding, full_gradient, row_norms
 from .head import HeadStep
 from .interrupt import Interrupt
-from .streams import epoch_order, stream_seed
 
 ONE_CALL = 0.1  # seconds of steps without a look at Ctrl-C
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, Self
 
-from ..arguments import integer
+from ..core.arguments import integer
 
 FORMS = ("tight", "paper")  # of L_H
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.files import write_json
 from ..expressivity.attempts import require_memory
-from ..files import write_json
-from ..losses import ConvexLoss, resolve_loss
-from ..network import Network
-from ..probing import unwrap
+from ..model.losses import ConvexLoss, resolve_loss
+from ..model.network import Network
+from ..model.probing import unwrap
 from . import batchnorm, checkpoint, outset, runfolder
 from .branches import branch
 from .cadence import Cadence

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from twophase_ext.files import write_atomically
+from twophase_ext.core.files import write_atomically
 
 from .gather import read_folder
 from .page import describe

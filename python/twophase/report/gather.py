@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import yaml
 
 from twophase_ext import Verdict
-from twophase_ext.files import inside
-from twophase_ext.guarantee import Guarantee
+from twophase_ext.core.files import inside
+from twophase_ext.theory.guarantee import Guarantee
 from twophase_ext.training.lazy import LazyGuarantee
 
 from ..figures import read_rows

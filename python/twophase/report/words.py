@@ -3,8 +3,8 @@
 from itertools import accumulate
 from typing import Any
 
-from twophase_ext.guarantee import Guarantee
 from twophase_ext.linalg.bounds import bound_text
+from twophase_ext.theory.guarantee import Guarantee
 from twophase_ext.training.lazy import LazyGuarantee
 
 from .gather import RunRecord

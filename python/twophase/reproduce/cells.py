@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import twophase_ext as tp
-from twophase_ext.files import inside, write_json
-from twophase_ext.training.runfolder import environment
+from twophase_ext.core.environment import environment_of_run
+from twophase_ext.core.files import inside, write_json
 
 from .. import data
 from ..assembly import build_model, first
@@ -129,7 +129,7 @@ class Trunk:
         cell = {
             "settings": self.resolved(),
             "n": len(train[0]),
-            "environment": environment(device, self.seed),
+            "environment": environment_of_run(device, self.seed),
             "branches": {name: _outcome(result, test) for name, result in results.items()},
             "spectrum": watch.spectrum,
         }

@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from twophase_ext.files import write_csv
+from twophase_ext.core.files import write_csv
 from twophase_ext.ops import softplus
 
 from ..figures import BASE as GREEN

@@ -14,7 +14,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any, Self
 
-from twophase_ext.files import write_atomically
+from twophase_ext.core.files import write_atomically
 
 from ..statistics import Paired, Summary
 

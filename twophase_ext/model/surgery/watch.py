@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from twophase_ext import probing
+from twophase_ext.model import probing
 
-from ..messages import type_and_line
+from ...core.messages import type_and_line
 from .catalog import judge_module
 from .operators import RANDOM, SIZES_ONLY, Call, Judgement, is_random, is_real, judge, plain
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .losses import ConvexLoss
+from ..model.losses import ConvexLoss
 
 ULPS = 16
 ASSUMED = "each of its torch calls errs by a few units of its result, to first order"

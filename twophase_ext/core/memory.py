@@ -1,6 +1,7 @@
-"""How much memory can be allocated now."""
+"""How much memory can be allocated now, and how fast this machine multiplies."""
 
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -21,3 +22,12 @@ def available_memory(device: torch.device) -> int:
     except (OSError, ValueError, KeyError):  # not Linux, no cgroup, or no limit ("max")
         pass
     return available
+
+
+def float64_rate(device: torch.device) -> float:
+    """Float64 operations a second of a matrix product of 512 on this device."""
+    a = torch.ones(512, 512, dtype=torch.float64, device=device)  # no draw: the caller's generator
+    (a @ a).sum().item()
+    started = time.perf_counter()
+    (a @ a).sum().item()
+    return 2 * 512**3 / max(time.perf_counter() - started, 1e-6)

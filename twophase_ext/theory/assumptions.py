@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .expressivity import Verdict
-from .expressivity.inputs import as_example, checked_inputs, first_parameter, identical_rows
-from .expressivity.verify import verify_network
-from .linalg.bounds import bound_text
-from .network import Network
+from ..expressivity import Verdict, verify_network
+from ..linalg.bounds import bound_text
+from ..model.inputs import as_example, checked_inputs, first_parameter, identical_rows
+from ..model.network import Network
 from .premises import (
     FAILED,
     HELD,

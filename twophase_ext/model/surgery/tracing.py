@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from twophase_ext.probing import cuda_devices
+from twophase_ext.model.probing import cuda_devices
 
-from ..messages import type_and_line
+from ...core.messages import type_and_line
 from .catalog import is_container, is_hooked, rule_for
 from .watch import twin_of
 

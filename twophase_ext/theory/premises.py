@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .losses import CROSS_ENTROPY, SQUARED_ERROR, resolve_loss
-from .network import Network
-from .nn import classify
+from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, resolve_loss
+from ..model.network import Network
+from ..nn import classify
 
 HELD, FAILED, UNCHECKED = "held", "failed", "not checked"
 

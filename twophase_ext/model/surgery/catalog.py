@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from ..softplus import Softplus
 from .operators import ATTENTION, MAX_POOL, Judgement, Status
 from .operators import analytic_because as _analytic
 from .operators import hard as _hard
-from .softplus import Softplus
 
 Rule = Judgement | Callable[[Any], Judgement]
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from .expressivity import Verdict
-from .expressivity.inputs import as_example, checked_inputs, first_parameter
-from .expressivity.verify import hashes_of, verify_network
-from .linalg.bounds import bound_text
-from .memory import available_memory
-from .messages import first_line
-from .network import Network
-from .probing import copy_model, unwrap
+from ..core.memory import available_memory
+from ..core.messages import first_line
+from ..expressivity import Verdict, verify_network
+from ..expressivity.verify import hashes_of
+from ..linalg.bounds import bound_text
+from ..model.inputs import as_example, checked_inputs, first_parameter
+from ..model.network import Network
+from ..model.probing import copy_model, unwrap
 
 METHODS = ("auto", "full", "bound")
 FULL_SIZE = 2000  # n m_y up to which "auto" forms K

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import layers, ops
+from .. import ops
+from ..core.names import canonical_name
+from . import layers
 from .gate import hooked
-from .names import canonical_name
 from .probing import require_pure, wraps
 
 

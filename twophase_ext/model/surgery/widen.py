@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 # The module, not its names: layers itself imports nn.softplus.
-from twophase_ext import arrays, layers, probing
+from twophase_ext.core import arrays
+from twophase_ext.model import layers, probing
 
-from .softplus import Softplus, checked_beta
+from ..softplus import Softplus, checked_beta
 from .tracing import trace
 
 

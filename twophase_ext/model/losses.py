@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .messages import type_and_line
+from ..core.messages import type_and_line
 
 SAMPLES = 16  # that a declaration is tried on
 EXCESS = 1e-3  # of L_ell: a loss may compute in float32

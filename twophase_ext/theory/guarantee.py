@@ -20,11 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arrays import as_data
-from .comparators import Blocks, Comparator, comparators
-from .linalg.bounds import UNDERFLOW, bound_text, plus
-from .loss_rounding import ASSUMED
-from .losses import (
+from ..core.arrays import as_data
+from ..linalg.bounds import UNDERFLOW, bound_text, plus
+from ..model.losses import (
     CROSS_ENTROPY,
     SQUARED_ERROR,
     ConvexLoss,
@@ -32,7 +30,9 @@ from .losses import (
     prepare_targets,
     resolve_loss,
 )
-from .ops._arguments import number
+from ..ops._arguments import number
+from .comparators import Blocks, Comparator, comparators
+from .loss_rounding import ASSUMED
 
 __all__ = ["Blocks", "Comparator", "Guarantee", "comparators", "guarantee", "smoothness"]
 

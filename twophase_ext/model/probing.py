@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .messages import first_line
+from ..core.messages import first_line
 
 _COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arrays import as_data, require_finite
-from ..probing import require_module
+from ..core.arrays import as_data, require_finite
+from .probing import require_module
 
 
 def checked_inputs(x: Any) -> Tensor:

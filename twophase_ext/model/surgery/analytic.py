@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twophase_ext import arrays, layers
+from twophase_ext.core import arrays
+from twophase_ext.model import layers
 
+from ..softplus import Softplus, checked_beta
 from .catalog import is_container, judge_module
 from .examples import examples
 from .operators import Status
-from .softplus import Softplus, checked_beta
 from .tracing import Trace, join, trace
 from .watch import Watched, watch
 

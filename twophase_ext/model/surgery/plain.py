@@ -5,9 +5,9 @@ from collections import OrderedDict
 
 from torch import nn
 
-from twophase_ext import holding, layers, probing
+from twophase_ext.model import holding, layers, probing
 
-from .softplus import Softplus
+from ..softplus import Softplus
 from .widen import WideHead
 
 # exp(-40) is below half an ulp of 40 in float64: from there on x itself is softplus, rounded

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..core.names import WRAPPERS, canonical_name
 from .gate import Readers, intercepted, is_affine, overlap
-from .names import WRAPPERS, canonical_name
-from .nn.softplus import Softplus
 from .probing import Call, input_of, record, rows_into, unchanged, untouched, unwrap
+from .softplus import Softplus
 
 _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linalg.bounds import above, plus
+from ..linalg.bounds import above, plus
+from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
 from .loss_rounding import rounding_of
-from .losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
 
 Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 

@@ -1,0 +1,1 @@
+"""What every floor above may use: torch, NumPy and the standard library only."""

@@ -1,0 +1,1 @@
+"""The theorems' premises and bounds, for a model and its data."""
