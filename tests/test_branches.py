@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
-from twophase_ext.training import columns, engine, features
+from twophase_ext.training import columns, features
+from twophase_ext.training.phases import SecondPhase
 
 BRANCHES = {
     "paper": {},
@@ -64,9 +65,9 @@ def test_features_and_verdicts_are_made_once(monkeypatch):
             made.append(arguments[2])
             super().__init__(*arguments)
 
-    own = engine.Run._verify
+    own = SecondPhase.verify
     monkeypatch.setattr(columns, "Features", Counted)
-    monkeypatch.setattr(engine.Run, "_verify", lambda run: verified.append(1) or own(run))
+    monkeypatch.setattr(SecondPhase, "verify", lambda phase: verified.append(1) or own(phase))
     modes = {mode: {"second_phase": mode} for mode in ("base", "gd", "sgd")}
     quiet(toy_mlp(), verify="svd", **SETTINGS).branch(
         {**modes, "loud": {"noise_std": 0.1}, "again": {}}, toy_data()
@@ -166,7 +167,7 @@ class Jittered(Dataset):
 def test_augmented_copies(mode):
     class Cache:
         def on_epoch_end(self, run, record):
-            self.features = run.train_features
+            self.features = run._run.train_features
 
     cache = Cache()
     settings = {"augment_copies": 3, "second_phase": mode, "callbacks": [cache], **SETTINGS}
@@ -193,7 +194,7 @@ def test_base_visits_the_copies_in_turn():
     class Visits:
         def on_epoch_end(self, run, record):
             if record["phase"] == 2:
-                copies.append(run.train_features.copy)
+                copies.append(run._run.train_features.copy)
 
     copies = []
     settings = {"augment_copies": 2, "callbacks": [Visits()], "epochs": 8, "tau": 3}

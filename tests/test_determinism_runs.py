@@ -9,6 +9,7 @@ from determinism_cases import PHASES, SETTINGS, reference, trained
 from helpers import bits, quiet, same_bits, toy_convnet, toy_images
 from test_resume import StopAfter
 from twophase_ext.expressivity import methods
+from twophase_ext.training.phases import Phase, SecondPhase
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,25 +74,18 @@ def test_resumed_with_every_other_setting(tmp_path, kind):
 
 @pytest.mark.parametrize("cache", ["hidden", "disk", "hidden-bfloat16"])
 @pytest.mark.parametrize("mode", ["base", "gd", "sgd"])
-def test_threads_of_the_second_phase_over_cached_features(mode, cache):
+def test_threads_of_the_second_phase_over_cached_features(mode, cache, monkeypatch):
     """From the same features, made by one thread."""
+    expected = reference(f"{mode} {cache}")[0]
 
-    class Threads:
-        def on_fit_start(self, run):
-            own = run._second
+    def three_threads(phase, interrupt):
+        torch.set_num_threads(3)
+        done = Phase.train_epoch(phase, interrupt)
+        torch.set_num_threads(1)
+        return done
 
-            def second(interrupt):
-                torch.set_num_threads(self.count)
-                done = own(interrupt)
-                torch.set_num_threads(1)
-                return done
-
-            run._second = second
-
-    callback = Threads()
-    callback.count = 3
-    found = trained(f"{mode} {cache}", callbacks=[callback])[0]
-    assert same_bits(reference(f"{mode} {cache}")[0], found)
+    monkeypatch.setattr(SecondPhase, "train_epoch", three_threads)
+    assert same_bits(expected, trained(f"{mode} {cache}")[0])
 
 
 def test_phase_one_does_not_depend_on_what_comes_later():

@@ -49,7 +49,9 @@ def test_a_divergence_names_its_step_and_samples(tmp_path, phase):
     said = []
     settings = {"epochs": 6, "tau": 1 if phase == 2 else 5, **SGD}
     trainer = quiet(toy_mlp(), tmp_path, callbacks=[At(2, rate(1e38))], **settings)
-    trainer.callbacks += (At(2, lambda run: setattr(run.progress, "say", said.append)),)
+    trainer.callbacks += (
+        At(2, lambda run: setattr(run._run.context.progress, "say", said.append)),
+    )
     result = trainer.fit(toy_data())
     assert result.status == "diverged" and result.final == {}
     found = result.divergence
@@ -67,7 +69,7 @@ def test_no_checkpoint_is_promised_where_there_is_none(tmp_path):
 
     class Listen:
         def on_fit_start(self, run) -> None:
-            run.progress.say = said.append
+            run._run.context.progress.say = said.append
 
     x, y = toy_data()
     settings = {"optimizer": lambda ps: torch.optim.SGD(ps, lr=1e38), "callbacks": [Listen()]}

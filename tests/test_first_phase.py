@@ -10,7 +10,7 @@ from helpers import bits, quiet, same_bits, saved_bytes, toy_convnet, toy_images
 from twophase.models import PreActResNet18
 from twophase_ext.model.losses import CROSS_ENTROPY
 from twophase_ext.training import data
-from twophase_ext.training.engine import Run
+from twophase_ext.training.phases import FirstPhase
 
 BATCH = 4
 
@@ -78,13 +78,13 @@ class Operations(TorchDispatchMode):
 def test_steps_do_not_wait_for_the_device(monkeypatch):
     """No value of a tensor is read and no shape depends on one, in two epochs of 4 steps."""
     seen = Operations()
-    first = Run._first
+    first = FirstPhase.epoch
 
     def watched(self, interrupt):
         with seen:
             return first(self, interrupt)
 
-    monkeypatch.setattr(Run, "_first", watched)
+    monkeypatch.setattr(FirstPhase, "epoch", watched)
     x, y = toy_images()
     images = (255 * x).to(torch.uint8)
     quiet(toy_convnet(), epochs=2, tau=1, second_phase="none").fit((images, y))

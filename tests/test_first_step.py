@@ -29,7 +29,7 @@ class Watch:
 
     def on_epoch_end(self, run, record) -> None:
         self.states.append(bits(run.network.model))
-        self.scales.append(run.first_step.scaler.get_scale())
+        self.scales.append(run._run.context.first_step.scaler.get_scale())
 
 
 class Dtypes:
@@ -118,7 +118,7 @@ def test_overflowing_steps_are_skipped_and_the_scale_halved():
 
     class Count:
         def on_epoch_end(self, run, record) -> None:
-            counts.append(run.schedule.count)
+            counts.append(run._run.context.schedule.count)
 
     result = quiet(
         model,
@@ -173,15 +173,15 @@ class Stop:
 
     def on_fit_start(self, run) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17, growth_interval=4)
-        run.first_step.scaler = scaler
-        own = run._correct
+        run._run.context.first_step.scaler = scaler
+        own = run._run.correct
 
         def correct(*arguments):
             if (run.epoch, run.batch) == (self.epoch, self.batch):
                 os.kill(os.getpid(), signal.SIGINT)
             return own(*arguments)
 
-        run._correct = correct
+        run._run.correct = correct
 
     def on_epoch_end(self, run, record) -> None:
         if self.batch is None and record["epoch"] == self.epoch + 1:

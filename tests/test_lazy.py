@@ -14,7 +14,7 @@ import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 from twophase_ext.model.losses import CROSS_ENTROPY, SQUARED_ERROR
 from twophase_ext.model.network import Network
-from twophase_ext.training import lazy as module
+from twophase_ext.training.phases import lazy as module
 from twophase_ext.training.config import Lazy
 
 N = 24
@@ -225,7 +225,7 @@ def test_stopped_at_tau(tmp_path, cause):
 
 
 def collapse_above(limit: float, monkeypatch) -> list[float]:  # steps that lose the rank
-    own, seen = module.LazyRun._verify, []
+    own, seen = module.LazyPhase.verify, []
 
     def verify(self, method=None):
         verdict = own(self, method)
@@ -235,7 +235,7 @@ def collapse_above(limit: float, monkeypatch) -> list[float]:  # steps that lose
                 verdict.status, verdict.rank, verdict.reason = "undecided", N - 1, "forced"
         return verdict
 
-    monkeypatch.setattr(module.LazyRun, "_verify", verify)
+    monkeypatch.setattr(module.LazyPhase, "verify", verify)
     return seen
 
 
@@ -304,14 +304,14 @@ class Stop:
         self.epoch, self.inside = epoch, inside
 
     def on_fit_start(self, run) -> None:
-        own = run._correct
+        own = run._run.correct
 
         def correct(*arguments):
             if self.inside and run.epoch == self.epoch:
                 os.kill(os.getpid(), signal.SIGINT)
             return own(*arguments)
 
-        run._correct = correct
+        run._run.correct = correct
 
     def on_epoch_end(self, run, record) -> None:
         if not self.inside and record["epoch"] == self.epoch:

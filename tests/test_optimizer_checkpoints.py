@@ -28,14 +28,14 @@ class Kill:
         self.epoch, self.batch = epoch, batch
 
     def on_fit_start(self, run) -> None:
-        own = run.progress.advance
+        own = run._run.context.progress.advance
 
         def advance(*arguments, **named):
             if (run.epoch, run.batch) == (self.epoch, self.batch):
                 raise Killed
             own(*arguments, **named)
 
-        run.progress.advance = advance
+        run._run.context.progress.advance = advance
 
     def on_epoch_end(self, run, record) -> None:
         if self.batch is None and record["epoch"] == self.epoch:

@@ -17,7 +17,7 @@ from twophase import data
 from twophase.paper import PAPER_SETTING, PAPER_TABLE_1, PAPER_TABLE_2
 from twophase.reproduce import SCALES, cells, experiments, reproduce
 from twophase.tables import ResultTable
-from twophase_ext.training.engine import Run
+from twophase_ext.training.phases import FirstPhase
 
 DIGITS = ["--scale", "smoke", "--datasets", "digits", "--seeds", "1"]
 
@@ -170,13 +170,13 @@ def test_a_killed_sweep_continues(tmp_path, monkeypatch, stop, capsys):
 
 
 def test_table2_is_a_grid_over_one_first_phase(tmp_path, monkeypatch):
-    epochs, own = [], Run._first
+    epochs, own = [], FirstPhase.epoch
 
-    def counted(run, interrupt):
-        epochs.append(run.folder.name)
-        return own(run, interrupt)
+    def counted(phase, interrupt):
+        epochs.append(phase.context.folder.name)
+        return own(phase, interrupt)
 
-    monkeypatch.setattr(Run, "_first", counted)
+    monkeypatch.setattr(FirstPhase, "epoch", counted)
     assert run("table2", *DIGITS, "--run_dir", str(tmp_path)) == 0
     assert epochs == ["trunk"] * round(max(PAPER_SETTING.tau_0_grid) * SCALES["smoke"].epochs)
     table = ResultTable.from_json((tmp_path / "table2-digits-smoke.json").read_text())

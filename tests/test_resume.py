@@ -27,14 +27,14 @@ class StopInside:
         self.epoch, self.batch = epoch, batch
 
     def on_fit_start(self, run) -> None:
-        own = run._correct
+        own = run._run.correct
 
         def correct(*arguments):
             if (run.epoch, run.batch) == (self.epoch, self.batch):
                 os.kill(os.getpid(), signal.SIGINT)
             return own(*arguments)
 
-        run._correct = correct
+        run._run.correct = correct
 
 
 SETTINGS = {"epochs": 6, "tau": 3}

@@ -71,7 +71,7 @@ def test_each_epoch_reads_its_own_augmented_copy():
     class Look:
         def on_epoch_end(self, run, record):
             if record["phase"] == 2:
-                held = run.train_features
+                held = run._run.train_features
                 first = held.batch(torch.arange(N))[0]
                 rows = slice(held.copy * N, (held.copy + 1) * N)
                 seen.append((held.copy, torch.equal(first, held.cache[rows])))

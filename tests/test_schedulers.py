@@ -52,7 +52,7 @@ class Stop:
         self.epoch, self.batch, self.kill = epoch, batch, kill
 
     def on_fit_start(self, run) -> None:
-        own = run.progress.advance
+        own = run._run.context.progress.advance
 
         def advance(*arguments, **named):
             if (run.epoch, run.batch) == (self.epoch, self.batch):
@@ -61,7 +61,7 @@ class Stop:
                 os.kill(os.getpid(), signal.SIGINT)
             own(*arguments, **named)
 
-        run.progress.advance = advance
+        run._run.context.progress.advance = advance
 
     def on_epoch_end(self, run, record) -> None:
         if self.batch is None and record["epoch"] == self.epoch + 1:
@@ -155,7 +155,7 @@ def test_at_tau(second_phase, interval):
 
     class Watch:
         def on_epoch_end(self, run, record) -> None:
-            kept.append(run.schedule.count)
+            kept.append(run._run.context.schedule.count)
 
     factory = SCHEDULERS["ExponentialLR"]
     settings = {"verify": "auto"} if second_phase == "lazy" else {}

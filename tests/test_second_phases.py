@@ -17,7 +17,11 @@ from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, t
 from twophase_ext.core.seeds import stream_seed
 from twophase_ext.model.losses import squared_error
 from twophase_ext.theory.guarantee import guarantee
-from twophase_ext.training import second_phase
+from twophase_ext.training import loop
+from twophase_ext.training.phases import theorem
+from twophase_ext.training.phases.gradient_descent import GradientDescentPhase
+from twophase_ext.training.phases.stochastic import StochasticPhase
+from twophase_ext.training.transition import enter_second_phase
 
 EPS = 0.1
 
@@ -118,9 +122,9 @@ def test_mini_batches_of_sgd_are_independent_and_uniform():
     class Draws:
         def on_epoch_end(self, run, record):
             if record["phase"] == 2:
-                run.epoch -= 1
-                orders.append(run._draws()[0])
-                run.epoch += 1
+                run._run.state.epoch -= 1
+                orders.append(StochasticPhase(run._run).draws()[0])
+                run._run.state.epoch += 1
 
     orders = []
     run(toy_data(), callbacks=[Draws()], second_phase="sgd", epochs=204)
@@ -193,30 +197,24 @@ def test_audit():
     assert status(batch, "hidden layers frozen") == status(batch, "fixed features") == "failed"
 
 
-class Interrupt:
+def interrupt(patch, at):
     """Ctrl-C before a step of an epoch."""
 
-    def __init__(self, epoch, batch):
-        self.at = (epoch, batch)
-
-    def on_fit_start(self, run):
-        for name in ("_descend", "_rates"):
-            own = getattr(run, name, None)
-            if own is not None:
-                setattr(run, name, self.watched(run, own))
-
-    def watched(self, run, own):
-        def call(*arguments):
-            if (run.epoch, run.batch) == self.at and run.phase == 2:
+    def watched(own):
+        def call(phase, *arguments):
+            if (phase.state.epoch, phase.state.batch) == at and phase.run.phase == 2:
                 os.kill(os.getpid(), signal.SIGINT)
-            return own(*arguments)
+            return own(phase, *arguments)
 
         return call
+
+    for kind, name in ((GradientDescentPhase, "_descend"), (StochasticPhase, "rates")):
+        patch.setattr(kind, name, watched(getattr(kind, name)))
 
 
 @pytest.mark.parametrize("at", [(4, 0), (5, 0), (6, 2)])
 @pytest.mark.parametrize("mode", ["gd", "sgd"])
-def test_resumed_runs_end_with_the_same_bits(tmp_path, mode, at):
+def test_resumed_runs_end_with_the_same_bits(tmp_path, monkeypatch, mode, at):
     data = toy_images(33)
     settings = {"epochs": 9, "tau": 4, "second_phase": mode}
     if mode == "gd":
@@ -224,7 +222,9 @@ def test_resumed_runs_end_with_the_same_bits(tmp_path, mode, at):
     whole = toy_convnet()
     reference = quiet(whole, **settings).fit(data)
     at = at if mode == "gd" else (at[0], 0)
-    cut = quiet(toy_convnet(), tmp_path, callbacks=[Interrupt(*at)], **settings).fit(data)
+    with monkeypatch.context() as patch:
+        interrupt(patch, at)
+        cut = quiet(toy_convnet(), tmp_path, **settings).fit(data)
     assert cut.status == "interrupted" and not cut.guarantee.curve
     model = toy_convnet(seed=5)
     result = quiet(model, tmp_path, **settings).fit(data, resume=True)
@@ -236,21 +236,20 @@ def test_resumed_runs_end_with_the_same_bits(tmp_path, mode, at):
 
 
 @pytest.mark.parametrize("mode", ["base", "gd", "sgd"])
-def test_any_number_of_threads_gives_the_same_bits(mode):
+def test_any_number_of_threads_gives_the_same_bits(mode, monkeypatch):
     """From the same features: torch's own forward pass promises nothing of the kind."""
     data, threads, states = toy_data(), torch.get_num_threads(), []
+
+    def enter(*arguments):
+        torch.set_num_threads(1)
+        enter_second_phase(*arguments)
+        torch.set_num_threads(count)
+
+    monkeypatch.setattr(loop, "enter_second_phase", enter)
 
     class Threads:
         def on_fit_start(self, run):
             torch.set_num_threads(1)
-            cached = run._cache_features
-
-            def cache():
-                torch.set_num_threads(1)
-                cached()
-                torch.set_num_threads(count)
-
-            run._cache_features = cache
 
         def on_epoch_end(self, run, record):
             torch.set_num_threads(count if record["phase"] == 2 else 1)
@@ -291,7 +290,7 @@ def test_no_bias_and_a_fixed_bias(monkeypatch):
         moved.append(ones)
         return guarantee(*arguments, ones=ones, **settings)
 
-    monkeypatch.setattr(second_phase, "guarantee", remembered)
+    monkeypatch.setattr(theorem, "guarantee", remembered)
     for fixed in (False, True):
         model = toy_mlp()
         model[4] = nn.Linear(80, 3, bias=fixed)

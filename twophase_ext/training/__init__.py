@@ -13,8 +13,8 @@ columns.py (second phase).
 from ..core.seeds import EpochSampler, stream_seed
 from ..model.losses import ConvexLoss
 from .freeze import Frozen, freeze
-from .lazy import LazyGuarantee
 from .own_loop import FeatureCache, fit_last_layer
+from .phases.lazy import LazyGuarantee
 from .result import Result
 from .settings import GradientDescent, Lazy, StochasticDescent
 from .trainer import Trainer

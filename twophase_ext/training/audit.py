@@ -1,7 +1,6 @@
 """The premise audit: what Theorem 1 asks of a run, whether it held, and the evidence."""
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,49 +16,57 @@ from ..theory.premises import (
     width_premise,
 )
 from .batchnorm import batch_norms
+from .context import Context
 from .declared import problem_of
-
-if TYPE_CHECKING:
-    from .engine import Run
+from .state import RunState, unfixed
 
 Premise = tuple[str, str, str]
 SEEN = 2  # samples on which the model is watched for kinks
 REFUTES = 1e-3  # relative rise of a custom loss's objective that float32 hardly explains
 
 
-def premises(run: "Run") -> list[Premise]:
+def premises(context: Context, state: RunState) -> list[Premise]:
     """(name, "held" | "failed" | "not checked", evidence) of each premise of Theorem 1.
 
     Part (i) for second_phase="gd", part (ii) for "sgd"; "base" and "none" are held against part
     (ii), the one for mini-batches. Before tau the premises of the second phase are not checked.
     """
-    network = run.network
-    first, _ = run.train.fetch(torch.arange(min(run.train.n, SEEN), device="cpu"), augmented=False)
+    network = context.network
+    first, _ = context.train.fetch(
+        torch.arange(min(context.train.n, SEEN), device="cpu"), augmented=False
+    )
     rows = [_plain(row) for row in analytic_premises(network.model, [first])]
-    rows += [_loss(run), _plain(depth_premise(network.model, network))]
-    rows += [_plain(width_premise(network, run.train.n)), _expressivity(run)]
-    if run.config.second_phase == "none":
+    rows += [_loss(context), _plain(depth_premise(network.model, network))]
+    rows += [_plain(width_premise(network, context.train.n)), _expressivity(state)]
+    if context.config.second_phase == "none":
         return [*rows, ("perturbation, frozen layers", FAILED, "there was no second phase")]
-    if run.hidden_hash is None:
+    if state.hidden_hash is None:
         return [*rows, ("second phase", UNCHECKED, "the run ended before tau")]
-    return [*rows, _noise(run), _frozen(run), _features(run), _gradient(run), *_steps(run)]
+    return [
+        *rows,
+        _noise(context),
+        _frozen(context, state),
+        _features(context, state),
+        _gradient(context),
+        *_steps(context, state),
+    ]
 
 
 def _plain(row: Assumption) -> Premise:
     return row.name, row.status, row.evidence
 
 
-def _loss(run: "Run") -> Premise:
+def _loss(context: Context) -> Premise:
     """Assumption 2, as declared; what a few samples and the run itself have to say about it."""
-    name, status, evidence = _plain(loss_premise(run.loss))
-    if problem := problem_of(run.loss, run.network.outputs, run.train):
+    name, status, evidence = _plain(loss_premise(context.loss))
+    if problem := problem_of(context.loss, context.network.outputs, context.train):
         return name, FAILED, problem
     return name, status, evidence
 
 
-def _expressivity(run: "Run") -> Premise:
+def _expressivity(state: RunState) -> Premise:
     """Assumption 1: rank n for some weights; at w^tau it is then full with probability one."""
-    verdict, name = run.verdict, "expressivity (Assumption 1)"
+    verdict, name = state.verdict, "expressivity (Assumption 1)"
     if verdict is None:
         return name, UNCHECKED, "verify=False, or the run ended before tau"
     where = "at w^tau" if verdict.claim == "at w" else "for some weights"
@@ -74,33 +81,33 @@ def _expressivity(run: "Run") -> Premise:
     return name, UNCHECKED, f"undecided: {verdict.reason}"
 
 
-def _noise(run: "Run") -> Premise:
-    sigma = run.config.noise_std
+def _noise(context: Context) -> Premise:
+    sigma = context.config.noise_std
     shown = f"{sigma:g}" if isinstance(sigma, float) else f"{min(sigma.values()):g} or more"
-    name, count = "Gaussian noise at tau", len(run.network.hidden_parameters())
-    others = len(run.network.hidden_state(buffers=False)) - count
+    name, count = "Gaussian noise at tau", len(context.network.hidden_parameters())
+    others = len(context.network.hidden_state(buffers=False)) - count
     frozen = f"; {others} frozen: constants" if others else ""
     if count == 0:
         return name, FAILED, f"there is no hidden tensor to perturb{frozen}"
     return name, HELD, f"sigma = {shown} on {count} hidden tensors{frozen}"
 
 
-def _frozen(run: "Run") -> Premise:
+def _frozen(context: Context, state: RunState) -> Premise:
     name = "hidden layers frozen"
-    if run.config.batch_norm == "batch" and batch_norms(run.network.model):
+    if context.config.batch_norm == "batch" and batch_norms(context.network.model):
         return name, FAILED, "parameters are, but BatchNorm statistics follow the batches"
-    assert run.hidden_hash is not None
-    if run.unchanged is None:
+    assert state.hidden_hash is not None
+    if state.unchanged is None:
         return name, UNCHECKED, "the run did not come to its end"
-    return name, HELD, f"SHA-256 {run.hidden_hash[:12]} at tau and at the end"
+    return name, HELD, f"SHA-256 {state.hidden_hash[:12]} at tau and at the end"
 
 
-def _features(run: "Run") -> Premise:
+def _features(context: Context, state: RunState) -> Premise:
     """One fixed h_X, that of the network."""
-    name, copies = "fixed features", run.config.augment_copies
-    if run.config.batch_norm == "batch":
+    name, copies = "fixed features", context.config.augment_copies
+    if context.config.batch_norm == "batch":
         return name, FAILED, "batch_norm='batch': h depends on the batch"
-    if run.cache_mode == "hidden-bfloat16":
+    if state.cache_mode == "hidden-bfloat16":
         return name, FAILED, "h was rounded to bfloat16: what holds, holds for the rounded h"
     if copies is not None:
         return (
@@ -108,22 +115,22 @@ def _features(run: "Run") -> Premise:
             FAILED,
             (
                 f"{copies} augmented copies in the place of random transforms: what holds, holds "
-                f"for these {copies * run.train.n} samples"
+                f"for these {copies * context.train.n} samples"
             ),
         )
-    return fixed_premise(run)
+    return fixed_premise(context, state)
 
 
-def fixed_premise(run: "Run") -> Premise:
+def fixed_premise(context: Context, state: RunState) -> Premise:
     """Whether h was the same function of each sample at every visit and in every batch."""
     name = "fixed features"
-    if run.unfixed:
-        return name, FAILED, run.unfixed
-    return name, HELD, f"cached: {run.cache_mode}; {run.fixed.extent}"
+    if evidence := unfixed(context, state):
+        return name, FAILED, evidence
+    return name, HELD, f"cached: {state.cache_mode}; {context.fixed.extent}"
 
 
-def _gradient(run: "Run") -> Premise:
-    mode = run.config.second_phase
+def _gradient(context: Context) -> Premise:
+    mode = context.config.second_phase
     if mode == "gd":
         return "gradient", HELD, "full, over all samples"
     name = "unbiased gradient, E[g | w] = grad L(w)"
@@ -132,10 +139,10 @@ def _gradient(run: "Run") -> Premise:
     return name, FAILED, "mini-batches follow a permutation of each epoch: not independent"
 
 
-def _steps(run: "Run") -> list[Premise]:
-    config, known = run.config, run.descent
+def _steps(context: Context, state: RunState) -> list[Premise]:
+    config, known = context.config, state.second
     if config.gd is not None:
-        largest = known.get("smoothness")
+        largest = known.smoothness
         rate = "not computed" if largest is None else f"L_H = {largest:.6g}"
         found = [
             (
@@ -145,29 +152,30 @@ def _steps(run: "Run") -> list[Premise]:
             ),
             ("no momentum, no weight decay", HELD, "plain steps"),
         ]
-        steps = (run.epoch - config.tau_epoch) * config.gd.steps
-        if run.unfixed:
+        steps = (state.epoch - config.tau_epoch) * config.gd.steps
+        if unfixed(context, state):
             found.append(("monotone descent", UNCHECKED, "the features are not fixed"))
-        elif "rise" in known:
+        elif known.rise is not None:
             evidence = f"the objective did not rise in {steps} steps beyond rounding"
             found.append(("monotone descent", HELD, evidence))
         else:
-            found.append(_descent(run))
+            found.append(_descent(state))
         return found
     if config.sgd is not None:
-        c = config.sgd.c if config.sgd.c is not None else 1 / known.get("smoothness", float("nan"))
+        largest = known.smoothness
+        c = config.sgd.c if config.sgd.c is not None else 1 / (largest or float("nan"))
         eta = f"eta_t = {c:.4g} / t^{0.5 + config.sgd.eps:g}"
         return [
             ("sum eta_t^2 finite, sum eta_t infinite", HELD, eta),
             ("no momentum, no weight decay", HELD, "plain steps"),
         ]
-    weight = run.network.last.module.weight
-    group = next(g for g in run.optimizer.param_groups if any(p is weight for p in g["params"]))
+    weight = context.network.last.module.weight
+    group = next(g for g in context.optimizer.param_groups if any(p is weight for p in g["params"]))
     momentum, decay = group.get("momentum", 0), group.get("weight_decay", 0)
-    rows = [row["learning_rate"] for row in run.history if row["phase"] == 2]
+    rows = [row["learning_rate"] for row in state.history if row["phase"] == 2]
     rates = sorted({rate for rate in rows if rate is not None})  # None: the optimizer finds it
     shown = ", ".join(f"{rate:g}" for rate in rates[:3])
-    kind = type(run.optimizer).__name__
+    kind = type(context.optimizer).__name__
     constant = f"eta = {shown}, as the base algorithm has it: sum eta_t^2 does not converge"
     plain = kind == "SGD" and not momentum and not decay
     return [
@@ -184,10 +192,10 @@ def _steps(run: "Run") -> list[Premise]:
     ]
 
 
-def _descent(run: "Run") -> Premise:
+def _descent(state: RunState) -> Premise:
     """For a loss whose rounding has no bound here: the objectives at the epochs' starts."""
     name = "monotone descent"
-    known = [row["objective"] for row in run.history if row.get("objective") is not None]
+    known = [row["objective"] for row in state.history if row.get("objective") is not None]
     for k, (before, after) in enumerate(pairwise(known), 1):
         if after > before + REFUTES * max(abs(before), abs(after)):
             rise = f"the objective rose from {before:.6g} to {after:.6g} in epoch {k}"

@@ -3,15 +3,13 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..model.network import Network
 from .groups import Alone, averaging
-
-if TYPE_CHECKING:
-    from .engine import Run
 
 
 class Averaged:
@@ -30,12 +28,11 @@ class Averaged:
         self._alone = False
 
     @contextmanager
-    def steps(self, run: "Run") -> Iterator[None]:
-        """Within it the run makes steps: of all parameters, from tau on of the last layer alone."""
-        moving, alone = run.network.parameters(), run.phase == 2
+    def steps(self, network: Network, second_phase: str, phase: int) -> Iterator[None]:
+        """Within it a run makes steps: of all parameters, from tau on of the last layer alone."""
+        moving, alone = network.parameters(), phase == 2
         if alone:  # theorems have steps of their own
-            base = run.config.second_phase == "base"
-            moving = run.network.last_parameters() if base else {}
+            moving = network.last_parameters() if second_phase == "base" else {}
         with self.within(moving, alone):
             yield
 

@@ -2,19 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, Self
+
+from torch import nn
 
 from ..core.files import inside
 from ..model.probing import copy_model
 from . import ranks
+from .adopt import adopt
 from .checkpoint import exists
-from .config import resolve_tau
+from .config import Config, resolve_tau
+from .fixed import Agreement
+from .loop import Loop
 from .result import Result
 from .runfolder import create
-from .saved import adopt
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
 
 TRUNK = "trunk"
 FEATURES = ("noise_std", "noise_seed", "batch_norm", "feature_cache", "augment_copies")
@@ -31,8 +32,24 @@ ALLOWED = (
 )
 
 
+class Trainer(Protocol):
+    """What is used of a Trainer (trainer.py, which is built on this module)."""
+
+    model: nn.Module
+    config: Config
+    run_dir: str | Path | bool | None
+    compares: bool
+    known: Agreement | None
+
+    def _clone(self, model: nn.Module, **changes: Any) -> Self: ...
+
+    def _prepare(self, train: Any, val: Any, resume: bool | str | Path | None) -> Loop: ...
+
+    def _execute(self, loop: Loop, epochs: int | None = None) -> Result: ...
+
+
 def branch(
-    trainer: "Trainer",
+    trainer: Trainer,
     branches: Mapping[str, Mapping[str, Any]],
     train: Any,
     val: Any,
@@ -55,33 +72,35 @@ def branch(
     first.compares = any(
         t.get("batch_norm", trainer.config.batch_norm) == "frozen" for t in branches.values()
     )
-    run = first._prepare(train, val, _checkpoint(first, resume))
+    loop = first._prepare(train, val, _checkpoint(first, resume))
+    lock = loop.context.lock
     try:
-        return _grow(trainer, branches, first, run, train, val, resume, root)
+        return _grow(trainer, branches, first, loop, train, val, resume, root)
     finally:
-        if run.lock is not None:
-            run.lock.release()
+        if lock is not None:
+            lock.release()
 
 
 def _grow(
-    trainer: "Trainer",
+    trainer: Trainer,
     branches: Mapping[str, Mapping[str, Any]],
-    first: "Trainer",
-    run: Any,
+    first: Trainer,
+    loop: Loop,
     train: Any,
     val: Any,
     resume: bool,
     root: Any,
 ) -> dict[str, Result]:
-    """The branches of the trunk `run`, which the Trainer `first` trains as far as they need."""
+    """The branches of the trunk `loop`, which the Trainer `first` trains as far as they need."""
+    run, state = loop.run, loop.state
     taus = {name: _tau(trainer, changes) for name, changes in branches.items()}
     results: dict[str, Result] = {}
     shared: dict[tuple[str | None, str], Any] = {}
     kept: Any = None
     for name in sorted(branches, key=lambda name: (taus[name], _features(trainer, branches[name]))):
         changes, tau = branches[name], taus[name]
-        if run.epoch < tau or not run.history:
-            ended = first._execute(run, epochs=tau)
+        if state.epoch < tau or not state.history:
+            ended = first._execute(loop, epochs=tau)
             if ended.status != "completed":
                 return {**results, TRUNK: ended}
         key = tau, _features(trainer, changes)
@@ -89,26 +108,26 @@ def _grow(
             shared.clear()
             kept = key
         model = copy_model(trainer.model)
-        arguments = {"last_layer": run.network.last.name, **changes, "tau": tau}
+        arguments = {"last_layer": run.context.network.last.name, **changes, "tau": tau}
         second = trainer._clone(model, run_dir=_under(root, name), **arguments)
         checkpoint = _checkpoint(second, resume)
-        if checkpoint is None and run.epoch > tau:
+        if checkpoint is None and state.epoch > tau:
             raise ValueError(
                 f"branches: {name} begins at epoch {tau}, but the trunk in {root} is at epoch "
-                f"{run.epoch} already; begin again in another run_dir"
+                f"{state.epoch} already; begin again in another run_dir"
             )
-        second.known = run.fixed if run.fixed.compared else None
+        second.known = run.context.fixed if run.context.fixed.compared else None
         continued = second._prepare(train, val, checkpoint)
         if checkpoint is None:
-            adopt(continued, run, same="optimizer" not in changes)
-        continued.shared = shared
+            adopt(continued.run, run, same="optimizer" not in changes)
+        continued.run.shared = shared
         results[name] = second._execute(continued)
         if results[name].status == "interrupted":
             break
     return {name: results[name] for name in branches if name in results}
 
 
-def _check(trainer: "Trainer", branches: Mapping[str, Mapping[str, Any]]) -> None:
+def _check(trainer: Trainer, branches: Mapping[str, Mapping[str, Any]]) -> None:
     if not isinstance(branches, Mapping) or not branches:
         raise TypeError("branches: expected a dict {name: arguments to change}, at least one")
     for name, changes in branches.items():
@@ -127,19 +146,19 @@ def _check(trainer: "Trainer", branches: Mapping[str, Mapping[str, Any]]) -> Non
         trainer._clone(trainer.model, **{"tau": trainer.config.tau_epoch, **changes})  # or now
 
 
-def _tau(trainer: "Trainer", changes: Mapping[str, Any]) -> int:
+def _tau(trainer: Trainer, changes: Mapping[str, Any]) -> int:
     """The epoch at which a branch leaves the trunk."""
     tau = changes.get("tau", trainer.config.tau_epoch)
     return resolve_tau(tau, changes.get("epochs", trainer.config.epochs))
 
 
-def _features(trainer: "Trainer", changes: Mapping[str, Any]) -> str:
+def _features(trainer: Trainer, changes: Mapping[str, Any]) -> str:
     """What the features after tau depend on, the same text for the same features."""
     own = {name: getattr(trainer.config, name) for name in FEATURES}
     return repr({name: changes.get(name, own[name]) for name in FEATURES})
 
 
-def _checkpoint(trainer: "Trainer", resume: bool) -> Path | None:
+def _checkpoint(trainer: Trainer, resume: bool) -> Path | None:
     """The checkpoint to continue from, where there is one."""
     if not resume or trainer.run_dir is False:
         return None

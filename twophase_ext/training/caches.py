@@ -1,93 +1,102 @@
 """A run's caches of features, filled at tau."""
 
 import warnings
-from typing import TYPE_CHECKING
 
 from .columns import cached
 from .features import Features, smaller_mode
 from .fixed import cache_disagreement
-
-if TYPE_CHECKING:
-    from .engine import Run
+from .run import Run
 
 
-def fill(run: "Run") -> None:
+def fill(run: Run) -> None:
     """Fill the run's caches, in a smaller mode where memory runs out; empty where h is not fixed.
 
     What is cached is compared with what the model itself gives, for every sample.
     """
-    run.network.model.train(run.config.batch_norm == "batch")
+    run.context.network.model.train(run.context.config.batch_norm == "batch")
     if run.unfixed:
-        run.cache_mode = "none"
+        run.state.cache_mode = "none"
     _fill(run)
-    if run.cache_mode == "none" or run.config.second_phase == "lazy":
+    if run.state.cache_mode == "none" or run.context.config.second_phase == "lazy":
         return
     evidence = run.unfixed or _compare(run)
     if evidence is None:
         return
-    if run.ranks.size > 1:
+    if run.context.ranks.size > 1:
         raise RuntimeError(f"features are not fixed, which several processes need: {evidence}")
-    run.unfixed, run.cache_mode = evidence, "none"
+    run.state.second.unfixed, run.state.cache_mode = evidence, "none"
     warnings.warn(f"nothing is cached and nothing claimed: {evidence}", stacklevel=2)
     _fill(run)
 
 
-def _compare(run: "Run") -> str | None:
+def _compare(run: Run) -> str | None:
     """`cache_disagreement` of the training samples; known of branches with the same features."""
-    key = (run.hidden_hash, f"compared {run.cache_mode}")
+    key = (run.state.hidden_hash, f"compared {run.state.cache_mode}")
     shared = {} if run.shared is None else run.shared
     features = run.train_features
     # rounded features and copies are no claim; on several ranks no process has all columns
-    other = run.cache_mode == "hidden-bfloat16" or run.config.augment_copies is not None
-    if other or run.ranks.size > 1 or features is None:
+    other = (
+        run.state.cache_mode == "hidden-bfloat16" or run.context.config.augment_copies is not None
+    )
+    if other or run.context.ranks.size > 1 or features is None:
         return None
     if key not in shared:
-        with run._timed("features"):
-            shared[key] = cache_disagreement(features, run.network, run.config.batch_size)
+        with run.timed("features"):
+            shared[key] = cache_disagreement(
+                features, run.context.network, run.context.config.batch_size
+            )
     return shared[key]
 
 
-def _fill(run: "Run") -> None:
+def _fill(run: Run) -> None:
     while True:
         try:
-            return run._fill_caches(run.cache_mode)
+            with run.timed("features"):
+                return _fill_in(run, run.state.cache_mode)
         except (MemoryError, RuntimeError, OSError) as error:
-            if run.ranks.size > 1:  # the others go on in this mode
+            if run.context.ranks.size > 1:  # the others go on in this mode
                 raise
             run.train_features = run.val_features = None
-            run.cache_mode = smaller_mode(
-                run.cache_mode,
+            run.state.cache_mode = smaller_mode(
+                run.state.cache_mode,
                 error,
-                network=run.network,
-                device=run.device,
-                copies=run.config.augment_copies,
+                network=run.context.network,
+                device=run.context.device,
+                copies=run.context.config.augment_copies,
             )
 
 
-def fill_in(run: "Run", mode: str) -> None:
+def _fill_in(run: Run, mode: str) -> None:
     """Fill the caches in this mode, or take a branch's with the same hidden layers."""
-    config = run.config
+    config = run.context.config
     shared = {} if run.shared is None else run.shared
-    held_out = run.val if config.batch_norm == "frozen" else None
-    total = run.train.n * (config.augment_copies or 1)
-    run.progress.begin("features", total + (held_out.n if held_out is not None else 0))
+    held_out = run.context.val if config.batch_norm == "frozen" else None
+    total = run.context.train.n * (config.augment_copies or 1)
+    run.context.progress.begin("features", total + (held_out.n if held_out is not None else 0))
 
     def advance(rows: int) -> None:
-        run.progress.advance("features", rows)
+        run.context.progress.advance("features", rows)
 
-    for samples, name in ((run.train, "train_features"), (held_out, "val_features")):
-        key = (run.hidden_hash, f"{name} {mode}")
+    found: list[Features | None] = []
+    for samples, name in ((run.context.train, "train_features"), (held_out, "val_features")):
+        key = (run.state.hidden_hash, f"{name} {mode}")
         if samples is None:
+            found.append(None)
             continue
         if key not in shared or mode == "none":
-            copies = config.augment_copies if samples is run.train else None
+            copies = config.augment_copies if samples is run.context.train else None
             # what is measured on held-out samples is the network, not its rounded features
             exact = "hidden" if mode == "hidden-bfloat16" else mode
-            kept = mode if samples is run.train else exact
-            run.train.epoch = config.tau_epoch
-            shared[key] = cached(samples, run.network, kept, advance, copies, run.ranks)
+            kept = mode if samples is run.context.train else exact
+            run.context.train.epoch = config.tau_epoch
+            shared[key] = cached(
+                samples, run.context.network, kept, advance, copies, run.context.ranks
+            )
         features = shared[key]
-        if samples is run.val and samples.random and mode != "none":  # seen while it was filled
-            features = Features(samples, run.network, "none")
-        setattr(run, name, features)
-    run.progress.end("features")
+        if (
+            samples is run.context.val and samples.random and mode != "none"
+        ):  # seen while it was filled
+            features = Features(samples, run.context.network, "none")
+        found.append(features)
+    run.train_features, run.val_features = found
+    run.context.progress.end("features")

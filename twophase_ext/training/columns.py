@@ -7,7 +7,7 @@ of the logits, [batch, k]: each rank adds what its features give, and updates it
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,11 @@ from .. import ops, optim
 from ..core.hashing import tensors_hash
 from ..model.losses import ConvexLoss
 from ..model.network import Network
+from .context import Context
 from .data import Samples
 from .features import BATCH, Features
 from .head import HeadStep
 from .ranks import Ranks
-
-if TYPE_CHECKING:
-    from .engine import Run
 
 # Their update of an element depends on nothing but that element's gradients.
 ELEMENTWISE = (
@@ -54,27 +52,27 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_several(run: "Run", mode: str) -> None:
+def check_several(context: Context, mode: str) -> None:
     """Raise ValueError for what several processes do not train; one process trains everything.
 
     mode: the feature cache of the second phase. RuntimeError where the processes were not given the
     same arguments and data.
     """
-    ranks, phase = run.ranks, run.config.second_phase
+    ranks, phase = context.ranks, context.config.second_phase
     if ranks.size == 1:
         return
-    for name, value in run.identity().items():
+    for name, value in context.identity().items():
         ranks.agree(name, value)
-    x, y = run.train.fetch(torch.arange(min(2, run.train.n), device="cpu"), augmented=False)
+    x, y = context.train.fetch(torch.arange(min(2, context.train.n), device="cpu"), augmented=False)
     ranks.agree("train: SHA-256 of the first samples", tensors_hash({"x": x, "y": y}))
-    if run.compiled is not None:
-        raise ValueError(f"compile: expected False on several processes, got {run.compiled}")
+    if context.compiled is not None:
+        raise ValueError(f"compile: expected False on several processes, got {context.compiled}")
     if phase == "lazy":
         raise ValueError(f"second_phase: 'lazy' runs in one process, got {ranks.size} processes")
-    check_hooks(run.optimizer)
+    check_hooks(context.optimizer)
     if phase == "none":
         return
-    check_optimizer(run.optimizer)
+    check_optimizer(context.optimizer)
     if mode == "none":
         raise ValueError(
             "feature_cache: expected cached features in the second phase on several processes, got "

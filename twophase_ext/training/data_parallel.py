@@ -1,15 +1,11 @@
 """A step of the first phase on several processes: the batch cut in parts, one for each rank."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.seeds import stream_seed
-
-if TYPE_CHECKING:
-    from .engine import Run
+from .run import Run
 
 
 class DataParallelStep:
@@ -20,24 +16,26 @@ class DataParallelStep:
     along with weight 0. Dropout draws from (seed, epoch, step, rank).
     """
 
-    def __init__(self, run: "Run") -> None:
+    def __init__(self, run: Run) -> None:
         """Wraps the run's model; rank 0's parameters and buffers are copied to all ranks."""
         self.run = run
         self.model = DistributedDataParallel(
-            run.first_step.forward,
+            run.context.first_step.forward,
             gradient_as_bucket_view=True,
             find_unused_parameters=self._some_unused(),
         )
 
     def _some_unused(self) -> bool:
         """Whether the loss does not depend on some parameter: DDP has to look for those."""
-        run, model = self.run, self.run.network.model
-        x, y = run.train.fetch(torch.arange(min(2, run.train.n), device="cpu"), augmented=False)
+        run, model = self.run, self.run.context.network.model
+        x, y = run.context.train.fetch(
+            torch.arange(min(2, run.context.train.n), device="cpu"), augmented=False
+        )
         modes = {module: module.training for module in model.modules()}
         model.eval()
         with torch.enable_grad():
-            parameters = list(run.network.parameters().values())
-            loss = run.loss(model(x), y)
+            parameters = list(run.context.network.parameters().values())
+            loss = run.context.loss(model(x), y)
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         for module, mode in modes.items():
             module.training = mode
@@ -46,25 +44,29 @@ class DataParallelStep:
     def _seed(self, seed: int) -> None:
         # torch.manual_seed keeps a stack trace for CUDA, which takes longer than a small step
         torch.default_generator.manual_seed(seed)
-        if self.run.device.type == "cuda":
+        if self.run.context.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
     def __call__(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """One step on the samples `index`: (mean loss before it, correct), over the batch."""
-        run, ranks = self.run, self.run.ranks
+        run, ranks = self.run, self.run.context.ranks
         b = len(index)
-        parts = max(1, min(ranks.size, b // run.first_step.least))
+        parts = max(1, min(ranks.size, b // run.context.first_step.least))
         first, last = (-(-b * min(r, parts) // parts) for r in (ranks.rank, ranks.rank + 1))
         rows = b // parts  # of the shortest part
         own = index[first:last] if last > first else index[:rows]
         share = (last - first) / b
-        x, y = run.train.fetch(own)
-        self._seed(stream_seed(run.config.seed, "model", run.epoch, run.batch, ranks.rank))
+        x, y = run.context.train.fetch(own)
+        self._seed(
+            stream_seed(
+                run.context.config.seed, "model", run.state.epoch, run.state.batch, ranks.rank
+            )
+        )
         with ranks.together():
-            loss, outputs = run.first_step(
+            loss, outputs = run.context.first_step(
                 x, y, forward=self.model, weight=share * ranks.size, rows=rows
             )
-        correct = run._correct(outputs, y)
+        correct = run.correct(outputs, y)
         sums = torch.stack([loss / ranks.size, torch.zeros_like(loss)])
         if correct is not None and share:
             sums[1] += correct

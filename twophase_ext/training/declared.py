@@ -1,16 +1,13 @@
 """The loss that a run is given, tried on its first targets before the first step."""
 
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..core.messages import type_and_line
 from ..model.losses import CROSS_ENTROPY, SAMPLES, SQUARED_ERROR, ConvexLoss, loss_problem, zero_dim
+from .config import Config
 from .data import Samples
-
-if TYPE_CHECKING:
-    from .config import Config
 
 BOUNDED = ("gd", "sgd", "lazy")  # second phases with a bound to evaluate
 
@@ -23,7 +20,7 @@ def problem_of(loss: ConvexLoss, outputs: int, samples: Samples) -> str:
     return loss_problem(loss, outputs, targets)
 
 
-def check_loss(loss: ConvexLoss, outputs: int, samples: Samples, config: "Config") -> None:
+def check_loss(loss: ConvexLoss, outputs: int, samples: Samples, config: Config) -> None:
     """ValueError for a loss that no bound of this run would hold for, or be evaluated for.
 
     A warning where the run has no bound: its audit then says "failed". ValueError too where the

@@ -1,15 +1,14 @@
 """A loss that is not finite: found at its step, and told with the samples that it came from."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checkpoint
-
-if TYPE_CHECKING:
-    from .engine import Run
+from .context import Context
+from .state import RunState
 
 LOOK_EVERY = 64  # steps on an accelerator, where each look at a loss waits for the device
 
@@ -48,18 +47,18 @@ class LossWatch:
         return None if bad is None else (len(losses) - 1 - bad, losses[bad])
 
 
-def describe(run: "Run", fault: Diverged) -> dict[str, Any]:
+def describe(context: Context, state: RunState, fault: Diverged) -> dict[str, Any]:
     """The fault as plain data, said too: `Result.divergence`.
 
     The mini-batch is fetched again: what is drawn at random for it comes from the seed.
     """
     samples, inputs = fault.samples, []
     if samples is not None:
-        x = run.train.fetch(samples)[0]
+        x = context.train.fetch(samples)[0]
         good = torch.isfinite(x).reshape(len(x), -1).all(1).cpu()
         inputs = samples[~good].tolist()
     found: dict[str, Any] = {
-        "epoch": run.epoch,
+        "epoch": state.epoch,
         "step": fault.step,
         "loss": str(fault.loss),  # JSON has neither NaN nor infinity
         "samples": None if samples is None else samples.tolist(),
@@ -70,10 +69,12 @@ def describe(run: "Run", fault: Diverged) -> dict[str, Any]:
     if not math.isfinite(fault.loss):
         broken = f"the loss is {fault.loss}"
     kept = ""
-    if run.folder is not None and checkpoint.exists(run.folder):
-        kept = f" {run.folder} keeps the last good checkpoint."
+    if context.folder is not None and checkpoint.exists(context.folder):
+        kept = f" {context.folder} keeps the last good checkpoint."
     advice = "Lower the learning rate and start again in another folder"
     if inputs:
         advice = f"The inputs of samples {inputs} are not finite: mend their transform"
-    run.progress.say(f"epoch {run.epoch}, step {fault.step}{of}: {broken}; stopped.{kept} {advice}")
+    context.progress.say(
+        f"epoch {state.epoch}, step {fault.step}{of}: {broken}; stopped.{kept} {advice}"
+    )
     return found

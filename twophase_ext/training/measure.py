@@ -1,7 +1,5 @@
 """Loss and accuracy of a network over a whole data set."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from ..model.losses import CROSS_ENTROPY, ConvexLoss
@@ -9,9 +7,6 @@ from ..model.network import Network
 from .data import Samples
 from .features import BATCH, Features
 from .ranks import Ranks
-
-if TYPE_CHECKING:
-    from .engine import Run
 
 
 @torch.no_grad()
@@ -40,15 +35,3 @@ def measure(
         sums = ranks.sum_(torch.tensor([total, correct], dtype=torch.float64, device="cpu"))
         total, correct = float(sums[0]), int(sums[1])
     return total / source.n, correct / source.n if loss is CROSS_ENTROPY else None
-
-
-def measure_all(run: "Run") -> dict[str, float | None]:
-    """Losses and accuracies of a run's network as it stands, over the whole sets."""
-    usable = run.config.batch_norm == "frozen"
-    final: dict[str, float | None] = {}
-    for name, samples in (("train", run.train), ("val", run.val)):
-        if samples is not None:
-            features = getattr(run, f"{name}_features") if usable else None
-            measured = run._measure(features, samples)
-            final[f"{name}_loss"], final[f"{name}_accuracy"] = measured
-    return final

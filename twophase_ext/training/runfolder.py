@@ -3,17 +3,17 @@
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..core.environment import environment_of_run
 from ..core.files import FolderLock, write_csv, write_json
+from ..expressivity import Verdict
 from . import checkpoint
+from .context import Context
 from .features import BATCH
-
-if TYPE_CHECKING:
-    from .engine import Run
+from .result import Result
 
 COLUMNS = (
     "epoch",
@@ -85,25 +85,29 @@ def lock(folder: Path) -> FolderLock:
     return held
 
 
-def describe(folder: Path, run: "Run", model: str, *, new: bool) -> None:
+def describe(
+    folder: Path, context: Context, verdict: Verdict | None, model: str, *, new: bool
+) -> None:
     """What the folder tells about a run before its first epoch; model: its class's name."""
     if new or not (folder / "config.json").exists():
-        network = run.network
+        network = context.network
         resolved = {
-            **run.identity(),
+            **context.identity(),
             "model": model,
             "last_layer": network.last.name,
             "width": network.width,
             "outputs": network.outputs,
-            "optimizer": describe_optimizer(run.optimizer),
+            "optimizer": describe_optimizer(context.optimizer),
             "statistics_batch": BATCH,
-            "compile": run.compiled is not None,
+            "compile": context.compiled is not None,
         }
         write_json(folder / "config.json", resolved)
-        write_json(folder / "environment.json", environment_of_run(run.device, run.config.seed))
-    if run.verdict is not None:
-        run.verdict.save(folder / "verdict.json")
-    run.progress.say(f"run folder: {folder}")
+        write_json(
+            folder / "environment.json", environment_of_run(context.device, context.config.seed)
+        )
+    if verdict is not None:
+        verdict.save(folder / "verdict.json")
+    context.progress.say(f"run folder: {folder}")
 
 
 def withdraw(folder: Path | None) -> None:
@@ -122,3 +126,19 @@ def write_curve(folder: Path, curve: list[dict[str, Any]]) -> None:
     """guarantee.csv: steps since tau, measured loss and guaranteed loss; nothing where no bound."""
     if curve:
         write_csv(folder / "guarantee.csv", ("steps", "loss", "bound", "comparator"), curve)
+
+
+def write_result(folder: Path, result: Result, epochs_done: int) -> None:
+    """result.json, and guarantee.csv where there is a bound."""
+    write_curve(folder, getattr(result.guarantee, "curve", []))
+    found = {
+        "status": result.status,
+        "divergence": result.divergence,
+        "epochs_done": epochs_done,
+        "final": result.final,
+        "timings": result.timings,
+        "hidden_hash": result.hidden_hash,
+        "feature_cache": result.feature_cache,
+        "guarantee": result.guarantee and result.guarantee.as_dict(),
+    }
+    write_json(folder / "result.json", found)

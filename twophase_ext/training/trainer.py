@@ -9,38 +9,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.files import write_json
 from ..expressivity.attempts import require_memory
 from ..model.losses import ConvexLoss, resolve_loss
 from ..model.network import Network
 from ..model.probing import unwrap
-from . import batchnorm, checkpoint, outset, runfolder
+from . import batchnorm, checkpoint, outset, runfolder, saved
+from .averaged import Averaged
 from .branches import branch
 from .cadence import Cadence
 from .checks import check_runs, model_device, unchanged_on_error
 from .columns import check_several
 from .config import SETTINGS, compile_options, resolve
+from .context import Context
 from .data import Augment, Samples
-from .engine import Run
-from .first_step import check_autocast
+from .first_step import FirstStep, check_autocast
 from .fixed import Agreement
-from .lazy import LazyRun
-from .measure import measure_all
+from .loop import Loop
 from .optimizers import OptimizerFactory, make_optimizer, paper_optimizer
+from .phases import SECOND
 from .progress import Progress
 from .ranks import joined
 from .result import Result
+from .run import Run
 from .schedule import SchedulerFactory, make_schedule
-from .second_phase import GradientDescentRun, HeadRun, StochasticRun
 from .settings import GradientDescent, Lazy, StochasticDescent
-
-RUNS: dict[str, type[Run]] = {
-    "none": Run,
-    "base": HeadRun,
-    "gd": GradientDescentRun,
-    "sgd": StochasticRun,
-    "lazy": LazyRun,
-}
+from .state import PhaseState, RunState
 
 
 class Trainer:
@@ -237,63 +230,51 @@ class Trainer:
         """
         return branch(self, branches, train, val, resume)
 
-    def _execute(self, run: Run, epochs: int | None = None) -> Result:
+    def _execute(self, loop: Loop, epochs: int | None = None) -> Result:
         """Train a prepared run to its end, or to an epoch; see `fit`."""
+        context, state, config = loop.context, loop.state, loop.context.config
         modes = {module: module.training for module in self.model.modules()}
-        if run.lock is not None and not run.lock.acquire():
-            raise RuntimeError(f"another run has taken the folder {run.folder} meanwhile")
+        if context.lock is not None and not context.lock.acquire():
+            raise RuntimeError(f"another run has taken the folder {context.folder} meanwhile")
         try:
-            status = run.execute(epochs)
-            final = measure_all(run) if status == "completed" else {}
-            found = run.guarantee(status)
+            status = loop.execute(epochs)
+            final = loop.run.measure_all() if status == "completed" else {}
+            found = loop.second.guarantee(status)
         finally:
             for module, mode in modes.items():
                 module.training = mode
-            if run.hidden_hash is not None and run.config.batch_norm == "frozen":
+            if state.hidden_hash is not None and config.batch_norm == "frozen":
                 self.model.eval()
-            if run.lock is not None:
-                run.lock.release()
-        told = run.ranks.once(lambda: (run.history, run.timings, run.folder))
-        run.history, run.timings, folder = told
+            if context.lock is not None:
+                context.lock.release()
+        reported = context.ranks.once(lambda: (state.history, state.timings, context.folder))
+        state.history, state.timings, folder = reported
         result = Result(
             model=self.model,
-            history=run.history,
+            history=state.history,
             status=status,
             run_dir=folder,
-            verdict=run.verdict,
+            verdict=state.verdict,
             final=final,
-            timings=run.timings,
+            timings=state.timings,
             guarantee=found,
-            divergence=run.fault,
+            divergence=loop.fault,
             # in the lazy phase the hidden layers move: no claim that they did not
-            hidden_hash=None if isinstance(run, LazyRun) else run.hidden_hash,
-            feature_cache=run.cache_mode if run.hidden_hash else None,
+            hidden_hash=None if config.second_phase == "lazy" else state.hidden_hash,
+            feature_cache=state.cache_mode if state.hidden_hash else None,
         )
-        if run.folder is not None:
-            runfolder.write_curve(run.folder, getattr(found, "curve", []))
-            write_json(
-                run.folder / "result.json",
-                {
-                    "status": status,
-                    "divergence": run.fault,
-                    "epochs_done": run.epoch,
-                    "final": result.final,
-                    "timings": result.timings,
-                    "hidden_hash": result.hidden_hash,
-                    "feature_cache": result.feature_cache,
-                    "guarantee": result.guarantee and result.guarantee.as_dict(),
-                },
-            )
+        if context.folder is not None:
+            runfolder.write_result(context.folder, result, state.epoch)
         return result
 
     # --- parts of fit ------------------------------------------------------------------------
 
-    def _prepare(self, train: Any, val: Any, resume: bool | str | Path | None) -> Run:
+    def _prepare(self, train: Any, val: Any, resume: bool | str | Path | None) -> Loop:
         """The run of `fit` before its first step: everything that can be refused is refused."""
         with unchanged_on_error(self.model):
             return self._build(train, val, resume)
 
-    def _build(self, train: Any, val: Any, resume: bool | str | Path | None) -> Run:
+    def _build(self, train: Any, val: Any, resume: bool | str | Path | None) -> Loop:
         config = self.config
         check_autocast(config, self.device)
         ranks = joined()
@@ -331,39 +312,51 @@ class Trainer:
         schedule = make_schedule(
             self.scheduler, optimizer, config.scheduler_interval, config.second_phase
         )
-        run = RUNS[config.second_phase](
-            network,
-            self.loss,
-            optimizer,
-            config,
-            samples,
-            held_out,
-            mode,
-            progress,
-            self.callbacks,
-            Cadence(self.checkpoint_every),
-            schedule,
-            ranks,
-            self.compile,
+        context = Context(
+            network=network,
+            loss=self.loss,
+            optimizer=optimizer,
+            config=config,
+            train=samples,
+            val=held_out,
+            progress=progress,
+            callbacks=self.callbacks,
+            cadence=Cadence(self.checkpoint_every),
+            schedule=schedule,
+            ranks=ranks,
+            first_step=FirstStep(network, self.loss, optimizer, config, schedule, self.compile),
+            averaged=Averaged(optimizer),
+            fixed=fixed,
+            compiled=self.compile,
         )
-        run.fixed = fixed
-        state, source = ranks.once(lambda: checkpoint.find(resume, self.run_dir))
-        check_several(run, mode if state is None else state["cache_mode"])
+        return self._begin(
+            context, RunState(cache_mode=mode, second=PhaseState(fixed.evidence)), resume
+        )
+
+    def _begin(self, context: Context, state: RunState, resume: bool | str | Path | None) -> Loop:
+        """The loop at its beginning, or where a checkpoint stands; the run folder is opened."""
+        ranks = context.ranks
+        found, source = ranks.once(lambda: checkpoint.find(resume, self.run_dir))
+        check_several(context, state.cache_mode if found is None else found["cache_mode"])
+        second = SECOND[context.config.second_phase]
+        Loop(Run(context, state))  # or an error, before a folder is made
         folder = ranks.once(lambda: outset.open_folder(self.run_dir, source, resume == "auto"))
-        run.folder = folder if ranks.rank == 0 else None
         with ExitStack() as on_error:  # a kept traceback would keep the lock
-            if run.folder is not None:
-                run.lock = runfolder.lock(run.folder)
-                on_error.callback(run.lock.release)
-            if state is not None:
-                run.restore(state)
-            if fixed.evidence:
-                run.unfixed = fixed.evidence
-            if run.folder is not None:
-                runfolder.describe(
-                    run.folder, run, type(unwrap(self.model)).__name__, new=state is None
-                )
+            if folder is not None and ranks.rank == 0:
+                lock = runfolder.lock(folder)
+                on_error.callback(lock.release)
+                context = replace(context, folder=folder, lock=lock)
+            if found is not None:
+                state = saved.restore(context, second.frozen(context), found)
+                state.second.unfixed = context.fixed.evidence or state.second.unfixed
+            loop = Loop(Run(context, state))
+            context.first_step.after_first = lambda: saved.check_holds(context)
+            context.first_step.withdraw = lambda: runfolder.withdraw(context.folder)
+            ranks.where = lambda: f"epoch {state.epoch}, step {state.batch}"
+            if context.folder is not None:
+                name = type(unwrap(self.model)).__name__
+                runfolder.describe(context.folder, context, state.verdict, name, new=found is None)
             on_error.pop_all()
         if source is not None:
-            progress.say(f"resumed from {source}: {run.epoch} epochs done")
-        return run
+            context.progress.say(f"resumed from {source}: {state.epoch} epochs done")
+        return loop

@@ -11,7 +11,7 @@ import yaml
 from twophase_ext import Verdict
 from twophase_ext.core.files import inside
 from twophase_ext.theory.guarantee import Guarantee
-from twophase_ext.training.lazy import LazyGuarantee
+from twophase_ext.training.phases.lazy import LazyGuarantee
 
 from ..figures import read_rows
 

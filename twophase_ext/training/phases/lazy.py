@@ -12,26 +12,24 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..expressivity import Verdict
-from ..linalg.bounds import bound_text
-from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
-from ..model.network import Network
-from ..theory.ntk import float64_copy, method_at_w, rank_shown
-from ..theory.premises import loss_premise
-from .audit import fixed_premise
-from .engine import Run
-from .features import BATCH
-from .groups import rate
-from .interrupt import Interrupt
+from ...expressivity import Verdict
+from ...linalg.bounds import bound_text
+from ...model.losses import SQUARED_ERROR
+from ...theory.lemma7 import lemma7
+from ...theory.ntk import method_at_w, rank_shown
+from ...theory.premises import loss_premise
+from ..audit import fixed_premise
+from ..context import Context
+from ..features import BATCH
+from ..groups import rate
+from ..interrupt import Interrupt
+from ..run import Run
+from ..settings import Lazy
+from .phase import SecondPhase, Stopped
 
 HALVINGS = 8  # of the step at one check, before the run stops
-
-
-class RankNotShown(Exception):
-    """The rank condition could not be shown: the run ends here."""
 
 
 @dataclass
@@ -81,122 +79,113 @@ class LazyGuarantee:
         return "\n".join(lines)
 
 
-class LazyRun(Run):
-    """A run whose second phase is Theorem 3's; see `Run`."""
+class LazyPhase(SecondPhase):
+    """Steps on all layers that keep the rank, as Theorem 3 asks; one an epoch."""
 
-    moving = "all layers are"
+    moves = "all layers are"
 
-    def __init__(self, *arguments: Any) -> None:
-        """As of Run. ValueError for training data that change from visit to visit."""
-        super().__init__(*arguments)
-        assert self.config.lazy is not None
-        self.settings = self.config.lazy
-        self.step: float | None = None  # set at tau, halved where the rank cannot be shown
-        self.stopped: str | None = None
-        if self.train.random:
+    def __init__(self, run: Run) -> None:
+        """ValueError for data that change from visit to visit, and for several learning rates."""
+        super().__init__(run)
+        context = self.context
+        self.settings = context.config.lazy or Lazy()
+        if context.train.random:
             raise ValueError(
                 "train: second_phase='lazy' needs the gradient of one fixed function, but the "
                 "inputs change from visit to visit"
             )
-        rates = sorted({rate(group) for group in self.optimizer.param_groups}, key=str)
+        rates = sorted({rate(group) for group in context.optimizer.param_groups}, key=str)
         if self.settings.smoothness is None and (len(rates) > 1 or None in rates):
             raise ValueError(
                 "optimizer: second_phase='lazy' takes one step size for all parameters, got "
                 f"learning rates {rates[:3]}; give lazy={{'smoothness': L}}"
             )
-
-    def execute(self, epochs: int | None = None) -> str:
-        """As of Run; "stopped" where the rank could not be shown (state before that step)."""
-        try:
-            return super().execute(epochs)
-        except RankNotShown as reason:
-            self.stopped = str(reason)
-            self.progress.say(f"epoch {self.epoch}: stopped, {self.stopped}")
-            self._save()
-            return "stopped"
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """As of Run; the step goes on as it was."""
-        super().restore(state)
+        # set at tau, halved where the rank cannot be shown; a resumed run goes on with its own
         rows = self._rows()
-        if rows:
-            self.step = rows[-1]["learning_rate"]
+        self.step: float | None = rows[-1]["learning_rate"] if rows else None
 
     def _rows(self) -> list[dict[str, Any]]:
-        return [row for row in self.history if row["phase"] == 2]
+        return [row for row in self.state.history if row["phase"] == 2]
 
-    def frozen(self) -> dict[str, Tensor]:
+    @staticmethod
+    def frozen(context: Context) -> dict[str, Tensor]:
         """BatchNorm's statistics and whatever else is not trained."""
-        moving = self.network.parameters()
-        return {name: t for name, t in super().frozen().items() if name not in moving}
+        moving = context.network.parameters()
+        return {n: t for n, t in SecondPhase.frozen(context).items() if n not in moving}
 
-    def _weights_finite(self) -> bool:
-        return all(bool(torch.isfinite(p).all()) for p in self.network.parameters().values())
+    def moving(self) -> Iterable[Tensor]:
+        """All trainable parameters."""
+        return self.context.network.parameters().values()
 
-    def _learning_rate(self) -> float | None:
-        return super()._learning_rate() if self.step is None else self.step
+    def learning_rate(self) -> float | None:
+        """The step made."""
+        return super().learning_rate() if self.step is None else self.step
 
-    def _verify(self, method: str | None = None) -> Verdict:
-        if self.config.verify == "auto":
-            method = method_at_w(self.train.n, self.network.width + 1)
-        return super()._verify(method)
+    def verify(self, method: str | None = None) -> Verdict:
+        """As of SecondPhase; "auto" is what says something of these very weights."""
+        if self.context.config.verify == "auto":
+            method = method_at_w(self.context.train.n, self.context.network.width + 1)
+        return super().verify(method)
 
     # --- one step ----------------------------------------------------------------------------
 
-    def _train_epoch(self, interrupt: Interrupt) -> bool:
+    def train_epoch(self, interrupt: Interrupt) -> bool:
         """One full gradient step; False where it was interrupted (state before the step)."""
-        if self.phase == 1:
-            return super()._train_epoch(interrupt)
-        assert self.verdict is not None  # lazy is refused with verify=False
-        steps = self.epoch - self.config.tau_epoch
+        if self.state.verdict is None:
+            raise RuntimeError("the lazy phase was asked for a step before its verification")
+        self.context.train.epoch = self.state.epoch
+        steps = self.state.epoch - self.context.config.tau_epoch
         self.notes = {"gradient_norm": None, "rank": None, "sigma_min": None, "checks": []}
         if steps == 0:
-            self._note(self.verdict, 0)
-        if not rank_shown(self.verdict):
-            raise RankNotShown(f"rank n not shown at w^tau: {_why(self.verdict)}")
+            self._note(self.state.verdict, 0)
+        if not rank_shown(self.state.verdict):
+            raise Stopped(f"rank n not shown at w^tau: {_why(self.state.verdict)}")
         if self.step is None:
             smoothness = self.settings.smoothness
-            rate = super()._learning_rate()
+            rate = super().learning_rate()
             self.step = rate if smoothness is None else 2 * self.settings.eta_bar / smoothness
         if not self._gradient(interrupt):
             return False
-        last = self.epoch + 1 == self.config.epochs
+        last = self.state.epoch + 1 == self.context.config.epochs
         self._descend(steps + 1, last or (steps + 1) % self.settings.verify_every == 0)
         return True
 
     def _gradient(self, interrupt: Interrupt) -> bool:
         """grad L(w) over all samples into the parameters' .grad; False where interrupted."""
-        n, size, done = self.train.n, self.config.batch_size, 0
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        stage = f"epoch {self.epoch}"
-        self.progress.begin(stage, math.ceil(n / size))
-        with self._own_rng():
-            for x, y in self.train.in_order(size):
+        n, size, done = self.context.train.n, self.context.config.batch_size, 0
+        sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        self.context.optimizer.zero_grad(set_to_none=True)
+        stage = f"epoch {self.state.epoch}"
+        self.context.progress.begin(stage, math.ceil(n / size))
+        with self.run.own_rng():
+            for x, y in self.context.train.in_order(size):
                 if interrupt.requested:
                     break
-                outputs = self.network.model(x)
-                loss = self.loss(outputs, y)
+                outputs = self.context.network.model(x)
+                loss = self.context.loss(outputs, y)
                 (loss * (len(y) / n)).backward()
                 sums[0] += loss.detach().double() * len(y)
-                correct = self._correct(outputs.detach(), y)
+                correct = self.run.correct(outputs.detach(), y)
                 if correct is not None:
                     sums[1] += correct
                 done += len(y)
-                self.progress.advance(stage)
-        self.progress.end(stage)
+                self.context.progress.advance(stage)
+        self.context.progress.end(stage)
         if done < n:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.context.optimizer.zero_grad(set_to_none=True)
             return False
-        self.sums = sums.cpu()
+        self.state.sums = sums.cpu()
         return True
 
     @torch.no_grad()
     def _descend(self, steps: int, check: bool) -> None:
         """The step; where it is checked, halved until the rank is shown behind it."""
-        assert self.step is not None
-        moved = [(p, p.grad) for p in self.network.parameters().values() if p.grad is not None]
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.step is None:
+            raise RuntimeError("a step was asked for before its size was settled")
+        moved = [
+            (p, p.grad) for p in self.context.network.parameters().values() if p.grad is not None
+        ]
+        self.context.optimizer.zero_grad(set_to_none=True)
         self.notes["gradient_norm"] = math.sqrt(
             sum(float(grad.double().square().sum()) for _, grad in moved)
         )
@@ -204,36 +193,38 @@ class LazyRun(Run):
         for attempt in range(HALVINGS + 1):
             if attempt:
                 self.step /= 2
-                self.progress.say(
-                    f"epoch {self.epoch}: rank n not shown behind the step, halved to "
+                self.context.progress.say(
+                    f"epoch {self.state.epoch}: rank n not shown behind the step, halved to "
                     f"{self.step:.3g}"
                 )
             for p, grad in moved:
                 p.sub_(grad, alpha=self.step)
             if not check:
                 return
-            verdict = self._verify()
+            verdict = self.verify()
             if rank_shown(verdict):
                 self._note(verdict, steps)
                 return
             for (p, _), value in zip(moved, origin, strict=True):
                 p.copy_(value)
         self._note(verdict, steps)
-        raise RankNotShown(
+        raise Stopped(
             f"rank n not shown after step {steps}, nor after {HALVINGS} halvings: {_why(verdict)}"
         )
 
     def _note(self, verdict: Verdict, steps: int) -> None:
         """A verification's outcome into this epoch's row, with Lemma 7 where the rank was shown."""
         bound, shown = None, rank_shown(verdict)
-        if shown and method_at_w(self.train.n, self.network.width + 1) == "svd":  # M fits, too
-            with self._timed("lemma 7"), self._own_rng():
-                batches = list(self.train.in_order(BATCH))
-                bound = lemma7(self.network, batches, self.loss)
+        if (
+            shown and method_at_w(self.context.train.n, self.context.network.width + 1) == "svd"
+        ):  # M fits, too
+            with self.run.timed("lemma 7"), self.run.own_rng():
+                batches = list(self.context.train.in_order(BATCH))
+                bound = lemma7(self.context.network, batches, self.context.loss)
         names = ("status", "method", "rank", "sigma_min", "sigma_min_lower", "reason")
         found = {name: getattr(verdict, name) for name in names}
         if shown:
-            found["rank"] = self.train.n  # a certificate counts none
+            found["rank"] = self.context.train.n  # a certificate counts none
         self.notes["checks"].append({"steps": steps, **found, "lemma7": bound})
         if steps:
             sigma = found["sigma_min"]
@@ -244,12 +235,12 @@ class LazyRun(Run):
 
     def guarantee(self, status: str) -> LazyGuarantee | None:
         """The audit of Theorem 3's premises; None before tau."""
-        if self.verdict is None:
+        if self.state.verdict is None:
             return None
         rows = self._rows()
         checks = [check for row in rows for check in row["checks"]]
         checks += self.notes["checks"] if self.stopped else []
-        at_tau = _rank_status([self.verdict.status])
+        at_tau = _rank_status([self.state.verdict.status])
         shown = _rank_status([check["status"] for check in checks])
         every = self.settings.verify_every
         cadence = "every step" if every == 1 else f"every {every} steps"
@@ -260,21 +251,21 @@ class LazyRun(Run):
         step = ("0 < eta_bar < 1", "held", f"eta_bar = {self.settings.eta_bar:g}")
         if self.settings.smoothness is None:
             step = ("0 < eta_bar < 1", "not checked", "the step is the learning rate")
-        declared = loss_premise(self.loss)
+        declared = loss_premise(self.context.loss)
         result = LazyGuarantee(
             [
-                ("Assumption 1, at w^tau", at_tau, _why(self.verdict)),
+                ("Assumption 1, at w^tau", at_tau, _why(self.state.verdict)),
                 ("Assumption 2", declared.status, declared.evidence),
                 ("L-smooth objective", *smoothness),
                 step,
-                fixed_premise(self),
+                fixed_premise(self.context, self.state),
                 ("rank preserved", shown, ranks),
             ],
             checks,
             self.stopped,
         )
         whole = shown in ("proved", "numerical") and len(checks) == len(rows) + 1
-        failed = smoothness[0] == "failed" or self.unfixed
+        failed = smoothness[0] == "failed" or self.run.unfixed
         if whole and not failed and self.settings.smoothness is not None:
             result.bound = self._rate(rows, checks, self.settings.smoothness)
         return result
@@ -286,7 +277,7 @@ class LazyRun(Run):
         smoothness = self.settings.smoothness
         if smoothness is None:
             return "not checked", "no L was given"
-        eps = torch.finfo(self.config.dtype).eps
+        eps = torch.finfo(self.context.config.dtype).eps
         ends = [c["lemma7"]["loss"] for c in checks if c["lemma7"] and c["steps"] == len(rows) > 0]
         losses = [row["train_loss"] for row in rows] + ends[-1:]
         for now, (loss, after) in zip(rows, pairwise(losses), strict=False):
@@ -309,83 +300,17 @@ class LazyRun(Run):
         With steps that shrank: the least eta_bar (1 - eta_bar). R_bar from last-layer
         displacements, which are at least the theorem's (a minimum over more directions).
         """
-        if self.loss is not SQUARED_ERROR or not rows or any(c["lemma7"] is None for c in checks):
+        if (
+            self.context.loss is not SQUARED_ERROR
+            or not rows
+            or any(c["lemma7"] is None for c in checks)
+        ):
             return None
         radius = max(check["lemma7"]["distance"] for check in checks)
         used = [row["learning_rate"] * smoothness / 2 for row in rows]
         least = min(eta * (1 - eta) for eta in used)
         first = checks[0]["lemma7"]["loss"]
         return radius * math.sqrt(smoothness * first / (2 * least * (len(rows) + 1)))
-
-
-def lemma7(
-    network: Network, batches: Iterable[tuple[Tensor, Tensor]], loss: ConvexLoss
-) -> dict[str, Any] | None:
-    """Lemma 7 at the network's weights w: L(w) <= L_w(v) + ||nu * w - v|| ||grad L(w)||.
-
-    v moves the last layer alone (nu is 1 there), so that L_w(v) is the loss of the outputs M V.
-    Any v gives a valid bound. Squared error: the interpolator nearest to w. Cross-entropy: the
-    interpolator of the logits s (one-hot - 1/m_y), s minimising the right side. None for another
-    loss. batches: all (x, y) in index order. M [n, m_H + 1] is held in float64 in RAM, and all is
-    evaluated in float64 on a copy, without bounds on its rounding. Returns loss, comparator (which
-    v), comparator_loss, distance, gradient_norm and bound.
-    """
-    if loss not in (SQUARED_ERROR, CROSS_ENTROPY):
-        return None
-    batches = list(batches)
-    n = sum(len(y) for _, y in batches)
-    model, last = float64_copy(network)
-    hidden: list[Tensor] = []
-
-    def keep(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        hidden.append((args[0] if args else kwargs["input"]).detach())
-
-    last.register_forward_pre_hook(keep, with_kwargs=True)
-    values, outputs, targets = [], [], []
-    with torch.enable_grad():
-        for x, y in batches:
-            out = model(x.double() if x.is_floating_point() else x)
-            target = y.double() if y.is_floating_point() else y
-            value = loss(out, target) * (len(y) / n)
-            value.backward()
-            values.append(float(value.detach()))
-            outputs.append(out.detach())
-            targets.append(target)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = math.sqrt(sum(float(grad.square().sum()) for grad in gradients))
-    matrix, now, y = torch.cat(hidden), torch.cat(outputs), torch.cat(targets)
-    if last.bias is not None and last.bias.requires_grad:
-        matrix = torch.cat([matrix, matrix.new_ones(n, 1)], 1)
-    q, r = torch.linalg.qr(matrix.T)
-
-    def nearest(change: Tensor) -> Tensor:
-        """The least displacement of the last layer that changes the outputs by `change`."""
-        return q @ torch.linalg.solve_triangular(r.T, change, upper=False)
-
-    if loss is SQUARED_ERROR:
-        name = "the nearest interpolator"
-        move = nearest(y - now)
-    else:
-        classes = now.shape[1]
-        up = nearest(F.one_hot(y, classes).double() - 1 / classes)
-        down = nearest(now - now.mean(1, keepdim=True))
-        # |s up - down|^2 as a quadratic in s; at s the loss is log(1 + (m_y - 1) exp(-s))
-        scales = torch.logspace(-2, 2, 200, dtype=torch.float64, device=now.device)
-        squares = scales**2 * up.square().sum() - 2 * scales * (up * down).sum()
-        squares += down.square().sum()
-        right = torch.log1p((classes - 1) * torch.exp(-scales)) + norm * squares.clamp(0).sqrt()
-        scale = scales[right.argmin()]
-        name = f"the interpolator of logits {float(scale):.3g} (one-hot - 1/m_y)"
-        move = scale * up - down
-    reached, distance = float(loss(now + matrix @ move, y)), float(move.norm())
-    return {
-        "loss": math.fsum(values),
-        "comparator": name,
-        "comparator_loss": reached,
-        "distance": distance,
-        "gradient_norm": norm,
-        "bound": reached + distance * norm,
-    }
 
 
 def _why(verdict: Verdict) -> str:

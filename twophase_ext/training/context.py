@@ -1,0 +1,67 @@
+"""What a run works with: settled before its first step, and never another object afterwards."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.files import FolderLock
+from ..model.losses import ConvexLoss
+from ..model.network import Network
+from .averaged import Averaged
+from .batchnorm import batch_bounds
+from .cadence import Cadence
+from .config import Config
+from .data import Samples
+from .first_step import FirstStep
+from .fixed import Agreement
+from .progress import Progress
+from .ranks import Ranks
+from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Context:
+    """Model, data, settings and tools of one run.
+
+    fixed: whether h is the same in every batch, as found before training. folder: the run's, where
+    one is kept, and the lock on it. compiled: torch.compile's arguments, None without.
+    """
+
+    network: Network
+    loss: ConvexLoss
+    optimizer: torch.optim.Optimizer
+    config: Config
+    train: Samples
+    val: Samples | None
+    progress: Progress
+    callbacks: tuple[Any, ...]
+    cadence: Cadence
+    schedule: Schedule
+    ranks: Ranks
+    first_step: FirstStep
+    averaged: Averaged
+    fixed: Agreement
+    compiled: Mapping[str, Any] | None = None
+    folder: Path | None = None
+    lock: FolderLock | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where model and data are."""
+        return self.train.device
+
+    def offsets(self) -> list[int]:
+        """Step s takes samples offsets[s] to offsets[s + 1] - 1 of the epoch's order."""
+        return batch_bounds(self.network.model, self.train.n, self.config.batch_size)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree in with the run that continues it."""
+        return {
+            **self.config.as_dict(),
+            "n": self.train.n,
+            "optimizer": type(self.optimizer).__name__,
+            "scheduler": self.schedule.name,
+        }

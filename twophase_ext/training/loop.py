@@ -1,0 +1,133 @@
+"""Algorithm 1 of the paper, from any epoch and step onwards.
+
+for t < tau:            w^{t+1} = w^t - eta^t g^t                     first phase
+at t = tau:             w^tau_(1:H) += sigma times Gaussian noise     transition.py
+for t >= tau:           w^{t+1} = w^t - eta^t * nu g^t, nu keeping rank K(w)   second phase
+"""
+
+import math
+import time
+from typing import Any
+
+from ..core.hashing import tensors_hash
+from ..core.seeds import epoch_order
+from ..model.losses import CROSS_ENTROPY
+from . import faults, runfolder
+from .callbacks import call
+from .faults import Diverged
+from .interrupt import Interrupt
+from .phases import SECOND, FirstPhase, Phase, Stopped
+from .run import Run, all_finite
+from .transition import enter_second_phase
+
+
+class Loop:
+    """The epochs of one run. fault: where it diverged."""
+
+    def __init__(self, run: Run) -> None:
+        """Nothing runs yet; ValueError for data that the second phase cannot have."""
+        self.run, self.context, self.state = run, run.context, run.state
+        self.first = FirstPhase(run)
+        self.second = SECOND[run.context.config.second_phase](run)
+        self.fault: dict[str, Any] | None = None
+
+    def execute(self, epochs: int | None = None) -> str:
+        """Train to the end, or so far: "completed", "interrupted", "diverged" or "stopped"."""
+        run, state, context = self.run, self.state, self.context
+        epochs = context.config.epochs if epochs is None else epochs
+        with context.progress, Interrupt(context.ranks) as interrupt:
+            call(run, "on_fit_start")
+            context.progress.begin("training", epochs, state.epoch)
+            while state.epoch < epochs:
+                phase: Phase = self.first
+                if run.phase == 2:
+                    enter_second_phase(run, self.second)
+                    phase = self.second
+                started = time.perf_counter()
+                try:
+                    if not phase.train_epoch(interrupt):
+                        run.save()
+                        return "interrupted"
+                    self._finish_epoch(phase, time.perf_counter() - started)
+                except Diverged as fault:
+                    self._record(phase, time.perf_counter() - started, fault.loss)
+                    self.fault = faults.describe(context, state, fault)
+                    return "diverged"
+                except Stopped as reason:
+                    self.second.stopped = str(reason)
+                    context.progress.say(f"epoch {state.epoch}: stopped, {reason}")
+                    run.save()
+                    return "stopped"
+                if interrupt.requested and state.epoch < epochs:
+                    run.save()
+                    return "interrupted"
+            self._prove_frozen()
+        return "completed"
+
+    def _finish_epoch(self, phase: Phase, seconds: float) -> None:
+        """Metrics, callbacks, checkpoint; Diverged where the weights are not finite."""
+        run, state, context = self.run, self.state, self.context
+        n = context.train.n
+        loss = float(state.sums[0]) / n
+        # The loss is that before each update: the last update may have broken the weights.
+        if not (math.isfinite(loss) and all_finite(phase.moving())):
+            samples = None
+            if phase is self.first:
+                order = epoch_order(context.config.seed, state.epoch, n)
+                samples = order[context.offsets()[-2] :]
+            raise Diverged(phase.steps() - 1, loss, samples)
+        accuracy: float | None = None
+        if context.loss is CROSS_ENTROPY:
+            accuracy = float(state.sums[1]) / n
+            if phase is self.second and state.cache_mode != "none":
+                accuracy = run.measure(run.train_features, context.train)[1]
+        measured: tuple[float | None, float | None] = (None, None)
+        if context.val is not None:
+            measured = run.measure(run.val_features, context.val)
+        record = self._record(phase, seconds, loss, accuracy, *measured)
+        state.next_epoch()
+        context.schedule.end_epoch(record["phase"], loss)
+        # Before the checkpoint, so that it holds what a callback sets (a learning rate, say).
+        call(run, "on_epoch_end", record)
+        if context.cadence.epoch(state.epoch) or state.epoch == context.config.epochs:
+            run.save()
+        context.progress.advance("training", 1, f"loss {loss:.4f}, {seconds:.1f} s an epoch")
+
+    def _record(
+        self,
+        phase: Phase,
+        seconds: float,
+        train_loss: float,
+        train_accuracy: float | None = None,
+        val_loss: float | None = None,
+        val_accuracy: float | None = None,
+    ) -> dict[str, Any]:
+        """This epoch's row, added to the history and written."""
+        record: dict[str, Any] = {
+            "epoch": self.state.epoch,
+            "phase": 2 if phase is self.second else 1,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            "learning_rate": phase.learning_rate(),
+            "seconds": seconds,
+            **phase.notes,
+        }
+        stage = "second_phase" if phase is self.second else "first_phase"
+        self.run.add_time(stage, seconds)
+        self.state.history.append(record)
+        if self.context.folder is not None:
+            runfolder.write_metrics(self.context.folder, self.state.history)
+        return record
+
+    def _prove_frozen(self) -> None:
+        known = self.state.hidden_hash
+        self.state.unchanged = (
+            known is None or tensors_hash(self.second.frozen(self.context)) == known
+        )
+        if not self.state.unchanged:
+            raise RuntimeError(
+                "the hidden layers changed during the second phase: a callback, the optimizer or "
+                "another owner of the model wrote to them. The run's claim is void"
+            )

@@ -1,0 +1,18 @@
+"""The phases of a run; a new second phase is a file here and a line below."""
+
+from .first import FirstPhase
+from .gradient_descent import GradientDescentPhase
+from .last_layer import LastLayer
+from .lazy import LazyPhase
+from .phase import Phase, SecondPhase, Stopped
+from .stochastic import StochasticPhase
+
+SECOND: dict[str, type[SecondPhase]] = {
+    "none": SecondPhase,
+    "base": LastLayer,
+    "gd": GradientDescentPhase,
+    "sgd": StochasticPhase,
+    "lazy": LazyPhase,
+}
+
+__all__ = ["SECOND", "FirstPhase", "Phase", "SecondPhase", "Stopped"]

@@ -1,0 +1,104 @@
+"""second_phase="base": the base algorithm with eta_t = eta * nu, on the last layer alone.
+
+Over features that no longer change: many steps are one call.
+"""
+
+import math
+import time
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from ...core.seeds import epoch_order
+from ..columns import ColumnStep, OwnColumns
+from ..faults import Diverged
+from ..features import Features
+from ..head import HeadStep
+from ..interrupt import Interrupt
+from .phase import SecondPhase
+
+ONE_CALL = 0.1  # seconds of steps without a look at Ctrl-C
+
+
+class LastLayer(SecondPhase):
+    """Mini-batch steps of the last layer, by the base algorithm's own optimizer."""
+
+    columns: OwnColumns | None = None  # of this epoch, on several ranks
+
+    @property
+    def features(self) -> Features:
+        """Of the training samples; `fill_caches` comes before."""
+        found = self.run.train_features
+        if found is None:
+            raise RuntimeError("the second phase was asked for its features before they were made")
+        return found
+
+    def epoch(self, interrupt: Interrupt) -> bool:
+        """The rest of the epoch's mini-batches."""
+        features, state, context = self.features, self.state, self.context
+        features.copy = state.epoch % features.copies
+        order = epoch_order(context.config.seed, state.epoch, context.train.n)
+        return self.mini_batches(context.optimizer, interrupt, order, context.offsets())
+
+    def mini_batches(
+        self,
+        optimizer: torch.optim.Optimizer,
+        interrupt: Interrupt,
+        order: Tensor,
+        offsets: list[int],
+        rates: list[float] | None = None,
+    ) -> bool:
+        """The rest of an epoch's steps; rates: a learning rate each, in place of the groups'."""
+        layer, loss = self.context.network.last.module, self.context.loss
+        if self.context.ranks.size == 1:
+            head = HeadStep(layer, loss, optimizer)
+            return self._steps(head, interrupt, order, offsets, rates)
+        with OwnColumns(layer, optimizer, self.context.ranks) as self.columns:
+            return self._steps(ColumnStep(layer, loss, optimizer), interrupt, order, offsets, rates)
+
+    def save_within(self) -> None:
+        """A checkpoint inside the epoch, of the whole last layer."""
+        with nullcontext() if self.columns is None else self.columns.whole():
+            super().save_within()
+
+    def _steps(
+        self,
+        head: HeadStep,
+        interrupt: Interrupt,
+        order: Tensor,
+        offsets: list[int],
+        rates: list[float] | None,
+    ) -> bool:
+        run, state, context, features = self.run, self.state, self.context, self.features
+        one_by_one = features.mode == "none" or (context.schedule.per_step and rates is None)
+        at_once = 1 if one_by_one else 8
+
+        def count(h: Tensor, y: Tensor) -> None:
+            correct = run.correct(context.network.logits(h), y)
+            state.sums[1] += 0 if correct is None else int(correct)
+
+        last = len(offsets) - 1
+        while state.batch < last and not (interrupt.requested and state.batch):
+            started = time.perf_counter()
+            now = context.cadence.most(min(at_once, last - state.batch))
+            steps = slice(state.batch, state.batch + now)
+            part = offsets[steps.start : steps.stop + 1]
+            with torch.no_grad():
+                losses = head.run(features, order, part, rates and rates[steps], count)
+            for loss, begin, end in zip(losses, part[:-1], part[1:], strict=True):
+                if not math.isfinite(loss):
+                    raise Diverged(state.batch, loss, order[begin:end] % context.train.n)
+                state.sums[0] += loss * (end - begin)
+                state.batch += 1
+            if one_by_one and rates is None:
+                context.schedule.end_step()
+                head.look_again()  # the groups' rates may differ from now on
+            if run.due(len(losses)) and state.batch < last:
+                self.save_within()
+            context.progress.advance(f"epoch {state.epoch}", len(losses))
+            # Ctrl-C is looked at a few times a second.
+            slow = context.ranks.any(time.perf_counter() - started >= ONE_CALL)
+            if not one_by_one and not slow:
+                at_once *= 2
+        return state.batch == last

@@ -1,0 +1,101 @@
+"""What a phase is: how an epoch trains, what moves, and what can be claimed of it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from ...core import seeds
+from ...expressivity import Verdict
+from ...theory.guarantee import Guarantee
+from ..audit import premises
+from ..caches import fill
+from ..context import Context
+from ..groups import learning_rate
+from ..interrupt import Interrupt
+from ..proof import verified
+from ..run import Run
+
+
+class Stopped(Exception):
+    """The phase cannot go on: the run ends here, in the state before the step."""
+
+
+class Phase:
+    """Part of a run; `epoch` makes its steps. notes: what it adds to this epoch's row."""
+
+    def __init__(self, run: Run) -> None:
+        """Nothing runs yet."""
+        self.run, self.context, self.state = run, run.context, run.state
+        self.notes: dict[str, Any] = {}
+
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return len(self.context.offsets()) - 1
+
+    def moving(self) -> Iterable[Tensor]:
+        """The parameters that steps change."""
+        raise NotImplementedError
+
+    def learning_rate(self) -> float | None:
+        """The rate in the epoch's row."""
+        return learning_rate(self.context.optimizer, None)
+
+    def epoch(self, interrupt: Interrupt) -> bool:
+        """The rest of this epoch's steps; False where it was interrupted (at the next batch)."""
+        raise NotImplementedError
+
+    def train_epoch(self, interrupt: Interrupt) -> bool:
+        """`epoch`, drawing from the epoch's own random numbers, at the weights of steps."""
+        run, state, context = self.run, self.state, self.context
+        context.train.epoch = state.epoch
+        stage = f"epoch {state.epoch}"
+        context.progress.begin(stage, self.steps(), state.batch)
+        steps = context.averaged.steps(context.network, context.config.second_phase, run.phase)
+        with run.own_rng(), steps:
+            done = self.epoch(interrupt)
+            if not done:
+                state.rng = seeds.states(context.device)
+        context.progress.end(stage)
+        return done
+
+    def save_within(self) -> None:
+        """A checkpoint inside the epoch."""
+        self.run.save_within(self.moving())
+
+
+class SecondPhase(Phase):
+    """From tau on. By itself the phase "none", of which no epoch runs.
+
+    moves: what is trained, for the log. stopped: why the run ended early, or None.
+    """
+
+    moves = "only the last layer is"
+    stopped: str | None = None
+
+    @staticmethod
+    def frozen(context: Context) -> dict[str, Tensor]:
+        """What stays as it is from tau on, by name."""
+        return context.network.hidden_state(buffers=context.config.batch_norm == "frozen")
+
+    def moving(self) -> Iterable[Tensor]:
+        """The last layer's parameters."""
+        return self.context.network.last_parameters().values()
+
+    def learning_rate(self) -> float | None:
+        """That of the last layer's weight."""
+        return learning_rate(self.context.optimizer, self.context.network.last.module.weight)
+
+    def verify(self, method: str | None = None) -> Verdict:
+        """The expressivity condition at the weights as they are."""
+        with self.run.timed("verification"):
+            return verified(self.context, method or str(self.context.config.verify))
+
+    def fill_caches(self) -> None:
+        """Before the first epoch in this process: the frozen network's features."""
+        fill(self.run)
+
+    def guarantee(self, status: str) -> Any:
+        """The premise audit, and the bound where one is claimed; status: the run's."""
+        found = premises(self.context, self.state)
+        return Guarantee(mode=self.context.config.second_phase, premises=found)

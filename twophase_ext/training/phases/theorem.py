@@ -1,0 +1,93 @@
+"""What "gd" and "sgd" share: w^tau kept, the constants of Theorem 1's bound, the bound itself."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...theory.guarantee import Guarantee, guarantee, smoothness
+from ...theory.premises import UNCHECKED
+from ..audit import premises
+from ..features import BATCH
+from ..gradient import row_norms
+from ..run import Run
+from .last_layer import LastLayer
+
+
+class TheoremPhase(LastLayer):
+    """Steps of which Theorem 1 says how far they come."""
+
+    def __init__(self, run: Run) -> None:
+        """ValueError for training data that change from visit to visit."""
+        super().__init__(run)
+        config = self.context.config
+        if self.context.train.random and config.augment_copies is None:
+            raise ValueError(
+                f"train: second_phase={config.second_phase!r} needs fixed features, but the "
+                "inputs change from visit to visit; augment_copies=k fixes k visits"
+            )
+
+    @property
+    def ones(self) -> bool:
+        """Whether the last layer trains a bias: M = [h_X, 1]."""
+        bias = self.context.network.last.module.bias
+        return bias is not None and bias.requires_grad
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The last layer's weight and, where it has a trainable one, bias."""
+        return [p for p in self.context.network.last.module.parameters() if p.requires_grad]
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over features and targets."""
+        return self.features.in_order(BATCH)
+
+    def fill_caches(self) -> None:
+        """As of SecondPhase; then the constants of the bound, once in a run."""
+        super().fill_caches()
+        known = self.state.second
+        if known.start is not None:
+            return
+        with self.run.timed("smoothness"):
+            norms = row_norms(self.features)
+            largest = self.smoothness()
+            if largest == 0:
+                raise ValueError("train: all features are 0 at tau, and the last layer has no bias")
+            known.start = [p.detach().clone() for p in self.parameters()]
+            known.norms, known.smoothness = norms, largest
+
+    def smoothness(self) -> float:
+        """L_H, that of the loss as a function of the last layer's weights."""
+        return smoothness(self.blocks, loss=self.context.loss, form="tight", ones=self.ones)
+
+    def bound(self, status: str, **arguments: Any) -> Guarantee:
+        """The curve, where the run has come to its end, and the audit."""
+        context, known = self.context, self.state.second
+        config, layer = context.config, context.network.last.module
+        found, failed = Guarantee(mode=config.second_phase), ""
+        if status == "completed" and not self.run.unfixed and known.start is not None:
+            fixed = None if layer.bias is None or self.ones else layer.bias.detach()
+            context.progress.say("guarantee: the bound is minimised over comparators")
+            # A pass in float64, with what is bounded, costs less than three of the phase's steps.
+            rows = config.batch_size if config.second_phase == "sgd" else context.train.n
+            passes = max(arguments["steps"]) * rows / context.train.n / 3
+            try:
+                with self.run.timed("guarantee"):
+                    found = guarantee(
+                        self.blocks,
+                        known.start[0],
+                        known.start[1] if self.ones else fixed,
+                        loss=context.loss,
+                        mode=config.second_phase,
+                        ones=self.ones,
+                        candidates=[("the last weights", *(p.detach() for p in self.parameters()))],
+                        passes=passes,
+                        **arguments,
+                    )
+            except Exception as error:  # the run is fine without its bound
+                failed = f"not evaluated: {type(error).__name__}: {error}"
+                warnings.warn(f"guarantee {failed}", stacklevel=2)
+        found.premises = premises(context, self.state)
+        if failed:
+            found.premises.append(("bound", UNCHECKED, failed))
+        return found

@@ -1,0 +1,111 @@
+"""A run in this process: what it works with, where it is, and what every phase does with both."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import seeds
+from ..core.seeds import stream_seed
+from ..model.losses import CROSS_ENTROPY
+from . import saved
+from .context import Context
+from .data import Samples
+from .features import Features
+from .measure import measure
+from .state import RunState, phase, unfixed
+
+
+@dataclass
+class Run:
+    """Context, state, and the caches of features.
+
+    shared: what branches with the same hidden layers share, features and verdicts.
+    """
+
+    context: Context
+    state: RunState
+    shared: dict[tuple[str | None, str], Any] | None = None
+    train_features: Features | None = None
+    val_features: Features | None = None
+
+    @property
+    def phase(self) -> int:
+        """1 before the perturbation, 2 after."""
+        return phase(self.context, self.state)
+
+    @property
+    def unfixed(self) -> str | None:
+        """Evidence that h is no fixed function of the training data."""
+        return unfixed(self.context, self.state)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add what is done within to the stage's seconds."""
+        started = time.perf_counter()
+        yield
+        self.add_time(stage, time.perf_counter() - started)
+
+    def add_time(self, stage: str, seconds: float) -> None:
+        """Add to the stage's seconds."""
+        self.state.timings[stage] = self.state.timings.get(stage, 0.0) + seconds
+
+    def own_rng(self) -> AbstractContextManager[None]:
+        """torch's global generators (dropout) for this epoch, or as they were within it."""
+        seed = stream_seed(self.context.config.seed, "model", self.state.epoch)
+        return seeds.global_stream(self.context.device, seed, self.state.rng)
+
+    # --- measurement
+
+    def correct(self, outputs: Tensor, y: Tensor) -> Tensor | None:
+        """Correct answers among the outputs; None for other losses than cross-entropy."""
+        return (outputs.argmax(1) == y).sum() if self.context.loss is CROSS_ENTROPY else None
+
+    def measure(self, features: Features | None, samples: Samples) -> tuple[float, float | None]:
+        """Mean loss and accuracy over all samples, in evaluation mode."""
+        context = self.context
+        with self.timed("evaluation"):
+            return measure(context.network, context.loss, features or samples, context.ranks)
+
+    def measure_all(self) -> dict[str, float | None]:
+        """Losses and accuracies of the network as it stands, over the whole sets."""
+        context, final = self.context, dict[str, float | None]()
+        usable = context.config.batch_norm == "frozen"
+        sets = (
+            ("train", context.train, self.train_features),
+            ("val", context.val, self.val_features),
+        )
+        for name, samples, features in sets:
+            if samples is not None:
+                loss, accuracy = self.measure(features if usable else None, samples)
+                final[f"{name}_loss"], final[f"{name}_accuracy"] = loss, accuracy
+        return final
+
+    # --- checkpoints
+
+    def due(self, steps: int = 1) -> bool:
+        """Whether a checkpoint is due within the epoch; rank 0's clock tells."""
+        ranks = self.context.ranks
+        return ranks.any(self.context.cadence.step(steps) and ranks.rank == 0)
+
+    def save(self) -> None:
+        """Write a checkpoint, where a folder is kept."""
+        if self.context.folder is not None:
+            with self.timed("checkpoint"):
+                saved.store(self.context, self.state, self.context.folder)
+        self.context.cadence.saved()
+
+    def save_within(self, moving: Iterable[Tensor]) -> None:
+        """A checkpoint inside an epoch, at the next batch; none of broken weights."""
+        if all_finite(moving):
+            self.state.rng = seeds.states(self.context.device)
+            self.save()
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether none holds NaN or infinity."""
+    return all(bool(torch.isfinite(t).all()) for t in tensors)

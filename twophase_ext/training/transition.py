@@ -1,0 +1,64 @@
+"""tau: noise on the hidden layers, BatchNorm fixed, the condition verified, features cached."""
+
+from contextlib import nullcontext
+
+from .. import ops
+from ..core.hashing import tensors_hash
+from ..core.seeds import stream_seed
+from . import batchnorm
+from .callbacks import call
+from .phases import SecondPhase
+from .run import Run
+
+
+def enter_second_phase(run: Run, second: SecondPhase) -> None:
+    """Noise, proof and caches, as far as they are not done; each sample is fetched once."""
+    train, val = run.context.train, run.context.val
+    if run.state.hidden_hash is not None and run.train_features is not None:
+        return
+    with train.held(), nullcontext() if val is None else val.held():
+        if run.state.hidden_hash is None:
+            _perturb(run, second)
+            run.save()  # the verification may have taken hours
+        if run.train_features is None:
+            second.fill_caches()
+
+
+def _perturb(run: Run, second: SecondPhase) -> None:
+    """w_(1:H) + sigma xi, xi ~ N(0, I); then everything that the second phase rests on."""
+    context, state = run.context, run.state
+    network, config = context.network, context.config
+    hidden = network.hidden_parameters()
+    with run.timed("perturbation"):
+        if hidden:
+            own = config.noise_seed
+            seed = stream_seed(config.seed if own is None else own, "noise")
+            ops.perturb_(hidden, config.noise_std, seed=seed)
+    if config.batch_norm == "frozen":
+        with run.timed("batch_norm"):
+            batchnorm.recalibrate_over(network, context.train, context.ranks)
+        network.model.eval()
+    context.optimizer.zero_grad(set_to_none=True)  # no stale hidden gradient survives tau
+    context.averaged.forget(hidden)
+    state.hidden_hash = tensors_hash(second.frozen(context))
+    context.ranks.agree("hidden layers after the noise", state.hidden_hash)
+    context.progress.say(
+        f"epoch {state.epoch}: noise added to {len(hidden)} hidden tensors; "
+        f"from here {second.moves} trained"
+    )
+    call(run, "on_perturb")
+    if config.verify:
+        _verify(run, second)
+
+
+def _verify(run: Run, second: SecondPhase) -> None:
+    """The condition at w^tau, or what a branch with the same hidden layers has found of it."""
+    context, state, config = run.context, run.state, run.context.config
+    key = (state.hidden_hash, f"verdict {config.verify} {config.batch_norm}")
+    known = {} if run.shared is None else run.shared
+    if key not in known:
+        known[key] = context.ranks.once(second.verify)
+    verdict = state.verdict = known[key]
+    context.progress.say(str(verdict).splitlines()[0])  # whole in the result's summary
+    if context.folder is not None:
+        verdict.save(context.folder / "verdict.json")
