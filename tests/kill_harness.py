@@ -29,8 +29,18 @@ import torch
 from helpers import quiet, toy_convnet, toy_images
 from twophase_ext.core.hashing import tensors_hash
 
-# Functions of the Trainer that name a stage; the innermost one counts.
-STAGES = ("_first", "_second", "_perturb", "_fill_caches", "_finish_epoch", "save", "write")
+# Functions of the Trainer, and the stage that each is of; the innermost one counts.
+STAGES = {
+    "FirstPhase.epoch": "first",
+    "LastLayer.epoch": "second",
+    "GradientDescentPhase.epoch": "second",
+    "StochasticPhase.epoch": "second",
+    "_perturb": "perturb",
+    "SecondPhase.fill_caches": "caches",
+    "Loop._finish_epoch": "finish",
+    "save": "save",
+    "write": "write",
+}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "base": {"checkpoint_every": "2 steps"},
     "base, nothing cached": {"feature_cache": "none", "checkpoint_every": "3 steps"},
@@ -38,7 +48,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "gd": {"second_phase": "gd", "gd": {"steps": 4}, "checkpoint_every": "0.000001 seconds"},
     "sgd": {"second_phase": "sgd", "checkpoint_every": 1},
 }
-KILLS = ("_first", "_second", "_perturb", "write", "anywhere")  # in each scenario
+KILLS = ("first", "second", "perturb", "write", "anywhere")  # in each scenario
 
 
 WAITING = (subprocess.__file__, selectors.__file__)  # git is asked for the commit
@@ -85,16 +95,17 @@ class Calls:
         """Counting starts with the context."""
         self.end = stage, at
         self.count = 0
-        self.stages: dict[str, list[int]] = {name: [] for name in (*STAGES, "anywhere")}
+        self.stages: dict[str, list[int]] = {name: [] for name in (*STAGES.values(), "anywhere")}
         self._open: list[str] = []
 
     def _event(self, frame: Any, event: str, _: Any) -> None:
         code = frame.f_code
         if code.co_filename in WAITING:
             return
-        if code.co_name in STAGES and "twophase_ext/training" in code.co_filename:
+        stage = STAGES.get(code.co_qualname) or STAGES.get(code.co_name)
+        if stage is not None and "twophase_ext/training" in code.co_filename:
             if event == "call":
-                self._open.append(code.co_name)
+                self._open.append(stage)
             elif event == "return":
                 self._open.pop()
         if event in ("call", "c_call"):
@@ -150,7 +161,7 @@ def main(root: Path, seed: int = 0) -> None:
         stages, truth = json.loads((whole / "calls.json").read_text()), outcome(whole)
         for stage in KILLS:
             at = draw.randrange(len(stages[stage]) * 99 // 100)  # there at every repetition
-            folder = root / f"{number}-{stage.strip('_')}"
+            folder = root / f"{number}-{stage}"
             ended = forked(lambda f=folder, s=scenario, st=stage, k=at: die(f, s, st, k))
             left = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
             resumed = forked(lambda f=folder, s=scenario: train(f, s))

@@ -12,8 +12,7 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import Given
-from twophase_ext.model.surgery import analytic
-from twophase_ext.nn import Softplus, classify
+from twophase_ext.nn import Softplus, analytic, classify
 
 
 def mlp(*between: nn.Module) -> nn.Sequential:

@@ -262,7 +262,7 @@ def test_comparators_cost_what_they_may(monkeypatch):
 
 
 def test_a_comparator_that_raises_ends_no_run(monkeypatch):
-    module = __import__("sys").modules["twophase_ext.training.second_phase"]
+    module = __import__("sys").modules["twophase_ext.training.phases.theorem"]
 
     def fails(*arguments, **settings):
         raise MemoryError("no room for G")

@@ -120,7 +120,7 @@ def test_a_bound_that_fails_ends_no_run(monkeypatch):
     def fails(*args, **kwargs):
         raise ArithmeticError("a comparator")
 
-    monkeypatch.setattr("twophase_ext.training.second_phase.guarantee", fails)
+    monkeypatch.setattr("twophase_ext.training.phases.theorem.guarantee", fails)
     with pytest.warns(UserWarning, match="guarantee not evaluated"):
         result = quiet(toy_mlp(), second_phase="gd").fit(toy_data())
     assert result.status == "completed" and not result.guarantee.curve

@@ -131,3 +131,10 @@ def test_lightning_callback_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning", None)
     with pytest.raises(SystemExit, match=r"pip install .lightning>="):
         example("lightning_callback")
+
+
+def test_callback(capsys):
+    result = example("callback")["main"]()
+    rates = [row["learning_rate"] for row in result.history]
+    assert rates == [0.01] * 10 + [0.005] * 10
+    assert "epoch 9: loss" in capsys.readouterr().out

@@ -14,8 +14,8 @@ import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 from twophase_ext.model.losses import CROSS_ENTROPY, SQUARED_ERROR
 from twophase_ext.model.network import Network
-from twophase_ext.training.phases import lazy as module
 from twophase_ext.training.config import Lazy
+from twophase_ext.training.phases import lazy as module
 
 N = 24
 

@@ -11,8 +11,7 @@ from torch import nn
 import twophase_ext as tp
 from helpers import Given
 from twophase_ext.model import layers
-from twophase_ext.model.surgery import analytic, widen
-from twophase_ext.nn import Softplus, WideHead, wide_units
+from twophase_ext.nn import Softplus, WideHead, analytic, wide_units, widen
 
 # Softplus
 

@@ -11,8 +11,7 @@ from torch.func import jvp, vjp
 
 import twophase_ext as tp
 from helpers import Given
-from twophase_ext.model.surgery import analytic
-from twophase_ext.nn import Softplus, classify
+from twophase_ext.nn import Softplus, analytic, classify
 
 IN_PLACE = [
     *(nn.Hardswish, nn.ReLU, nn.ReLU6, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.RReLU),

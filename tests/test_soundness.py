@@ -220,7 +220,7 @@ WITHOUT = {
     "gram_logdet_large, all bounds": ("gram_logdet_large", large, {"SLACK": 0.0}),
     "preconditioned, rounding": ("preconditioned", preconditioned, {"gamma": nothing}),
     "preconditioned, I - B B^T": ("preconditioned", preconditioned, {"frobenius_upper": nothing}),
-    "certify_gram, e_G": ("certify_gram, shift at the edge", certificate, {"e_G": nothing}),
+    "certify_gram, e_G": ("certify_gram, shift at the edge", gram_run, {"e_G": nothing}),
 }
 
 

@@ -9,6 +9,7 @@ from .theory.assumptions import Assumptions, check_assumptions
 from .theory.guarantee import Guarantee, guarantee
 from .theory.ntk import NtkRank, ntk_rank
 from .training import (
+    Callback,
     ConvexLoss,
     EpochSampler,
     FeatureCache,
@@ -17,6 +18,7 @@ from .training import (
     Lazy,
     LazyGuarantee,
     Result,
+    RunView,
     StochasticDescent,
     Trainer,
     fit_last_layer,
@@ -26,6 +28,7 @@ from .training import (
 
 __all__ = [
     "Assumptions",
+    "Callback",
     "ConvexLoss",
     "EpochSampler",
     "FeatureCache",
@@ -37,6 +40,7 @@ __all__ = [
     "NtkRank",
     "RankLogdet",
     "Result",
+    "RunView",
     "StochasticDescent",
     "Trainer",
     "Verdict",

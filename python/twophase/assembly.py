@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import twophase_ext as tp
+from twophase_ext.core.arrays import as_tensor
 
 from . import data, models
 
@@ -67,7 +68,7 @@ def load_inputs(data_name: str, n: int | None = None, x: str | None = None) -> t
     loaded = np.load(x, allow_pickle=False)
     if isinstance(loaded, np.lib.npyio.NpzFile):
         loaded = loaded["x" if "x" in loaded.files else loaded.files[0]]
-    return first(n, tp.arrays.as_tensor(loaded, name="x"), torch.empty(0))[0], 10
+    return first(n, as_tensor(loaded, name="x"), torch.empty(0))[0], 10
 
 
 def first(n: int | None, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,12 @@
-"""The two-phase trainer, one room per file.
+"""The two-phase trainer.
 
-trainer.py (the public class) and branches.py (many second phases from one first one) -> engine.py
-(Algorithm 1's stages) -> second_phase.py (Theorem 1's), lazy.py (Theorem 3's), audit.py (what
-held) -> first_step.py (the base algorithm's step), optimizers.py, schedule.py, head.py (mini-batch
-steps), gradient.py (full gradients), features.py (the cache), data.py, measure.py, batchnorm.py,
-freeze.py, saved.py, checkpoint.py, runfolder.py, settings.py, streams.py.
-own_loop.py gives the pieces to a loop that is not the Trainer's.
-On several processes: ranks.py (what they tell each other), data_parallel.py (first phase),
-columns.py (second phase).
+loop.py is Algorithm 1; trainer.py builds what it works with (context.py) and where it stands
+(state.py); phases/ has what trains an epoch. docs/architecture.md has the picture.
 """
 
 from ..core.seeds import EpochSampler, stream_seed
 from ..model.losses import ConvexLoss
+from .callbacks import Callback, RunView
 from .freeze import Frozen, freeze
 from .own_loop import FeatureCache, fit_last_layer
 from .phases.lazy import LazyGuarantee
@@ -20,6 +15,7 @@ from .settings import GradientDescent, Lazy, StochasticDescent
 from .trainer import Trainer
 
 __all__ = [
+    "Callback",
     "ConvexLoss",
     "EpochSampler",
     "FeatureCache",
@@ -28,6 +24,7 @@ __all__ = [
     "Lazy",
     "LazyGuarantee",
     "Result",
+    "RunView",
     "StochasticDescent",
     "Trainer",
     "fit_last_layer",

@@ -1,5 +1,6 @@
 """tp.Trainer: Algorithm 1 of the paper around any torch model and first-order optimizer."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,6 +18,7 @@ from . import batchnorm, checkpoint, outset, runfolder, saved
 from .averaged import Averaged
 from .branches import branch
 from .cadence import Cadence
+from .callbacks import EVENTS, misspelt
 from .checks import check_runs, model_device, unchanged_on_error
 from .columns import check_several
 from .config import SETTINGS, compile_options, resolve
@@ -78,7 +80,8 @@ class Trainer:
     checkpoint_every: epochs between checkpoints, or a text: "500 steps", "90 seconds", "10
         minutes", within epochs too. Default: every epoch, and every ten minutes within one. There
         is always one at tau, behind the verification, and one at the end.
-    callbacks: objects with any of on_fit_start(run), on_perturb(run), on_epoch_end(run, record).
+    callbacks: `Callback` objects, or any with methods on_fit_start(run), on_perturb(run) or
+        on_epoch_end(run, record), run a `RunView` (docs/callbacks.md).
     progress: False prints nothing.
 
     Wrong arguments raise ValueError or TypeError that name them.
@@ -154,6 +157,11 @@ class Trainer:
         self.checkpoint_every = checkpoint_every
         Cadence(checkpoint_every)  # or an error now
         self.callbacks, self.progress = tuple(callbacks), progress
+        if wrong := misspelt(self.callbacks):
+            warnings.warn(
+                f"callbacks: no event calls {', '.join(wrong[:3])}; events are {', '.join(EVENTS)}",
+                stacklevel=2,
+            )
         # whether h is compared before training, and what a branch's trunk found of it
         self.compares = second_phase != "none" and batch_norm == "frozen"
         self.known: Agreement | None = None
