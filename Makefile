@@ -39,6 +39,7 @@ lint: $(STAMPS)/package $(STAMPS)/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python .ci/audit.py constraints.txt
 
 format: $(STAMPS)/venv $(STAMPS)/lint

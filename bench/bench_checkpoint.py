@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from twophase.models import PreActResNet18
-from twophase_ext.training import checkpoint
+from twophase_ext.training.persistence import checkpoint
 
 
 def state_of(small: bool) -> dict:

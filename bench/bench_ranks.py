@@ -17,14 +17,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from twophase_ext.training.data.samples.samples import Samples
 
 import twophase_ext as tp
 from twophase_ext.model.losses import CROSS_ENTROPY
 from twophase_ext.model.network import Network
-from twophase_ext.training.columns import ColumnStep, OwnColumns, cached
-from twophase_ext.training.data import Samples
-from twophase_ext.training.head import HeadStep
-from twophase_ext.training.ranks import joined
+from twophase_ext.training.distributed.ranks import joined
+from twophase_ext.training.steps.head import HeadStep
+from twophase_ext.training.steps.sharded import ColumnStep, OwnColumns, cached
 
 SIZE, SMALL = (4096, 66_001), (130, 65)
 RULE = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-5}  # the features are large

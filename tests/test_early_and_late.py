@@ -110,7 +110,9 @@ def test_a_verification_that_fails_is_undecided(error, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["hidden", "backbone", "hidden-bfloat16"])
 def test_a_cache_that_fits_nowhere_is_refused(mode, monkeypatch):
-    monkeypatch.setattr("twophase_ext.training.features.available_memory", lambda device: 1000)
+    monkeypatch.setattr(
+        "twophase_ext.training.features.cache.available_memory", lambda device: 1000
+    )
     with pytest.raises(ValueError, match=f"feature_cache: '{mode}' takes 0.0.* 'auto' takes"):
         quiet(toy_mlp(), feature_cache=mode).fit(toy_data())
     assert quiet(toy_mlp()).fit(toy_data()).feature_cache == "disk"

@@ -21,7 +21,7 @@ from twophase.report import write_report
 from twophase.reproduce import cells
 from twophase.verification import verify
 from twophase_ext.core.files import inside, write_atomically
-from twophase_ext.training import checkpoint
+from twophase_ext.training.persistence import checkpoint
 
 SECRET = b"epoch,phase,train_loss,seconds\n41178,1,0.5,1\n"  # of another folder
 PAYLOADS = [

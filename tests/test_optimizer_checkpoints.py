@@ -10,8 +10,8 @@ import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
 from test_optimizer_kinds import KINDS, several
 from twophase_ext.core.hashing import tensors_hash
-from twophase_ext.training import checkpoint
-from twophase_ext.training.groups import plain
+from twophase_ext.training.optimizer.groups import plain
+from twophase_ext.training.persistence import checkpoint
 
 O = torch.optim  # noqa: E741
 DATA = toy_data(20)

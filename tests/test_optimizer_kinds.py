@@ -13,7 +13,7 @@ import optimizer_kinds as kinds
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
 from twophase_ext.core.seeds import epoch_order, global_stream, stream_seed
-from twophase_ext.training.groups import Alone, averaging
+from twophase_ext.training.optimizer.groups import Alone, averaging
 
 O = torch.optim  # noqa: E741
 DATA = toy_data(20)  # 3 steps an epoch

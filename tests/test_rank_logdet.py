@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from soundness_cases import CASES, exact_rank, gaussian, graded, hilbert, kahan, ones_added
+from twophase_ext.expressivity import rank_logdet as module
+from twophase_ext.expressivity.rank_logdet import rank_logdet
 from twophase_ext.linalg import preconditioned
-from twophase_ext.linalg import rank_logdet as module
 from twophase_ext.linalg.preconditioned import preconditioned_sigma_min
-from twophase_ext.linalg.rank_logdet import rank_logdet
 from twophase_ext.ops import gram_logdet
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,7 @@ import torch
 
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
 from test_resume import StopAfter
-from twophase_ext.training import checkpoint
+from twophase_ext.training.persistence import checkpoint
 
 OPTIMIZERS = {
     "adam": lambda ps: torch.optim.Adam(ps, lr=1e-2),

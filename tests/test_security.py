@@ -17,7 +17,7 @@ from security_scan import offences
 from twophase import data
 from twophase.report.gather import read_folder
 from twophase.verification import verify
-from twophase_ext.training import checkpoint
+from twophase_ext.training.persistence import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("twophase_ext", "python", "bench", "examples", ".ci")

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from soundness_cases import CASES, Case, combination, exact_rank, integer_rows, modular_rank
+from twophase_ext.expressivity.rank_logdet import rank_logdet
 from twophase_ext.linalg import certificate, cholesky_tiles, gram_run, preconditioned
 from twophase_ext.linalg import gram as large
 from twophase_ext.linalg.certificate import certify_gram
 from twophase_ext.linalg.gram_tiles import MatrixSource, e_G
-from twophase_ext.linalg.rank_logdet import rank_logdet
 from twophase_ext.ops import gram_logdet
 
 Prover = Callable[[Tensor], bool | int]

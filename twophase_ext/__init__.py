@@ -3,7 +3,7 @@
 from . import nn, ops, optim
 from ._load import build_info
 from .expressivity import Verdict, verify_expressivity
-from .linalg.rank_logdet import RankLogdet, rank_logdet
+from .expressivity.rank_logdet import RankLogdet, rank_logdet
 from .ops import gram_logdet, perturb_, softplus, softplus_
 from .theory.assumptions import Assumptions, check_assumptions
 from .theory.guarantee import Guarantee, guarantee

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import twophase_ext as tp
 from twophase_ext.core.files import write_atomically
-from twophase_ext.training.ranks import joined
+from twophase_ext.training.distributed.ranks import joined
 
 from . import data
 from .assembly import DataName, build_model, first

@@ -25,7 +25,7 @@ from twophase_ext.expressivity.forward_error import BoundedFeatures
 from twophase_ext.expressivity.problem import _checksum, _read_features
 from twophase_ext.linalg.journal import Journal, RecordedTiles
 from twophase_ext.linalg.tiles import FileTiles, Grid, TileFile
-from twophase_ext.training import checkpoint
+from twophase_ext.training.persistence import checkpoint
 
 from .harness import CALLS
 

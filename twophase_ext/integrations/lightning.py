@@ -11,7 +11,7 @@ from ..expressivity import Verdict
 from ..model.losses import ConvexLoss, resolve_loss
 from ..model.probing import unwrap
 from ..training.config import resolve_tau
-from ..training.loaders import chosen
+from ..training.data.loaders import chosen
 from ..training.own_loop import FeatureCache, fit_last_layer
 from .switch import Switch, check_optimizer
 

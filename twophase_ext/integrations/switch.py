@@ -16,8 +16,7 @@ from ..model.network import Network
 from ..ops.perturb import checked_tensors
 from ..training import batchnorm
 from ..training.config import resolve_noise, resolve_tau
-from ..training.data import Samples
-from ..training.features import BATCH
+from ..training.data.samples import BATCH, Samples
 from ..training.freeze import Frozen, freeze, samples_of
 
 

@@ -1,6 +1,6 @@
 """A branch taken from its trunk before tau."""
 
-from . import checkpoint, optimizer_state
+from .persistence import checkpoint, optimizer_state
 from .run import Run
 
 

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..model.network import Network
-from .data import Samples
-from .features import BATCH
-from .ranks import Ranks
+from .data.samples import BATCH, Samples
+from .distributed.ranks import Ranks
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -8,14 +8,14 @@ from torch import nn
 
 from ..core.files import inside
 from ..model.probing import copy_model
-from . import ranks
 from .adopt import adopt
-from .checkpoint import exists
 from .config import Config, resolve_tau
-from .fixed import Agreement
+from .distributed import ranks
+from .features.agreement import Agreement
 from .loop import Loop
+from .persistence.checkpoint import exists
+from .persistence.runfolder import create
 from .result import Result
-from .runfolder import create
 
 TRUNK = "trunk"
 FEATURES = ("noise_std", "noise_seed", "batch_norm", "feature_cache", "augment_copies")

@@ -9,9 +9,9 @@ import torch
 from ..expressivity import Verdict
 from ..model.network import Network
 from .config import Config
-from .data import Samples
-from .groups import plain_groups
-from .ranks import Ranks
+from .data.samples import Samples
+from .distributed.ranks import Ranks
+from .optimizer.groups import plain_groups
 from .run import Run
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..core.messages import first_line
 from ..model.probing import DoesNotRun, eager, main_output, require_pure, untouched
-from .data import Samples
+from .data.samples import Samples
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from torch import nn
 from ..core.arguments import integer
 from ..core.names import canonical_name
 from ..expressivity.verify import METHODS
-from .features import MODES
-from .schedule import INTERVALS
+from .features.cache import MODES
+from .optimizer.schedule import INTERVALS
 from .settings import GradientDescent, Lazy, Settings, StochasticDescent
 
 SETTINGS: dict[str, type[Settings]] = {

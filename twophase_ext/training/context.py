@@ -10,16 +10,16 @@ import torch
 from ..core.files import FolderLock
 from ..model.losses import ConvexLoss
 from ..model.network import Network
-from .averaged import Averaged
 from .batchnorm import batch_bounds
-from .cadence import Cadence
 from .config import Config
-from .data import Samples
-from .first_step import FirstStep
-from .fixed import Agreement
-from .progress import Progress
-from .ranks import Ranks
-from .schedule import Schedule
+from .control.cadence import Cadence
+from .control.progress import Progress
+from .data.samples import Samples
+from .distributed.ranks import Ranks
+from .features.agreement import Agreement
+from .optimizer.averaged import Averaged
+from .optimizer.schedule import Schedule
+from .steps.base import FirstStep
 
 
 @dataclass(frozen=True)

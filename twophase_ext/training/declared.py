@@ -7,7 +7,7 @@ import torch
 from ..core.messages import type_and_line
 from ..model.losses import CROSS_ENTROPY, SAMPLES, SQUARED_ERROR, ConvexLoss, loss_problem, zero_dim
 from .config import Config
-from .data import Samples
+from .data.samples import Samples
 
 BOUNDED = ("gd", "sgd", "lazy")  # second phases with a bound to evaluate
 

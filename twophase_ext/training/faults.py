@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint
 from .context import Context
+from .persistence import checkpoint
 from .state import RunState
 
 LOOK_EVERY = 64  # steps on an accelerator, where each look at a loss waits for the device

@@ -12,7 +12,7 @@ from ..model.network import Network
 from ..model.probing import require_module
 from . import batchnorm
 from .checks import check_runs, model_device
-from .data import Samples
+from .data.samples import Samples
 
 
 def samples_of(model: nn.Module, source: Any, name: str) -> Samples:

@@ -12,10 +12,11 @@ from typing import Any
 from ..core.hashing import tensors_hash
 from ..core.seeds import epoch_order
 from ..model.losses import CROSS_ENTROPY
-from . import faults, runfolder
+from . import faults
 from .callbacks import call
+from .control.interrupt import Interrupt
 from .faults import Diverged
-from .interrupt import Interrupt
+from .persistence import runfolder
 from .phases import SECOND, FirstPhase, Phase, Stopped
 from .run import Run, all_finite
 from .transition import enter_second_phase

@@ -4,9 +4,9 @@ import torch
 
 from ..model.losses import CROSS_ENTROPY, ConvexLoss
 from ..model.network import Network
-from .data import Samples
-from .features import BATCH, Features
-from .ranks import Ranks
+from .data.samples import BATCH, Samples
+from .distributed.ranks import Ranks
+from .features.cache import Features
 
 
 @torch.no_grad()

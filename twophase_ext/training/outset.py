@@ -7,16 +7,16 @@ from torch import Tensor
 
 from ..model.losses import ConvexLoss
 from ..model.network import Network
-from . import runfolder
 from .checks import check_trains
-from .columns import check_model
 from .config import Config
-from .data import Samples
+from .control.progress import Progress
+from .data.samples import Samples
 from .declared import check_loss
-from .features import plan_for
-from .fixed import Agreement, agreement
-from .progress import Progress
-from .ranks import Ranks
+from .distributed.ranks import Ranks
+from .features.agreement import Agreement, agreement
+from .features.cache import plan_for
+from .persistence import runfolder
+from .steps.sharded import check_model
 
 
 def look_at(

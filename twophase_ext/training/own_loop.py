@@ -17,13 +17,14 @@ from ..core.seeds import epoch_order
 from ..model import layers
 from ..model.losses import ConvexLoss, resolve_loss
 from ..model.network import Network
-from .averaged import Averaged
 from .batchnorm import batch_bounds
-from .features import BATCH, Features, plan_for
-from .fixed import cache_disagreement
+from .control.interrupt import Interrupt
+from .data.samples import BATCH
+from .features.agreement import cache_disagreement
+from .features.cache import Features, plan_for
 from .freeze import samples_of
-from .head import HeadStep
-from .interrupt import Interrupt
+from .optimizer.averaged import Averaged
+from .steps.head import HeadStep
 
 _PAPER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5}  # section 7.2
 

@@ -4,7 +4,7 @@ import warnings
 
 from ..expressivity import Verdict, verify_network
 from .context import Context
-from .features import BATCH
+from .data.samples import BATCH
 
 
 def verified(context: Context, method: str) -> Verdict:

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..core import seeds
 from ..core.seeds import stream_seed
 from ..model.losses import CROSS_ENTROPY
-from . import saved
 from .context import Context
-from .data import Samples
-from .features import Features
+from .data.samples import Samples
+from .features.cache import Features
 from .measure import measure
+from .persistence import saved
 from .state import RunState, phase, unfixed
 
 

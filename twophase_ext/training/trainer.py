@@ -14,28 +14,29 @@ from ..expressivity.attempts import require_memory
 from ..model.losses import ConvexLoss, resolve_loss
 from ..model.network import Network
 from ..model.probing import unwrap
-from . import batchnorm, checkpoint, outset, runfolder, saved
-from .averaged import Averaged
+from . import batchnorm, outset
 from .branches import branch
-from .cadence import Cadence
 from .callbacks import EVENTS, misspelt
 from .checks import check_runs, model_device, unchanged_on_error
-from .columns import check_several
 from .config import SETTINGS, compile_options, resolve
 from .context import Context
-from .data import Augment, Samples
-from .first_step import FirstStep, check_autocast
-from .fixed import Agreement
+from .control.cadence import Cadence
+from .control.progress import Progress
+from .data.samples import Augment, Samples
+from .distributed.ranks import joined
+from .features.agreement import Agreement
 from .loop import Loop
-from .optimizers import OptimizerFactory, make_optimizer, paper_optimizer
+from .optimizer.averaged import Averaged
+from .optimizer.factory import OptimizerFactory, make_optimizer, paper_optimizer
+from .optimizer.schedule import SchedulerFactory, make_schedule
+from .persistence import checkpoint, runfolder, saved
 from .phases import SECOND
-from .progress import Progress
-from .ranks import joined
 from .result import Result
 from .run import Run
-from .schedule import SchedulerFactory, make_schedule
 from .settings import GradientDescent, Lazy, StochasticDescent
+from .several import check_several
 from .state import PhaseState, RunState
+from .steps.base import FirstStep, check_autocast
 
 
 class Trainer:

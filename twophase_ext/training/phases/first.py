@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from ...core.seeds import epoch_order
-from ..data_parallel import DataParallelStep
+from ..control.interrupt import Interrupt
 from ..faults import Diverged, LossWatch
-from ..interrupt import Interrupt
+from .data_parallel import DataParallelStep
 from .phase import Phase
 
 

@@ -7,11 +7,11 @@ import torch
 
 from ...model.losses import CROSS_ENTROPY, SQUARED_ERROR
 from ...theory.guarantee import Guarantee, smoothness
+from ..control.interrupt import Interrupt
 from ..faults import Diverged
-from ..gradient import Rounding, full_gradient
-from ..interrupt import Interrupt
 from ..run import Run
 from ..settings import GradientDescent
+from ..steps.gradient import Rounding, full_gradient
 from .theorem import TheoremPhase
 
 

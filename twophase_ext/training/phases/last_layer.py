@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ...core.seeds import epoch_order
-from ..columns import ColumnStep, OwnColumns
+from ..control.interrupt import Interrupt
 from ..faults import Diverged
-from ..features import Features
-from ..head import HeadStep
-from ..interrupt import Interrupt
+from ..features.cache import Features
+from ..steps.head import HeadStep
+from ..steps.sharded import ColumnStep, OwnColumns
 from .phase import SecondPhase
 
 ONE_CALL = 0.1  # seconds of steps without a look at Ctrl-C

@@ -22,9 +22,9 @@ from ...theory.ntk import method_at_w, rank_shown
 from ...theory.premises import loss_premise
 from ..audit import fixed_premise
 from ..context import Context
-from ..features import BATCH
-from ..groups import rate
-from ..interrupt import Interrupt
+from ..control.interrupt import Interrupt
+from ..data.samples import BATCH
+from ..optimizer.groups import rate
 from ..run import Run
 from ..settings import Lazy
 from .phase import SecondPhase, Stopped

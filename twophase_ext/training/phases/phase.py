@@ -9,12 +9,12 @@ from ...core import seeds
 from ...expressivity import Verdict
 from ...theory.guarantee import Guarantee
 from ..audit import premises
-from ..caches import fill
 from ..context import Context
-from ..groups import learning_rate
-from ..interrupt import Interrupt
+from ..control.interrupt import Interrupt
+from ..optimizer.groups import learning_rate
 from ..proof import verified
 from ..run import Run
+from .caches import fill
 
 
 class Stopped(Exception):

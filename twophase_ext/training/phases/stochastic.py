@@ -8,8 +8,8 @@ from torch import Tensor
 from ...core.seeds import stream_seed
 from ...model.losses import CROSS_ENTROPY
 from ...theory.guarantee import Guarantee
-from ..features import BATCH
-from ..interrupt import Interrupt
+from ..control.interrupt import Interrupt
+from ..data.samples import BATCH
 from ..run import Run
 from ..settings import StochasticDescent
 from .theorem import TheoremPhase

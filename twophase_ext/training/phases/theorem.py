@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from ...theory.guarantee import Guarantee, guarantee, smoothness
 from ...theory.premises import UNCHECKED
 from ..audit import premises
-from ..features import BATCH
-from ..gradient import row_norms
+from ..data.samples import BATCH
 from ..run import Run
+from ..steps.gradient import row_norms
 from .last_layer import LastLayer
 
 

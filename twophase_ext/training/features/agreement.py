@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.messages import first_line
-from ..model.network import Network
-from ..model.probing import State, compiled, eager, untouched
-from .batchnorm import batch_bounds
-from .data import Samples
-from .features import BATCH, Features
-from .ranks import Ranks
+from ...core.messages import first_line
+from ...model.network import Network
+from ...model.probing import State, compiled, eager, untouched
+from ..batchnorm import batch_bounds
+from ..data.samples import BATCH, Samples
+from ..distributed.ranks import Ranks
+from .cache import Features
 
 SECONDS = 60.0  # of passes before training; beyond them the samples left are not compared
 # Of the row's norm: other kernels for other batch sizes, and what deep networks make of it. Batch

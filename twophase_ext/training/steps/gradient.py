@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
-from .columns import Columns
-from .features import BATCH, Features
+from ... import ops
+from ...model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
+from ..data.samples import BATCH
+from ..features.cache import Features
+from .sharded import Columns
 
 
 @torch.no_grad()

@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.memory import available_memory
-from ..core.messages import first_line
-from ..model.network import Network
-from .data import Samples
-from .ranks import Ranks
+from ...core.memory import available_memory
+from ...core.messages import first_line
+from ...model.network import Network
+from ..data.samples import BATCH, Samples
+from ..distributed.ranks import Ranks
 
 MODES = ("auto", "hidden", "backbone", "disk", "hidden-bfloat16", "none")
-# Samples a forward pass outside training; fixed, so that a resumed run has the same bits.
-BATCH = 256
 SHARE = 0.6  # of the memory, or of the free disk, when the cache is planned
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..core.messages import first_line
+from ...core.messages import first_line
 from .groups import first_settings, plain, plain_groups
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]

@@ -2,10 +2,10 @@
 
 import warnings
 
-from .columns import cached
-from .features import Features, smaller_mode
-from .fixed import cache_disagreement
-from .run import Run
+from ..features.agreement import cache_disagreement
+from ..features.cache import Features, smaller_mode
+from ..run import Run
+from ..steps.sharded import cached
 
 
 def fill(run: Run) -> None:

@@ -5,7 +5,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from .ranks import Ranks
+from ..distributed.ranks import Ranks
 
 
 class Interrupt:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.seeds import stream_seed
-from .run import Run
+from ...core.seeds import stream_seed
+from ..run import Run
 
 
 class DataParallelStep:

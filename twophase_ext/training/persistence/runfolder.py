@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from ..core.environment import environment_of_run
-from ..core.files import FolderLock, write_csv, write_json
-from ..expressivity import Verdict
+from ...core.environment import environment_of_run
+from ...core.files import FolderLock, write_csv, write_json
+from ...expressivity import Verdict
+from ..context import Context
+from ..data.samples import BATCH
+from ..result import Result
 from . import checkpoint
-from .context import Context
-from .features import BATCH
-from .result import Result
 
 COLUMNS = (
     "epoch",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.names import canonical_name
+from ...core.names import canonical_name
 
 NEEDED = ("param_groups", "state", "state_dict", "load_state_dict", "step", "zero_grad")
 

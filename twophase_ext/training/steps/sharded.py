@@ -14,15 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import ops, optim
-from ..core.hashing import tensors_hash
-from ..model.losses import ConvexLoss
-from ..model.network import Network
-from .context import Context
-from .data import Samples
-from .features import BATCH, Features
+from ... import ops, optim
+from ...model.losses import ConvexLoss
+from ...model.network import Network
+from ..data.samples import BATCH, Samples
+from ..distributed.ranks import Ranks
+from ..features.cache import Features
 from .head import HeadStep
-from .ranks import Ranks
 
 # Their update of an element depends on nothing but that element's gradients.
 ELEMENTWISE = (
@@ -49,35 +47,6 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(
             "model: expected no SyncBatchNorm, whose layers wait for each other where each rank "
             "passes its own batches; leave BatchNorm as it is"
-        )
-
-
-def check_several(context: Context, mode: str) -> None:
-    """Raise ValueError for what several processes do not train; one process trains everything.
-
-    mode: the feature cache of the second phase. RuntimeError where the processes were not given the
-    same arguments and data.
-    """
-    ranks, phase = context.ranks, context.config.second_phase
-    if ranks.size == 1:
-        return
-    for name, value in context.identity().items():
-        ranks.agree(name, value)
-    x, y = context.train.fetch(torch.arange(min(2, context.train.n), device="cpu"), augmented=False)
-    ranks.agree("train: SHA-256 of the first samples", tensors_hash({"x": x, "y": y}))
-    if context.compiled is not None:
-        raise ValueError(f"compile: expected False on several processes, got {context.compiled}")
-    if phase == "lazy":
-        raise ValueError(f"second_phase: 'lazy' runs in one process, got {ranks.size} processes")
-    check_hooks(context.optimizer)
-    if phase == "none":
-        return
-    check_optimizer(context.optimizer)
-    if mode == "none":
-        raise ValueError(
-            "feature_cache: expected cached features in the second phase on several processes, got "
-            "'none'. Random transforms (without augment_copies), batch_norm='batch' and too little "
-            "memory exclude a cache"
         )
 
 

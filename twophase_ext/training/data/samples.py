@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
-from ..core.arrays import as_data, require_finite
-from ..core.memory import available_memory
-from ..core.seeds import host_stream, stream_seed
-from ..model.losses import ConvexLoss, prepare_targets
+from ...core.arrays import as_data, require_finite
+from ...core.memory import available_memory
+from ...core.seeds import host_stream, stream_seed
+from ...model.losses import ConvexLoss, prepare_targets
 from .loaders import batching, chosen, is_loader, is_map_style, tell_ignored
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -21,6 +21,8 @@ _CHECKED = 256  # samples of a Dataset looked at together before training
 _SHARE = 4  # inputs that take at most 1 / _SHARE of the device's free memory are moved there
 _LOOKED_AT = 8  # samples fetched at once, to be compared while all are checked before training
 _TARGETS = ("y", "label", "labels", "target", "targets")  # names of y in samples that are dicts
+# Samples a forward pass outside training; fixed, so that a resumed run has the same bits.
+BATCH = 256
 
 
 class Samples:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..core.arrays import as_tensor
 from ..core.memory import available_memory
+from ..linalg.preconditioned import preconditioned_sigma_min
 from ..ops.gram_logdet import gram_logdet
-from .preconditioned import preconditioned_sigma_min
 
 METHODS = ("auto", "gram", "svd")
 AUTO_SVD = 1 << 30  # batch * rows * columns * min(rows, columns): about a second on two cores

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..optimizer.groups import by_id, order, parts, plain
 from .checkpoint import digest
-from .groups import by_id, order, parts, plain
 
 
 def pack(optimizer: Any, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:

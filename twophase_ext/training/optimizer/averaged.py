@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.network import Network
+from ...model.network import Network
 from .groups import Alone, averaging
 
 

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..core.files import inside, write_atomically
-from ..core.hashing import flat
-from ..core.messages import first_line
-from .groups import plain
+from ...core.files import inside, write_atomically
+from ...core.hashing import flat
+from ...core.messages import first_line
+from ..optimizer.groups import plain
 
 FORMAT = 4  # 3 had the optimizer's state by position
 _COLUMNS = 4096  # of the matrices whose sums are kept

@@ -14,7 +14,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ..core.seeds import host_stream
+from ...core.seeds import host_stream
 
 
 def is_loader(source: Any) -> bool:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .. import optim
-from ..model.network import Network
-from ..ops.perturb import checked_tensors
+from ... import optim
+from ...model.network import Network
+from ...ops.perturb import checked_tensors
 from .groups import lacks, parts, plain_groups
 
 CALLS = (

@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.messages import first_line
-from .shared import Lost, SharedMemory, shared_memory
+from ...core.messages import first_line
+from .shared_memory import Lost, SharedMemory, shared_memory
 
 T = TypeVar("T")
 # Rank 0 may verify the condition for hours; a process that ends closes its connections at once.

@@ -3,7 +3,7 @@
 import re
 import time
 
-from ..core.arguments import integer
+from ...core.arguments import integer
 
 WITHIN = 600.0  # seconds: by default, the longest time within an epoch that a kill can cost
 _UNITS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}

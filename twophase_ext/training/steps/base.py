@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.messages import first_line
-from ..model.losses import ConvexLoss
-from ..model.network import Network
-from ..model.probing import main_output
-from .batchnorm import batch_norms
-from .config import Config
-from .optimizers import first_try, refused
-from .schedule import Schedule
+from ...core.messages import first_line
+from ...model.losses import ConvexLoss
+from ...model.network import Network
+from ...model.probing import main_output
+from ..batchnorm import batch_norms
+from ..config import Config
+from ..optimizer.factory import first_try, refused
+from ..optimizer.schedule import Schedule
 
 
 class FirstStep:

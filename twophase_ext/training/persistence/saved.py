@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.hashing import tensors_hash
-from ..expressivity import Verdict
+from ...core.hashing import tensors_hash
+from ...expressivity import Verdict
+from ..context import Context
+from ..state import PhaseState, RunState
 from . import checkpoint, optimizer_state
-from .context import Context
-from .state import PhaseState, RunState
 
 OWN_FORM = {"second", "verdict"}  # fields of RunState that the file holds in another form
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops, optim
-from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
-from .features import Features
-from .groups import Alone
+from ... import ops, optim
+from ...model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
+from ..features.cache import Features
+from ..optimizer.groups import Alone
 
 _HYPERPARAMETERS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 

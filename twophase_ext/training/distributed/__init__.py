@@ -1,0 +1,1 @@
+"""Several processes of torchrun, and what they say to each other."""

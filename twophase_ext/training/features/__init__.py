@@ -1,0 +1,1 @@
+"""h(x_i) of the frozen network: planned, kept, compared with the model."""

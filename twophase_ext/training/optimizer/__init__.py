@@ -1,0 +1,1 @@
+"""Optimizers of any package: made, grouped, averaged, scheduled."""
