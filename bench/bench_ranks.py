@@ -17,11 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from twophase_ext.training.data.samples.samples import Samples
 
 import twophase_ext as tp
 from twophase_ext.model.losses import CROSS_ENTROPY
 from twophase_ext.model.network import Network
+from twophase_ext.training.data.samples import Samples
 from twophase_ext.training.distributed.ranks import joined
 from twophase_ext.training.steps.head import HeadStep
 from twophase_ext.training.steps.sharded import ColumnStep, OwnColumns, cached

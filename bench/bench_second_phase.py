@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from twophase_ext.training.data.samples.samples import Samples
-from twophase_ext.training.features.cache.cache import Features
 
 import twophase_ext as tp
 from twophase import data, models
 from twophase_ext.model.losses import CROSS_ENTROPY
 from twophase_ext.model.network import Network
+from twophase_ext.training.data.samples import Samples
+from twophase_ext.training.features.cache import Features
 from twophase_ext.training.steps.head import HeadStep
 
 GROUP = "phase-2 epoch PreActResNet18, 512 images"

@@ -1,6 +1,6 @@
 """How the package is built: circles, late imports, sizes, and what `fit` enters.
 
-    python bench/structure.py [--fit]
+    python bench/structure.py [--fit | --map]
 
 Every import counts as an edge: at the top of a file, in a function, under TYPE_CHECKING.
 """
@@ -126,11 +126,36 @@ def entered() -> dict[str, int]:
     return {"files": len({file for file, _ in seen}), "functions": len(seen)}
 
 
+def sentence(path: Path) -> str:
+    """The first sentence of a module's docstring, on one line."""
+    paragraph = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
+    text = " ".join(paragraph.split())
+    return text.split(". ")[0].rstrip(".")
+
+
+def map_of_the_tree() -> str:
+    """Markdown: every folder of the package, its files, and what each is for."""
+    lines = []
+    for folder in sorted({path.parent for path in modules().values()}):
+        own = sentence(folder / "__init__.py")
+        lines += ["", f"**{folder.relative_to(ROOT)}/**: {own}.", ""]
+        lines += [
+            f"- `{path.name}`: {sentence(path)}"
+            for path in sorted(folder.glob("*.py"))
+            if path.name != "__init__.py"
+        ]
+    return "\n".join(lines).strip() + "\n"
+
+
 def main() -> None:
     """Print the numbers as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fit", action="store_true", help="count what a small fit enters")
+    parser.add_argument("--map", action="store_true", help="print the map of CONTRIBUTING.md")
     arguments = parser.parse_args()
+    if arguments.map:
+        print(map_of_the_tree(), end="")
+        return
     paths = modules()
     known = set(paths)
     found = {name: list(imports(name, path, known)) for name, path in paths.items()}

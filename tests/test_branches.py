@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
-from twophase_ext.training.features.cache import cache as features
+from twophase_ext.training.features import cache as features
 from twophase_ext.training.phases import SecondPhase
 from twophase_ext.training.steps import sharded as columns
 

@@ -7,12 +7,12 @@ import resource
 import pytest
 import torch
 from torch.utils.data import Dataset
-from twophase_ext.training.features.cache.cache import Features
 
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
 from twophase_ext.core.seeds import epoch_order
 from twophase_ext.training import faults
+from twophase_ext.training.features.cache import Features
 from twophase_ext.training.persistence import checkpoint
 
 SGD = dict(optimizer=lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9))

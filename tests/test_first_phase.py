@@ -9,7 +9,7 @@ import twophase_ext as tp
 from helpers import bits, quiet, same_bits, saved_bytes, toy_convnet, toy_images
 from twophase.models import PreActResNet18
 from twophase_ext.model.losses import CROSS_ENTROPY
-from twophase_ext.training.data.samples import samples as data
+from twophase_ext.training.data import samples as data
 from twophase_ext.training.phases import FirstPhase
 
 BATCH = 4

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from twophase_ext.training.data.samples.samples import Samples
 
 import twophase_ext as tp
 from helpers import Given, bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 from twophase_ext.model.network import Network
-from twophase_ext.training.features.cache import agreement as fixed
+from twophase_ext.training.data.samples import Samples
+from twophase_ext.training.features import agreement as fixed
 
 pytestmark = pytest.mark.filterwarnings("ignore:nothing is cached")
 

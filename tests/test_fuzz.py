@@ -42,6 +42,7 @@ ELSEWHERE = {
 }
 RETURNED = {
     *("Assumptions", "Guarantee", "LazyGuarantee", "NtkRank", "RankLogdet", "Result", "Verdict"),
+    *("Callback", "RunView"),
     *("AnalyticReport", "Finding", "Frozen", "Replacement", "WideHead", "nn", "ops", "optim"),
 }
 bounded = settings(suppress_health_check=list(HealthCheck))

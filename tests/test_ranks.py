@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from twophase_ext.training.data.samples.samples import Samples
 
 import twophase_ext as tp
 from helpers import quiet, toy_convnet, toy_data, toy_images, toy_mlp
@@ -14,6 +13,7 @@ from processes import N, assert_same, data, fit, results
 from twophase import runs
 from twophase_ext.model.network import Network
 from twophase_ext.training import batchnorm
+from twophase_ext.training.data.samples import Samples
 from twophase_ext.training.distributed.ranks import joined
 
 CASES = {

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
-from twophase_ext.training.features.cache.cache import plan_cache
 
 import twophase_ext as tp
 from helpers import quiet, toy_data, toy_mlp
 from twophase_ext.core.files import write_atomically
+from twophase_ext.training.features.cache import plan_cache
 
 N = 40
 

@@ -19,10 +19,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
     default_collate,
 )
-from twophase_ext.training.data.samples.samples import Samples
 
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
+from twophase_ext.training.data.samples import Samples
 
 X, Y = toy_data(64)
 

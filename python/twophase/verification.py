@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import twophase_ext as tp
 from twophase_ext.core.files import inside
+from twophase_ext.training.persistence import checkpoint
 
 from .assembly import DataName, build_model, load_inputs
 from .pictures import culprit_picture
@@ -150,7 +151,7 @@ def _problem(source: dict[str, Any], trusted: str) -> tuple[nn.Module, Tensor]:
         source["model"], inputs, classes, width=source["width"], wide=wide, seed=source["seed"]
     )
     if run is not None:
-        network.load_state_dict(tp.training.checkpoint.load(Path(run))[0]["model"])
+        network.load_state_dict(checkpoint.load(Path(run))[0]["model"])
     elif source.get("weights"):
         try:
             state = torch.load(source["weights"], map_location="cpu", weights_only=True)

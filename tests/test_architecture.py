@@ -1,0 +1,63 @@
+"""The page on the architecture says what the tree is; the script that measures it sees circles."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from twophase_ext.training.config import SECOND_PHASES
+from twophase_ext.training.phases import SECOND
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "bench" / "structure.py"
+
+
+@pytest.fixture
+def structure(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import structure
+
+    return structure
+
+
+def test_the_map_is_the_tree():
+    found = subprocess.run([sys.executable, SCRIPT, "--map"], capture_output=True, text=True)
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert page.endswith(found.stdout), "docs/architecture.md: run python bench/structure.py --map"
+
+
+def test_files_named_on_the_page_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text().split("## Map")[0]
+    names = {word for word in page.replace("`", " ").replace(",", " ").split() if ".py" in word}
+    files = [str(path) for path in (ROOT / "twophase_ext").rglob("*.py")]
+    for name in names:
+        name = name.strip("():;.")
+        assert "foo" in name or any(file.endswith("/" + name) for file in files), name
+
+
+def test_no_circle_and_no_late_import(structure):
+    paths = structure.modules()
+    found = {name: list(structure.imports(name, path, set(paths))) for name, path in paths.items()}
+    assert structure.circles({n: {t for t, _ in targets} for n, targets in found.items()}) == []
+    assert [n for n, targets in found.items() if any(late for _, late in targets)] == []
+
+
+def test_a_circle_is_seen(structure):
+    assert structure.circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert structure.circles({"a": {"b"}, "b": set()}) == []
+
+
+def test_every_second_phase_is_in_the_registry():
+    assert set(SECOND_PHASES) == set(SECOND)
+
+
+def test_files_are_short():
+    long = {
+        str(path.relative_to(ROOT)): count
+        for folder in ("twophase_ext", "python", "tests", "bench", "csrc")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
+        and (count := len(path.read_text().splitlines())) > 400
+    }
+    assert long == {}
