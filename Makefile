@@ -80,7 +80,7 @@ $(STAMPS)/torch: constraints.txt | $(STAMPS)/venv
 	touch $@
 
 $(STAMPS)/package: $(STAMPS)/torch $(SOURCES)
-	$(PIP) install -c constraints.txt -e .
+	$(PIP) install -c constraints.txt -e ".[cli]"
 	touch $@
 
 $(STAMPS)/test: | $(STAMPS)/torch  # lightning asks for a torch: this one

@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 from pathlib import Path
 
 import pytest
 
 import twophase_ext
+from twophase_ext._sources import digest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(twophase_ext.__file__).resolve().parent
@@ -169,3 +171,40 @@ def test_import_needs_torch_and_numpy_alone(tmp_path):
     assert result.returncode == 0, result.stderr
     declared = {"rich", "jsonargparse", "pooch", "sklearn", "scipy", "yaml", "matplotlib"}
     assert declared.isdisjoint(result.stdout.split())
+
+
+def test_a_source_distribution_has_what_it_is_built_from(tmp_path):
+    (tmp_path / "egg").mkdir()
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path / "egg"]
+    result = run([*command, "sdist", "--dist-dir", tmp_path], cwd=ROOT, env=environment())
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path / "out", filter="data")
+    (folder,) = (tmp_path / "out").iterdir()
+    assert digest(folder) == digest(ROOT) != ""
+    for name in ("LICENSE", "README.md", "setup.py", "pyproject.toml", "CMakeLists.txt"):
+        assert (folder / name).read_bytes() == (ROOT / name).read_bytes()
+    for source in ("twophase_ext", "python/twophase"):
+        theirs, ours = (
+            {
+                p.relative_to(root)
+                for p in (root / source).rglob("*")
+                if p.suffix in (".py", ".html")
+            }
+            for root in (folder, ROOT)
+        )
+        assert theirs == ours
+
+
+def test_the_command_says_what_is_missing(tmp_path):
+    code = (
+        "import sys; sys.modules['jsonargparse'] = None; from twophase.console import main; main()"
+    )
+    path = os.pathsep.join(p for p in sys.path if p)
+    result = run([sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=path))
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        "twophase: the command line needs jsonargparse, which is not installed: "
+        'pip install ".[cli]"'
+    )
