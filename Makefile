@@ -51,7 +51,7 @@ format: $(STAMPS)/venv $(STAMPS)/lint
 # instrumented: the runtimes are preloaded, and its own leaks at exit are not reported. The threaded
 # ones run under ThreadSanitizer in a program without Python.
 sanitize: $(STAMPS)/torch $(STAMPS)/test
-	$(PIP) install --quiet "setuptools>=68" "pybind11>=2.12" ninja "cmake>=3.24"
+	$(PIP) install --quiet "setuptools>=77" "pybind11>=2.12" ninja "cmake>=3.24"
 	TWOPHASE_SANITIZE=address,undefined TWOPHASE_CUDA=OFF PATH="$(abspath $(BIN)):$$PATH" \
 	  $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	export LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
