@@ -1,6 +1,7 @@
 """Wrappers, captured weights, precisions and sizes that make a claim one about another function."""
 
 import copy
+import functools
 import io
 from contextlib import redirect_stdout
 
@@ -42,8 +43,29 @@ def test_a_wrapper_that_changes_the_input_is_run(wrap):
 def test_hooks_on_a_wrapper_are_refused():
     model = nn.DataParallel(Net())
     model.register_forward_pre_hook(lambda _, a: (a[0] * 0,))
-    with pytest.raises(ValueError, match="the wrapper DataParallel: it has hooks"):
+    with pytest.raises(
+        ValueError, match="the wrapper DataParallel is not a call of what it wraps: it has hooks"
+    ):
         tp.verify_expressivity(model, X)
+
+
+def _compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("name", ["forward", "_call_impl", "__call__"])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, _compiled])
+def test_a_forward_replaced_on_a_wrapper_is_refused(wrap, name):
+    model = wrap(Net())
+    own = getattr(model, name)
+    setattr(model, name, functools.wraps(own)(lambda x: own(x * 0)))
+    for call in (
+        lambda: tp.verify_expressivity(model, X),
+        lambda: tp.ntk_rank(model, X),
+        lambda: quiet(model).fit((X, torch.arange(8) % 2)),
+    ):
+        with pytest.raises(ValueError, match=r"the wrapper .* its forward has been replaced"):
+            call()
 
 
 def test_a_witness_has_the_names_of_the_model_as_given():

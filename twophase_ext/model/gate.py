@@ -5,6 +5,7 @@ calling it. That is the model's own function only where nothing stands between t
 replaced forward, no parametrization, no tensor that redefines arithmetic, no other reader.
 """
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from .probing import compiled_wrapper
 
 _LINEAR_FORWARD, _CALL = nn.Linear.forward, nn.Module.__call__
 _CALL_IMPL = nn.Module._call_impl
@@ -52,6 +55,20 @@ def intercepted(module: nn.Module) -> str:
         if type(parameter) not in (nn.Parameter, Tensor):
             return f"its {name} is a {type(parameter).__name__}, not a plain tensor"
     return ""
+
+
+def wrapper_intercepted(wrapper: nn.Module) -> str:
+    """Why a call of torch's wrapper may not be a call of what it wraps; "" where it is."""
+    if not compiled_wrapper(wrapper):
+        return intercepted(wrapper)
+    if any(name in vars(wrapper) for name in ("_call_impl", "__call__")):
+        return "its forward has been replaced"
+    for name in ("forward", "_forward"):  # set on the instance by torch.compile itself
+        function = getattr(vars(wrapper).get(name), "__func__", vars(wrapper).get(name))
+        home = getattr(getattr(function, "__code__", None), "co_filename", "")
+        if function is not None and home != sys.modules[type(wrapper).__module__].__file__:
+            return "its forward has been replaced"
+    return hooked(wrapper)
 
 
 def is_affine(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..core.names import canonical_name
 from . import layers
-from .gate import hooked
+from .gate import wrapper_intercepted
 from .probing import require_pure, wraps
 
 
@@ -29,8 +29,11 @@ class Network:
         self.model = model
         wrapper = model
         while wraps(wrapper):
-            if why := hooked(wrapper):
-                raise ValueError(f"model: the wrapper {type(wrapper).__name__}: {why}; remove them")
+            if why := wrapper_intercepted(wrapper):
+                raise ValueError(
+                    f"model: the wrapper {type(wrapper).__name__} is not a call of what it wraps: "
+                    f"{why}; remove that, or give the model itself"
+                )
             wrapper = next(iter(wrapper.children()))
         require_pure(model, example)
         self.last = layers.find_last_layer(model, example, last_layer)

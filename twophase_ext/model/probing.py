@@ -60,15 +60,16 @@ def unwrap(model: nn.Module) -> nn.Module:
 def wraps(model: nn.Module) -> bool:
     """Whether it is torch's own wrapper; a subclass may do anything with what it wraps."""
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return type(model) in parallel or _compiled_wrapper(model)
+    return type(model) in parallel or compiled_wrapper(model)
 
 
 def compiled(model: nn.Module) -> bool:
     """Whether the model, or a part of it, runs code that torch.compile made of it."""
-    return any(_compiled_wrapper(m) or m._compiled_call_impl is not None for m in model.modules())
+    return any(compiled_wrapper(m) or m._compiled_call_impl is not None for m in model.modules())
 
 
-def _compiled_wrapper(model: nn.Module) -> bool:
+def compiled_wrapper(model: nn.Module) -> bool:
+    """Whether it is what torch.compile made around a module."""
     kind = type(model)
     return f"{kind.__module__}.{kind.__name__}" == _COMPILED
 
