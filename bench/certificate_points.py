@@ -162,7 +162,6 @@ def point_numpy(path: Path, n: int) -> dict[str, Any]:
             stages=Stages(False, None),
             constants={},
             assumptions=[],
-            key="",
         )
 
     by_gram, gram_cost = timed(gram)

@@ -133,7 +133,6 @@ def run_point(kind: str, path: Path) -> None:
         stages=Stages(False, None),
         constants={},
         assumptions=[],
-        key="",
         gram=proof,
     )
     exact = {k: fields[k] for k in ("status", "sigma_min_lower", "logabsdet_lower", "margin")}

@@ -169,7 +169,7 @@ def test_a_wide_layer_and_its_exact_function():
     single = certify_gram(source, panel=11, scale_rows=False)
     assert proof.proved and proof.ell == pytest.approx(single.ell, rel=1e-6)
     common = {"factorization": "gram", "folder": None, "stages": Stages(False, None)}
-    common |= {"assumptions": [], "key": "", "constants": {}}
+    common |= {"assumptions": [], "constants": {}}
     fields = certify_matrix(source, 1e-6, gram=proof, **common)
     assert fields["status"] == "proved" and fields["constants"]["gram"]["storage"] == proof.storage
     assert fields["sigma_min_lower"] == pytest.approx(math.sqrt(proof.ell) - 1e-6, abs=1e-9)

@@ -100,14 +100,6 @@ def test_training_goes_on_where_the_verification_raises(monkeypatch):
             assert "IndexError: a rule's own" in result.verdict.reason
 
 
-def test_a_folder_of_another_problem_is_still_an_error(tmp_path):
-    tp.verify_expressivity(toy_mlp(), X, method="certificate", folder=tmp_path)
-    with pytest.raises((ValueError, RuntimeError)):
-        tp.verify_expressivity(
-            toy_mlp(seed=3), X, method="certificate", factorization="gram", folder=tmp_path
-        )
-
-
 def test_what_fits_nowhere_is_refused_before_the_first_step(monkeypatch):
     calls = []
 

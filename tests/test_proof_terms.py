@@ -37,7 +37,6 @@ def certify(source, spread, factorization="gram"):
         stages=Stages(False, None),
         constants={},
         assumptions=[],
-        key="",
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.hashing import tensors_hash
 from ..core.memory import available_memory
 from ..linalg.bounds import SLACK, UNDERFLOW, UNIT_ROUNDOFF, below, bound_text, minus
 from ..linalg.certificate import certify_gram
@@ -70,6 +71,11 @@ class WideSource:
             )
         return out
 
+    def content(self) -> str:
+        """A hash of what every entry is computed from: what tiles on disk belong to."""
+        tensors = {"z": self.z, "weight": self.weight, "bias": self.bias}
+        return f"{tensors_hash(tensors)} {self.beta!r} {self.ones}"
+
     def block(self, i0: int, i1: int, j0: int, j1: int) -> Tensor:
         """Rows i0..i1, columns j0..j1: what linalg's `certify_distributed` asks for."""
         return replace(self, z=self.z[i0:i1]).panel(j0, j1)
@@ -84,7 +90,6 @@ def certify_witness(
     factorization: str,
     seed: int,
     folder: Path | None,
-    key: str,
     stages: Stages,
 ) -> dict[str, Any]:
     """Verdict fields for a witness: kinks at samples (triangular), else spread kinks (Gram)."""
@@ -160,7 +165,6 @@ def certify_witness(
         stages=stages,
         constants=constants,
         assumptions=found.assumptions,
-        key=key,
     )
     if dense["status"] == "proved":
         _load_witness(problem, weight, bias)
@@ -175,7 +179,7 @@ def certify_witness(
 
 
 def certify_given(
-    problem: Problem, *, factorization: str, folder: Path | None, key: str, stages: Stages
+    problem: Problem, *, factorization: str, folder: Path | None, stages: Stages
 ) -> dict[str, Any]:
     """Verdict fields for the weights that the problem holds (w = "current" or "init")."""
     constants: dict[str, Any] = {}
@@ -203,7 +207,6 @@ def certify_given(
         stages=stages,
         constants=constants,
         assumptions=found.assumptions,
-        key=key,
     )
 
 
@@ -216,7 +219,6 @@ def certify_matrix(
     stages: Stages,
     constants: dict[str, Any],
     assumptions: list[str],
-    key: str,
     gram: GramCertificate | None = None,
 ) -> dict[str, Any]:
     """Verdict fields for M from a source: Gram + Cholesky, preconditioned where that is too weak.
@@ -233,7 +235,11 @@ def certify_matrix(
         scale = None if isinstance(source, MatrixSource) else False
         try:
             if gram is None:
-                gram = certify_gram(source, folder=folder, key=key, scale_rows=scale, stages=stages)
+                # the matrix itself says whose the tiles in a folder are, whatever made it
+                key = "" if folder is None else source.content()
+                gram = certify_gram(
+                    source, folder=folder, key=key, resume="own", scale_rows=scale, stages=stages
+                )
         except Exception as failed:
             tried.append(f"gram: {failure(failed, folder)}")
         else:

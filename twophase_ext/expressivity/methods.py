@@ -41,7 +41,6 @@ class Attempt:
     factorization: str
     folder: Path | None
     stages: Stages
-    key: str  # of the tile file: data, hidden layers, weights asked for
     training: bool
 
     def __post_init__(self) -> None:
@@ -104,7 +103,6 @@ class Attempt:
         arguments: dict[str, Any] = {
             "factorization": self.factorization,
             "folder": self.folder,
-            "key": self.key,
             "stages": self.stages,
         }
         fields: dict[str, Any] = {"method": "certificate"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.arguments import integer
 from ..core.environment import environment
-from ..core.hashing import describe_model, hash_hidden_layers, hash_tensors
+from ..core.hashing import hash_hidden_layers, hash_tensors
 from ..core.messages import first_line
 from ..core.names import canonical_name
 from ..linalg.progress import Stages
@@ -182,7 +182,6 @@ def verify_samples(
             "tp.nn.widen(model, n) adds a wide enough layer",
         )
     culprits = identical_rows(torch.cat([x.cpu().flatten(1) for x in inputs]))
-    key = " ".join([*common["hashes"].values(), w, str(seed), str(ones)])
     try:  # the model is copied, run, and may be initialised anew
         problem = Problem(network, inputs, n, ones)
         if culprits:
@@ -197,9 +196,8 @@ def verify_samples(
                 explanation=_named(culprits, "have identical inputs"),
                 assumptions=list(IDENTICAL_INPUTS),
             )
-        key += f" {describe_model(problem.source)}"
         names = {canonical_name(name): name for name in network.model.state_dict()}
-        attempt = Attempt(problem, w, seed, factorization, folder, stages, key, training)
+        attempt = Attempt(problem, w, seed, factorization, folder, stages, training)
         found = getattr(attempt, method)()
         if found.get("witness"):  # under the names of the model as it was given, wrapped or not
             found["witness"] = {

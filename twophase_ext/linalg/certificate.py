@@ -16,7 +16,7 @@ def certify_gram(
     *,
     folder: Path | None = None,
     key: str = "",
-    resume: bool = True,
+    resume: bool | str = True,
     shift: float | None = None,
     scale_rows: bool | None = None,
     memory: int | None = None,
@@ -31,7 +31,7 @@ def certify_gram(
 
     folder: an existing one; the tiles then go to the file tiles.bin in it (they stay there) and a
     run that was killed goes on where it stopped. key identifies M: a folder of another key, size or
-    setting is refused. resume=False starts anew.
+    setting is refused. resume=False starts anew, resume="own" only in a folder of another key.
     shift: s, tried alone; by default from subsamples, lowered after a failure (shift.py).
     scale_rows: rows by powers of two; None looks at their sizes in one more pass over the columns,
     False leaves that away. memory, tile, panel: `plan`; passes: `gram_tiles.accumulate`.

@@ -119,7 +119,7 @@ class GramRun:
         sizes: Plan,
         folder: Path | None,
         key: str,
-        resume: bool,
+        resume: bool | str,
         scale_rows: bool | None,
         shift: float | None,
         stages: Stages,

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..core.hashing import tensors_hash
 from .bounds import SLACK, exponents_of, gamma
 from .journal import RecordedTiles
 from .progress import Stage
@@ -57,6 +58,10 @@ class MatrixSource:
     def panel(self, start: int, end: int) -> Tensor:
         """Columns start..end-1 in float64."""
         return self._matrix[:, start:end].double()
+
+    def content(self) -> str:
+        """A hash of every entry: what tiles on disk belong to."""
+        return tensors_hash({"matrix": self._matrix})
 
 
 def e_G(trace: float, columns: int, panel: int) -> float:

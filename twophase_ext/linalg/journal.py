@@ -22,10 +22,11 @@ START = b'["header", '
 
 
 class Journal:
-    """Lines of one computation; a file of another one is refused."""
+    """Lines of one computation; a file of another one is refused, or begun anew."""
 
-    def __init__(self, path: Path, header: dict[str, Any], resume: bool) -> None:
-        """header: plain JSON that identifies the computation; resume=False starts anew.
+    def __init__(self, path: Path, header: dict[str, Any], resume: bool | str) -> None:
+        """header: plain JSON that identifies the computation; resume=False starts anew, "own" where
+        the file is another computation's.
 
         Raises ValueError where `path` belongs to another header, RuntimeError where another
         process uses it.
@@ -36,7 +37,7 @@ class Journal:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise RuntimeError(f"{path}: another process computes in this folder") from error
-            self.records = self._load(path, header) if resume else []
+            self.records = self._load(path, header, resume == "own") if resume else []
         except BaseException:
             os.close(self._file)
             raise
@@ -44,7 +45,7 @@ class Journal:
             os.ftruncate(self._file, 0)
             self.add("header", header)
 
-    def _load(self, path: Path, header: dict[str, Any]) -> list[list[Any]]:
+    def _load(self, path: Path, header: dict[str, Any], anew: bool) -> list[list[Any]]:
         records: list[list[Any]] = []
         good = 0
         lines = path.read_bytes().splitlines(keepends=True)
@@ -58,6 +59,8 @@ class Journal:
         if not torn and (not records or records[0][0] != "header"):
             raise ValueError(f"folder: {path} is damaged or no journal; remove it to start anew")
         if records and records[0] != ["header", header]:
+            if anew:
+                return []
             other = records[0][1]
             differ = [name for name in header if other.get(name) != header[name]]
             raise ValueError(
