@@ -128,6 +128,15 @@ def test_compiled_code_is_run_as_it_is_compiled():
         assert verdict.status == "proved", str(verdict)
 
 
+def test_compiled_code_is_compared_under_a_last_layer_that_hides_nothing():
+    model = Net(before=lambda m, z: z * 0 if torch.compiler.is_compiling() else z)
+    nn.init.zeros_(model.last.weight)
+    nn.init.zeros_(model.last.bias)
+    for way in WAYS:
+        verdict = tp.verify_expressivity(torch.compile(model, backend="eager"), X, **way)
+        assert verdict.status == "undecided" and "torch.compile" in verdict.reason, str(verdict)
+
+
 def test_the_output_in_the_owners_precision_counts():
     model = Net(after=lambda m, out: out * 0 if out.dtype is torch.float32 else out)
     for way in WAYS:

@@ -67,6 +67,46 @@ def only(sizes):
     return lambda m, h: h * 0.5 if len(h) in sizes else h
 
 
+def zero_head(model):
+    nn.init.zeros_(model.c.weight)
+    nn.init.zeros_(model.c.bias)
+    return model
+
+
+def test_a_last_layer_of_zeros_hides_nothing():
+    data = toy_data(12)
+    for kind in ("normalised over the batch", "always random", "by position"):
+        with pytest.raises(ValueError, match="model: its features are not fixed"):
+            tp.FeatureCache(zero_head(net(KINDS[kind])).eval(), data)
+    assert tp.FeatureCache(zero_head(net(lambda m, h: h)).eval(), data).mode == "hidden"
+    other = zero_head(net(lambda m, h: h * 0.5 if torch.compiler.is_compiling() else h))
+    settings = {"batch_size": 4, "second_phase": "gd"}
+    result = quiet(torch.compile(other, backend="eager"), **settings).fit(data)
+    assert features_premise(result)[0] == "failed"
+    other = zero_head(net(lambda m, h: h * 0.5 if torch.compiler.is_compiling() else h))
+    other.compile(backend="eager")
+    assert features_premise(quiet(other, **settings).fit(data))[0] == "failed"
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_gates_that_open_in_the_first_phase(cache):
+    """ReZero: at the start the branch is not there."""
+    model = net(lambda m, h: h + m.gate * (h - h.mean(0)))
+    model.gate = nn.Parameter(torch.zeros(()))
+
+    class Open(tp.Callback):
+        def on_epoch_end(self, run, record):
+            if record["epoch"] == 0:
+                with torch.no_grad():
+                    model.gate.fill_(0.5)
+
+    settings = {"feature_cache": cache, "batch_size": 4, "second_phase": "gd"}
+    result = quiet(model, callbacks=[Open()], **settings).fit(toy_data(12))
+    status, evidence = features_premise(result)
+    assert status == "failed" and "another batch: apart by" in evidence
+    assert not result.guarantee.curve
+
+
 OF_SIZES = {  # n, batch_size, accumulate, size
     "the last batch": (11, 4, 1, 3),
     "a last batch of one": (13, 4, 1, 1),

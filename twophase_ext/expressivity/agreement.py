@@ -22,7 +22,7 @@ from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
 from ..linalg.norms import frobenius_upper, norm_upper
 from ..linalg.progress import Stage
 from ..model.holding import trainable
-from ..model.probing import State, compiled, cuda_devices, rows_into
+from ..model.probing import State, compiled, cuda_devices, drawn, rows_into
 from .bounded import Disagrees
 from .problem import Problem
 
@@ -146,7 +146,7 @@ def require_free_wide_layer(problem: Problem, stage: Stage | None = None) -> Non
     """
     assert problem.wide is not None
     for scale in SCALES:
-        with _drawn(list(problem.wide.parameters()), scale):
+        with drawn(list(problem.wide.parameters()), scale):
             _require_copy(problem, Reference(problem), stage)
     require_agreement(problem, Reference(problem), stage)
 
@@ -291,13 +291,31 @@ def _compare_own(
     outputs = F.linear(seen.h, last.weight, last.bias).double()
     _require_close("its output", seen.output, outputs, relative * sizes, index, what)
     if compiled(problem.network.model):
-        x = problem.rows(index)
+        _compare_compiled(problem, last, seen, index, relative)
+    _compare_features(expected, seen, index, relative, what)
+
+
+def _compare_compiled(
+    problem: Problem, last: nn.Linear, seen: _Seen, index: Tensor, relative: float
+) -> None:
+    """The model as torch.compile compiled it, under weights of the last layer that hide nothing."""
+    dtype = problem.dtype
+    x = problem.rows(index)
+    with drawn(list(last.parameters(recurse=False)), 1.0):
         try:
             output = problem.network.model(x.to(dtype) if x.is_floating_point() else x)
         except Exception as error:
             raise Disagrees(f"the compiled model does not run ({type_and_line(error)})") from error
-        what = f"the model as torch.compile compiled it ({dtype})"
-        _require_close("its output", output, outputs, relative * sizes, index, what)
+        outputs = F.linear(seen.h, last.weight, last.bias).double()
+        shift = 0.0 if last.bias is None else frobenius_upper(last.bias.double())
+        sizes = frobenius_upper(last.weight.double()) * seen.h.double().norm(dim=1) + shift
+    what = f"the model as torch.compile compiled it ({dtype})"
+    _require_close("its output", output, outputs, relative * sizes, index, what)
+
+
+def _compare_features(
+    expected: Expected, seen: _Seen, index: Tensor, relative: float, what: str
+) -> None:
     for name, value, given in (
         ("the wide layer's input", expected.z, seen.z),
         ("h", expected.h, seen.h),
@@ -351,7 +369,7 @@ def _generators() -> list[bytes]:
 @contextmanager
 def _other_last_layer(problem: Problem) -> Iterator[None]:
     """Weights of the last layer at which nothing that follows it can hide."""
-    with _drawn([p for p in problem.last.parameters()], 1.0):
+    with drawn([p for p in problem.last.parameters()], 1.0):
         yield
 
 
@@ -364,20 +382,5 @@ def _moved(problem: Problem, noise: float) -> Iterator[None]:
         for name, p in module.named_parameters(recurse=False)
         if trainable(module, name)
     ]
-    with _drawn(free, noise, keep=True):
+    with drawn(free, noise, keep=True):
         yield
-
-
-@contextmanager
-def _drawn(parameters: list[nn.Parameter], scale: float, *, keep: bool = False) -> Iterator[None]:
-    own = [p.detach().clone() for p in parameters]
-    generator = torch.Generator("cpu").manual_seed(1)
-    for p, value in zip(parameters, own, strict=True):
-        size = value.abs().mean() if bool(value.any()) else value.new_tensor(1.0)
-        drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu")
-        p.data.copy_((value if keep else 0) + scale * size * drawn.to(p.device))
-    try:
-        yield
-    finally:
-        for p, value in zip(parameters, own, strict=True):
-            p.data.copy_(value)

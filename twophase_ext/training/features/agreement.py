@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...core.messages import first_line
 from ...model.network import Network
-from ...model.probing import State, compiled, eager, untouched
+from ...model.probing import State, compiled, drawn, eager, untouched
 from ..batchnorm import batch_bounds
 from ..data.samples import BATCH, Samples
 from ..distributed.ranks import Ranks
@@ -79,7 +79,7 @@ def agreement(
     sizes = _other_sizes(network, samples.n, batch_size, accumulate)
     held = -(-batch_size // accumulate)
     first: list[_Block] = []  # of max(sizes) samples
-    with untouched(network.model), _state_kept(network.model):
+    with _other_last_layer(network), untouched(network.model), _state_kept(network.model):
         for number, (start, end) in enumerate(samples.batches(BATCH)):
             index = torch.arange(start, end, device="cpu")
             x, _ = samples.fetch(index, augmented=False)
@@ -116,26 +116,28 @@ def agreement(
 
 @torch.no_grad()
 def cache_disagreement(features: Features, network: Network, batch_size: int) -> str | None:
-    """Evidence where the user's own model, on regrouped inputs, gives other outputs than the cache.
+    """Evidence where the user's own model, on regrouped inputs, gives other h than the cache, or
+    other outputs than the last layer's.
 
     The model is in evaluation mode.
     """
     done = 0
-    with untouched(network.model):
+    with _other_last_layer(network), untouched(network.model):
         for x, h in features.beside_inputs():
-            expected = network.logits(h)
             index = torch.arange(done, done + len(x), device="cpu")
-            for part in _parts(len(x), batch_size):
-                try:
-                    with eager(), torch.set_grad_enabled(len(part) <= batch_size):
-                        outputs = network.model(x[part])
-                except Exception as error:  # whatever the user's own forward pass raises
-                    return _does_not_run(index[part], error)
-                block = _Block(index[part], x[part], h[part], outputs)
-                if found := _outputs_apart(network, block, expected[part]):
-                    return found
+            block = _Block(index, x, h, network.logits(h))
+            found = _regrouped(network, block, _parts(len(x), batch_size), batch_size)
+            if found := found or _compiled_apart(network, block):
+                return found
             done += len(x)
     return None
+
+
+@contextmanager
+def _other_last_layer(network: Network) -> Iterator[None]:
+    """Weights of the last layer at which nothing that follows it can hide (its own may be 0)."""
+    with drawn(list(network.last.module.parameters(recurse=False)), 1.0):
+        yield
 
 
 def _run(network: Network, x: Tensor) -> tuple[Tensor, Any]:

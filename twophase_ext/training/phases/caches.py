@@ -2,7 +2,7 @@
 
 import warnings
 
-from ..features.agreement import cache_disagreement
+from ..features.agreement import agreement, cache_disagreement
 from ..features.cache import Features, smaller_mode
 from ..run import Run
 from ..steps.sharded import cached
@@ -17,7 +17,8 @@ def fill(run: Run) -> None:
     if run.unfixed:
         run.state.cache_mode = "none"
     _fill(run)
-    if run.state.cache_mode == "none" or run.context.config.second_phase == "lazy":
+    known = run.state.cache_mode == "none" and run.unfixed
+    if run.context.config.second_phase == "lazy" or known:
         return
     evidence = run.unfixed or _compare(run)
     if evidence is None:
@@ -30,22 +31,31 @@ def fill(run: Run) -> None:
 
 
 def _compare(run: Run) -> str | None:
-    """`cache_disagreement` of the training samples; known of branches with the same features."""
+    """`cache_disagreement` of the training samples; known of branches with the same features.
+
+    Where nothing is cached, the comparison from before the first step again: what was zero then
+    (a gate, a scale) may be another number now.
+    """
     key = (run.state.hidden_hash, f"compared {run.state.cache_mode}")
     shared = {} if run.shared is None else run.shared
-    features = run.train_features
+    features, context, config = run.train_features, run.context, run.context.config
     # rounded features and copies are no claim; on several ranks no process has all columns
-    other = (
-        run.state.cache_mode == "hidden-bfloat16" or run.context.config.augment_copies is not None
-    )
-    if other or run.context.ranks.size > 1 or features is None:
+    other = run.state.cache_mode == "hidden-bfloat16" or config.augment_copies is not None
+    if other or context.ranks.size > 1 or features is None:
         return None
-    if key not in shared:
-        with run.timed("features"):
-            shared[key] = cache_disagreement(
-                features, run.context.network, run.context.config.batch_size
-            )
-    return shared[key]
+    if key in shared:
+        return shared[key]
+    with run.timed("features"):
+        if features.mode != "none":
+            found = cache_disagreement(features, context.network, config.batch_size)
+        elif config.batch_norm == "batch" or context.train.random:
+            found = None  # nothing is claimed of these
+        else:
+            found = agreement(
+                context.network, context.train, config.batch_size, accumulate=config.accumulate
+            ).evidence
+    shared[key] = found
+    return found
 
 
 def _fill(run: Run) -> None:
