@@ -4,7 +4,9 @@ import copy
 import functools
 import io
 from contextlib import redirect_stdout
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -158,6 +160,57 @@ def test_a_module_in_a_plain_list_is_refused_and_comes_back():
         with pytest.raises(ValueError, match="model: its forward pass changes a tensor"):
             call()
         assert not model.norms[0].running_mean.any() and model.norms[0].num_batches_tracked == 0
+
+
+def _sparse():
+    model = Net(before=lambda m, z: torch.sparse.mm(m.adjacency.to(z.dtype), z.T).T)
+    model.register_buffer("adjacency", torch.eye(4).to_sparse())
+    return model
+
+
+def _meta():
+    model = Net()
+    model.unused = nn.Linear(3, 3, device="meta")
+    return model
+
+
+def _inference():
+    def frozen(model, z):
+        with torch.inference_mode():
+            part = z * 2
+        return part.clone() + z
+
+    return Net(before=frozen)
+
+
+def _beta(value):
+    model = Net()
+    model.act.beta = value
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "trains"),
+    [
+        (_sparse, True),
+        (_meta, False),
+        (_inference, True),
+        (lambda: _beta(10), True),
+        (lambda: _beta(np.float32(10)), True),
+        (lambda: _beta(Fraction(10)), True),
+    ],
+    ids=["sparse buffer", "meta module", "inference mode inside", "int", "float32", "fraction"],
+)
+def test_odd_but_valid_models(build, trains):
+    plain = tp.verify_expressivity(Net(), X, w="current", method="svd")
+    verdict = tp.verify_expressivity(build(), X, w="current", method="svd")
+    assert verdict.status == plain.status, str(verdict)
+    y = torch.arange(8) % 2
+    if trains:
+        assert quiet(build()).fit((X, y)).status == "completed"
+    else:
+        with pytest.raises(ValueError, match="expected all parameters on one device"):
+            quiet(build()).fit((X, y))
 
 
 def test_large_batches_count():

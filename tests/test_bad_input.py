@@ -258,3 +258,19 @@ def test_weights_that_share_memory_with_themselves():
     for call in (lambda: _verify(model), lambda: quiet(model).fit(toy_data())):
         with pytest.raises(ValueError, match=r"share memory \(expand\)"):
             call()
+
+
+def test_parameters_of_several_types():
+    x, y = toy_data()
+    model = nn.Sequential(nn.Linear(5, 70, dtype=torch.bfloat16), nn.Softplus(), nn.Linear(70, 3))
+    for call in (
+        lambda: _verify(model),
+        lambda: tp.ntk_rank(model, x),
+        lambda: tp.check_assumptions(model, x, loss="cross_entropy"),
+        lambda: tp.FeatureCache(model.eval(), (x, y)),
+    ):
+        with pytest.raises(ValueError, match=r"^model: .* one floating-point type, got"):
+            call()
+    integers = toy_mlp()
+    integers.register_parameter("seen", nn.Parameter(torch.zeros(2, dtype=torch.int64), False))
+    assert _verify(integers).status == _verify(toy_mlp()).status

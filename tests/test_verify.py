@@ -184,7 +184,9 @@ def test_too_little_memory_is_undecided(monkeypatch):
 
 def test_a_model_without_parameters():
     for check in (tp.verify_expressivity, tp.check_assumptions):
-        with pytest.raises(ValueError, match="model: has no parameters"):
+        with pytest.raises(
+            ValueError, match="model: expected floating-point parameters, found none"
+        ):
             check(nn.ReLU(), toy_data(9)[0])
 
 

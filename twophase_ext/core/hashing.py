@@ -11,8 +11,13 @@ from torch import Tensor, nn
 def flat(tensor: Tensor) -> Tensor:
     """The tensor's elements in their order on the CPU: one dimension, stride 1.
 
-    reshape(-1) leaves a single element its stride, whatever that is.
+    reshape(-1) leaves a single element its stride, whatever that is. A sparse tensor is made dense;
+    one of the meta device has no elements.
     """
+    if tensor.is_meta:
+        return torch.empty(0, dtype=tensor.dtype, device="cpu")
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
     whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return whole.as_strided((whole.numel(),), (1,))
 
@@ -34,7 +39,7 @@ def hash_tensors(tensors: list[Tensor]) -> str:
     for k, part in enumerate(tensors):
         if k == 0:
             digest.update(repr(tuple(part.shape[1:])).encode())
-        digest.update((part.detach().cpu().double() + 0.0).contiguous().numpy().data)
+        digest.update((flat(part).double() + 0.0).numpy().data)
     return digest.hexdigest()
 
 
@@ -86,7 +91,7 @@ def hash_hidden_layers(model: nn.Module, state: dict[str, Tensor], last_layer: s
     """SHA-256 of the architecture, the last layer's name and the hidden layers' state."""
     digest = hashlib.sha256(f"{model}\n{last_layer}\n".encode())
     for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
+        value = state[name]
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
+        digest.update(flat(value).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -18,6 +18,7 @@ from ..core.seeds import stream_seed
 from ..linalg.progress import Stage
 from ..model.gate import Narrowed, Readers, overlap
 from ..model.holding import trainable
+from ..model.inputs import first_parameter
 from ..model.layers import wide_chain
 from ..model.network import Network
 from ..model.probing import copy_model, eager, input_of, rows_into, untouched, unwrap
@@ -52,7 +53,7 @@ class Problem:
         """Copy the model; Unbounded where that fails, or where the copy does not run in float64."""
         self.source = unwrap(self.network.model)
         self._names = {module: name for name, module in self.source.named_modules()}
-        self.dtype = next(self.source.parameters()).dtype
+        self.dtype = first_parameter(self.source).dtype
         try:
             self.model = copy_model(self.source).double().eval()
         except Exception as error:  # whatever a user's tensors raise

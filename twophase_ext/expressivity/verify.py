@@ -214,7 +214,7 @@ def verify_samples(
 def _narrower_than_told(network: Network, inputs: list[Tensor]) -> str:
     """Why the rows of h are not the m_H numbers that two samples gave; "" where they are."""
     x, source = inputs[0], unwrap(network.model)
-    parameter = next(source.parameters())
+    parameter = first_parameter(source)
     x = x.to(parameter.dtype) if x.is_floating_point() else x
     try:
         with untouched(source), eager():

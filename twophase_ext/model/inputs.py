@@ -21,11 +21,22 @@ def checked_inputs(x: Any) -> Tensor:
 
 
 def first_parameter(model: nn.Module) -> nn.Parameter:
-    """A parameter that tells the model's device and dtype; ValueError where there is none."""
+    """A floating-point parameter, which tells the model's device and dtype.
+
+    ValueError where there is none, or where they are of several types: what such a model is fed,
+    and how far it rounds, cannot be told from its parameters.
+    """
     require_module(model)
-    for parameter in model.parameters():
-        return parameter
-    raise ValueError("model: has no parameters")
+    found = [p for p in model.parameters() if p.is_floating_point()]
+    if not found:
+        raise ValueError("model: expected floating-point parameters, found none")
+    kinds = sorted({str(p.dtype) for p in found})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"model: expected parameters of one floating-point type, got {', '.join(kinds)}; "
+            "convert it (model.float())"
+        )
+    return found[0]
 
 
 def as_example(x: Tensor, parameter: nn.Parameter) -> Tensor:

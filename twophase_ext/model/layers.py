@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -196,9 +197,11 @@ def find_wide_layer(model: nn.Module, example_input: Tensor, last: LastLayer) ->
                 runs = sum(c.module is call.module for c in calls)
                 if runs > 1 or intercepted(call.module) or not is_affine(call.module):
                     return None
-                beta = activation.module.beta
-                assert isinstance(beta, float)
-                return WideLayer(names[call.module], call.module, names[activation.module], beta)
+                beta: object = activation.module.beta  # anything may have been assigned
+                if isinstance(beta, bool) or not isinstance(beta, Real):
+                    return None
+                activation_name = names[activation.module]
+                return WideLayer(names[call.module], call.module, activation_name, float(beta))
     return None
 
 

@@ -221,7 +221,8 @@ def eager() -> AbstractContextManager[Any]:
 
 
 def _version(value: Any) -> int:
-    return value._version if isinstance(value, Tensor) else -1
+    """-1 where none is kept."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else -1
 
 
 @contextmanager
@@ -279,8 +280,17 @@ class State:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same bits; equal numbers for kinds without bits of their own."""
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if a.dtype != b.dtype or a.is_nested != b.is_nested:
         return False
+    if not a.is_nested and a.shape != b.shape:
+        return False
+    if a.is_meta or b.is_meta:
+        return a.is_meta and b.is_meta
+    if a.is_nested or b.is_nested:
+        parts = [t.unbind() if t.is_nested else [t] for t in (a, b)]
+        return len(parts[0]) == len(parts[1]) and all(map(same_bits, *parts))
+    if a.layout is not torch.strided or b.layout is not torch.strided:
+        return a.layout is b.layout and same_bits(a.to_dense(), b.to_dense())
     if _plain(a) and _plain(b):
         one, other = (t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b))
         return torch.equal(one, other)
@@ -345,7 +355,9 @@ def unchanged(then: Tensor, version: int, now: Any, now_version: int | None = No
     """
     if not isinstance(now, Tensor) or not isinstance(then, Tensor):
         return False
-    written = (now._version if now_version is None else now_version) != version
+    written = (_version(now) if now_version is None else now_version) != version
+    if version == -1:  # of inference mode: nothing tells whether it was written
+        return False
     same = then is now or (
         then.data_ptr() == now.data_ptr()
         and then.shape == now.shape

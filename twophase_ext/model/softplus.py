@@ -42,7 +42,7 @@ class Softplus(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, as print(model) shows them."""
-        return f"beta={self.beta:g}" + (", inplace=True" if self.inplace else "")
+        return f"beta={float(self.beta):g}" + (", inplace=True" if self.inplace else "")
 
 
 def checked_beta(beta: float) -> float:

@@ -8,6 +8,7 @@ from torch import nn
 from ..core.hashing import tensors_hash
 from ..model import layers
 from ..model.holding import hold, is_held, release
+from ..model.inputs import first_parameter
 from ..model.network import Network
 from ..model.probing import require_module
 from . import batchnorm
@@ -21,7 +22,7 @@ def samples_of(model: nn.Module, source: Any, name: str) -> Samples:
     Raises ValueError or TypeError that name the argument `name`.
     """
     device = model_device(model, "auto")
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = first_parameter(model).dtype
     samples = Samples.of(source, name=name, device=device, dtype=dtype)
     check_runs(model, samples)
     return samples
