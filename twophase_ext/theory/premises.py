@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..core.messages import type_and_line
 from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, resolve_loss
 from ..model.network import Network
 from ..nn import classify
@@ -73,7 +74,12 @@ def analytic_premises(
 
     batches: inputs as the model takes them, on which `classify` runs it; whole: they are all.
     """
-    findings = classify(model, example_input=batches, whole=whole)
+    try:
+        findings = classify(model, example_input=batches, whole=whole)
+    except Exception as error:  # a rule's own: what is not judged is no reason to lose the rest
+        evidence = f"not judged: {type_and_line(error)}"
+        names = ("analytic modules", "analytic calls")
+        return [Assumption(name, UNCHECKED, evidence) for name in names]
     bad = [finding for finding in findings if finding.status != "analytic"]
     rows: dict[str, list[Assumption]] = {"analytic modules": [], "analytic calls": []}
     for finding in bad:

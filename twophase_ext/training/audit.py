@@ -1,9 +1,11 @@
 """The premise audit: what Theorem 1 asks of a run, whether it held, and the evidence."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 
+from ..core.messages import type_and_line
 from ..linalg.bounds import bound_text
 from ..theory.premises import (
     FAILED,
@@ -21,6 +23,7 @@ from .declared import problem_of
 from .state import RunState, unfixed
 
 Premise = tuple[str, str, str]
+Rule = Callable[[], list[Premise]]
 SEEN = 2  # samples on which the model is watched for kinks
 REFUTES = 1e-3  # relative rise of a custom loss's objective that float32 hardly explains
 
@@ -31,25 +34,44 @@ def premises(context: Context, state: RunState) -> list[Premise]:
     Part (i) for second_phase="gd", part (ii) for "sgd"; "base" and "none" are held against part
     (ii), the one for mini-batches. Before tau the premises of the second phase are not checked.
     """
-    network = context.network
-    first, _ = context.train.fetch(
-        torch.arange(min(context.train.n, SEEN), device="cpu"), augmented=False
-    )
-    rows = [_plain(row) for row in analytic_premises(network.model, [first])]
-    rows += [_loss(context), _plain(depth_premise(network.model, network))]
-    rows += [_plain(width_premise(network, context.train.n)), _expressivity(state)]
-    if context.config.second_phase == "none":
-        return [*rows, ("perturbation, frozen layers", FAILED, "there was no second phase")]
-    if state.hidden_hash is None:
-        return [*rows, ("second phase", UNCHECKED, "the run ended before tau")]
-    return [
-        *rows,
-        _noise(context),
-        _frozen(context, state),
-        _features(context, state),
-        _gradient(context),
-        *_steps(context, state),
+    network, second = context.network, context.config.second_phase
+    rules: list[tuple[str, Rule]] = [
+        ("analytic modules", lambda: _analytic(context)),
+        ("loss", lambda: [_loss(context)]),
+        ("depth", lambda: [_plain(depth_premise(network.model, network))]),
+        ("width", lambda: [_plain(width_premise(network, context.train.n))]),
+        ("expressivity (Assumption 1)", lambda: [_expressivity(state)]),
     ]
+    if second == "none":
+        missing = ("perturbation, frozen layers", FAILED, "there was no second phase")
+        return [*_judged(rules), missing]
+    if state.hidden_hash is None:
+        return [*_judged(rules), ("second phase", UNCHECKED, "the run ended before tau")]
+    rules += [
+        ("Gaussian noise at tau", lambda: [_noise(context)]),
+        ("hidden layers frozen", lambda: [_frozen(context, state)]),
+        ("fixed features", lambda: [_features(context, state)]),
+        ("gradient", lambda: [_gradient(context)]),
+        ("steps", lambda: _steps(context, state)),
+    ]
+    return _judged(rules)
+
+
+def _judged(rules: list[tuple[str, Rule]]) -> list[Premise]:
+    """The rules' rows; a rule's own exception is a row, not the end of a run otherwise fine."""
+    rows: list[Premise] = []
+    for name, rule in rules:
+        try:
+            rows += rule()
+        except Exception as error:  # of the model, the loss or the rule
+            rows.append((name, UNCHECKED, f"not judged: {type_and_line(error)}"))
+    return rows
+
+
+def _analytic(context: Context) -> list[Premise]:
+    seen = torch.arange(min(context.train.n, SEEN), device="cpu")
+    first, _ = context.train.fetch(seen, augmented=False)
+    return [_plain(row) for row in analytic_premises(context.network.model, [first])]
 
 
 def _plain(row: Assumption) -> Premise:
@@ -96,8 +118,7 @@ def _frozen(context: Context, state: RunState) -> Premise:
     name = "hidden layers frozen"
     if context.config.batch_norm == "batch" and batch_norms(context.network.model):
         return name, FAILED, "parameters are, but BatchNorm statistics follow the batches"
-    assert state.hidden_hash is not None
-    if state.unchanged is None:
+    if state.unchanged is None or state.hidden_hash is None:
         return name, UNCHECKED, "the run did not come to its end"
     return name, HELD, f"SHA-256 {state.hidden_hash[:12]} at tau and at the end"
 

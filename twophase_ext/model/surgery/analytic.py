@@ -222,8 +222,10 @@ def _replace_transformer_relu(path: str, layer: Any, beta: float) -> Iterator[Re
     if layer.activation is F.relu:
         layer.activation = Softplus(beta).train(layer.training)
         yield Replacement(join(path, "activation"), "F.relu", str(layer.activation), "")
-    if isinstance(layer.activation, Softplus) and hasattr(layer, "activation_relu_or_gelu"):
-        # noted at construction; it would still send eval mode to torch's fused relu kernel
+    fused = getattr(layer, "activation_relu_or_gelu", 0)
+    kinds = {1: (F.relu, nn.ReLU), 2: (F.gelu, nn.GELU)}.get(fused)
+    if kinds and not (layer.activation is kinds[0] or isinstance(layer.activation, kinds[1])):
+        # noted at construction; it would still send eval mode to torch's fused kernel
         layer.activation_relu_or_gelu = 0
 
 

@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -69,6 +70,19 @@ def _torch_softplus(module: Any) -> Judgement:
 
 def _transformer_layer(module: Any) -> Judgement:
     activation = module.activation
+    # Noted at construction: torch's fused kernel goes by it, in evaluation without gradients.
+    fused = getattr(module, "activation_relu_or_gelu", 0)
+    if fused == 1 and not (activation is F.relu or isinstance(activation, nn.ReLU)):
+        return _hard(
+            "activation_relu_or_gelu = 1, so that torch's fused kernel runs relu whatever "
+            "`activation` is; set it to 0"
+        )
+    if fused == 2 and not (activation is F.gelu or isinstance(activation, nn.GELU)):
+        return Judgement(
+            "unknown",
+            "activation_relu_or_gelu = 2, so that torch's fused kernel runs gelu whatever "
+            "`activation` is; set it to 0",
+        )
     if isinstance(activation, nn.Module):
         return _analytic("attention, affine maps and the activation listed by itself")
     name = getattr(activation, "__name__", str(activation))
@@ -169,6 +183,8 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 def is_container(module: nn.Module) -> bool:
     """Does the module only hold or chain its children, as torch's containers do?"""
+    if isinstance(module, torch.jit.ScriptModule):  # its class has no forward to look at
+        return False
     if type(module).forward is nn.Module.forward:
         return "forward" not in vars(module)  # it cannot be called
     return isinstance(module, nn.Sequential) and _is_as_written(module, nn.Sequential)

@@ -226,7 +226,10 @@ OPERATORS: dict[str, Rule] = {
 }
 
 # Their integers are sizes, offsets and random states, not functions of the real arguments.
-_INTEGERS_BESIDE = {"embedding_bag", "embedding_bag_forward_only", "cudnn_rnn", "native_dropout"}
+_INTEGERS_BESIDE = {
+    *("embedding_bag", "embedding_bag_forward_only", "native_dropout"),
+    *("cudnn_rnn", "mkldnn_rnn_layer"),  # workspaces for the backward pass
+}
 
 # What they give holds nothing of their argument but its size.
 SIZES_ONLY = {

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from twophase_ext.model.probing import cuda_devices
-
 from ...core.messages import type_and_line
+from ..probing import cuda_devices
 from .catalog import is_container, is_hooked, rule_for
 from .watch import twin_of
 

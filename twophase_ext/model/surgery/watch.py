@@ -104,7 +104,8 @@ class _Watch:
             self.settled, before = i > 0, self._state()
             drawn = _python_random()
             self.stack = [""]
-            with _Functions(self), _Operators(self):
+            # a forward may ask for the grad mode: every other run has gradients on
+            with torch.set_grad_enabled(i % 2 == 1), _Functions(self), _Operators(self):
                 self.twin(batch)
             if _python_random() != drawn:
                 self.note("(random)", RANDOM, "")
