@@ -63,7 +63,7 @@ def test_inputs_that_the_model_does_not_take():
     refused(toy_mlp(), ValueError, message, (x, y), (x[:, :4], y))
 
 
-@pytest.mark.parametrize("std", [1e-40, 1e39])
+@pytest.mark.parametrize("std", [1e-40, 1e19, 1e39])
 def test_sigma_outside_float32(std):
     refused(toy_mlp(), ValueError, "noise_std|std of", noise_std=std)
 

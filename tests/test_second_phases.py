@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 import os
 import signal
@@ -331,3 +332,26 @@ def test_no_bias_and_a_fixed_bias(monkeypatch):
 def test_wrong_settings(error, message, settings):
     with pytest.raises(error, match=message):
         quiet(toy_mlp(), **{"second_phase": "gd", **settings})
+
+
+def dead(scale):
+    """Units that are off, and a last layer without bias."""
+    model = nn.Sequential(nn.Linear(5, 80), tp.nn.Softplus(100.0), nn.Linear(80, 3, bias=False))
+    with torch.no_grad():
+        model[0].weight.mul_(scale)
+        model[0].bias.fill_(-1.0)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["gd", "sgd"])
+def test_steps_that_cannot_be_made_stop_the_run_and_lose_nothing(mode, tmp_path):
+    settings = {"second_phase": mode, "epochs": 4, "tau": 2}
+    result = quiet(dead(0.01), tmp_path, **settings).fit(toy_data())
+    assert result.status == "stopped" and len(result.history) == 2
+    assert "no step of 1 / L_H can be made" in result.guarantee.reason
+    assert "no step of 1 / L_H can be made" in str(result)
+    assert not result.guarantee.curve and result.guarantee.premises
+    saved = json.loads((tmp_path / "result.json").read_text())
+    assert saved["status"] == "stopped" and (tmp_path / "checkpoint.pt").exists()
+    again = quiet(dead(0.01), tmp_path, **settings).fit(toy_data(), resume=True)
+    assert again.status == "stopped" and same_bits(bits(again.model), bits(result.model))

@@ -23,6 +23,7 @@ SETTINGS: dict[str, type[Settings]] = {
 }
 SECOND_PHASES = ("base", "none", *SETTINGS)
 _SIGMAS = torch.finfo(torch.float32)
+_LARGEST_SIGMA = _SIGMAS.max**0.5 / 16  # sums of squares of noisy weights stay finite
 # of weights and data, and of autocast in the first phase
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "float32": (torch.float32, None),
@@ -108,10 +109,11 @@ def resolve_noise(noise_std: Any) -> float | dict[str, float]:
         given: Any = sigma
         if isinstance(sigma, bool) or not isinstance(sigma, Real):
             raise TypeError(f"noise_std: expected a number for {name}, got {sigma!r}")
-        if not _SIGMAS.tiny <= given <= _SIGMAS.max:
+        if not _SIGMAS.tiny <= given <= _LARGEST_SIGMA:
             raise ValueError(
-                f"noise_std: expected a number > 0 in float32's range for {name} (the Gaussian "
-                f"must not be degenerate), got {sigma}"
+                f"noise_std: expected a number > 0 for {name} (the Gaussian must not be "
+                f"degenerate) whose squares are in float32's range, at most {_LARGEST_SIGMA:.2g}, "
+                f"got {sigma}"
             )
     if isinstance(noise_std, dict):
         return {canonical_name(str(name)): float(sigma) for name, sigma in noise_std.items()}

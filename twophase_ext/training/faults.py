@@ -26,6 +26,10 @@ class Diverged(Exception):
         self.step, self.loss, self.samples = step, loss, samples
 
 
+class Stopped(Exception):
+    """The second phase cannot go on, for the reason given: the run ends before the step."""
+
+
 class LossWatch:
     """Remembers the losses of steps until they are looked at."""
 

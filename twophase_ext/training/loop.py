@@ -15,9 +15,9 @@ from ..model.losses import CROSS_ENTROPY
 from . import faults
 from .callbacks import call
 from .control.interrupt import Interrupt
-from .faults import Diverged
+from .faults import Diverged, Stopped
 from .persistence import runfolder
-from .phases import SECOND, FirstPhase, Phase, Stopped
+from .phases import SECOND, FirstPhase, Phase
 from .run import Run, all_finite
 from .transition import enter_second_phase
 
@@ -40,12 +40,12 @@ class Loop:
             call(run, "on_fit_start")
             context.progress.begin("training", epochs, state.epoch)
             while state.epoch < epochs:
-                phase: Phase = self.first
-                if run.phase == 2:
-                    enter_second_phase(run, self.second)
-                    phase = self.second
+                phase: Phase = self.first if run.phase == 1 else self.second
                 started = time.perf_counter()
                 try:
+                    if phase is self.second:
+                        enter_second_phase(run, self.second)
+                        started = time.perf_counter()
                     if not phase.train_epoch(interrupt):
                         run.save()
                         return "interrupted"

@@ -16,7 +16,8 @@ class Result:
     of the last layer's weight). train_loss is the mean over the epoch's batches of the loss before
     each update; train_accuracy is measured during the epoch in the first phase and at its end in
     the second; accuracies are None for losses other than cross-entropy, val_* without validation
-    data. status: "completed", "interrupted", "diverged" or "stopped" (lazy: the rank could not be
+    data. status: "completed", "interrupted", "diverged" or "stopped" (the second phase could not
+    go on: the reason is in the guarantee; lazy: the rank could not be
     shown any more). verdict: the expressivity Verdict at w^tau, or None. guarantee: a `Guarantee`,
     the premise audit and, for "gd" and "sgd", the bound of Theorem 1 beside the measured loss
     (`LazyGuarantee` for "lazy", None before its tau).

@@ -4,7 +4,7 @@ from .first import FirstPhase
 from .gradient_descent import GradientDescentPhase
 from .last_layer import LastLayer
 from .lazy import LazyPhase
-from .phase import Phase, SecondPhase, Stopped
+from .phase import Phase, SecondPhase
 from .stochastic import StochasticPhase
 
 SECOND: dict[str, type[SecondPhase]] = {
@@ -15,4 +15,4 @@ SECOND: dict[str, type[SecondPhase]] = {
     "lazy": LazyPhase,
 }
 
-__all__ = ["SECOND", "FirstPhase", "Phase", "SecondPhase", "Stopped"]
+__all__ = ["SECOND", "FirstPhase", "Phase", "SecondPhase"]

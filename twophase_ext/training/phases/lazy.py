@@ -24,10 +24,11 @@ from ..audit import fixed_premise
 from ..context import Context
 from ..control.interrupt import Interrupt
 from ..data.samples import BATCH
+from ..faults import Stopped
 from ..optimizer.groups import rate
 from ..run import Run
 from ..settings import Lazy
-from .phase import SecondPhase, Stopped
+from .phase import SecondPhase
 
 HALVINGS = 8  # of the step at one check, before the run stops
 

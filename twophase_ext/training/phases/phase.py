@@ -17,10 +17,6 @@ from ..run import Run
 from .caches import fill
 
 
-class Stopped(Exception):
-    """The phase cannot go on: the run ends here, in the state before the step."""
-
-
 class Phase:
     """Part of a run; `epoch` makes its steps. notes: what it adds to this epoch's row."""
 

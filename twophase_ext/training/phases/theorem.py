@@ -1,15 +1,19 @@
 """What "gd" and "sgd" share: w^tau kept, the constants of Theorem 1's bound, the bound itself."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ...core.messages import first_line
 from ...theory.guarantee import Guarantee, guarantee, smoothness
 from ...theory.premises import UNCHECKED
 from ..audit import premises
 from ..data.samples import BATCH
+from ..faults import Stopped
 from ..run import Run
 from ..steps.gradient import row_norms
 from .last_layer import LastLayer
@@ -50,11 +54,23 @@ class TheoremPhase(LastLayer):
             return
         with self.run.timed("smoothness"):
             norms = row_norms(self.features)
-            largest = self.smoothness()
-            if largest == 0:
-                raise ValueError("train: all features are 0 at tau, and the last layer has no bias")
+            largest = self._usable_smoothness()
             known.start = [p.detach().clone() for p in self.parameters()]
             known.norms, known.smoothness = norms, largest
+
+    def _usable_smoothness(self) -> float:
+        """L_H, where steps of 1 / L_H can be made; Stopped otherwise."""
+        dtype = self.context.network.last.module.weight.dtype
+        try:
+            largest = self.smoothness()
+        except (ValueError, OverflowError) as error:  # features that are not finite
+            raise Stopped(f"L_H cannot be computed at tau: {first_line(error)}") from error
+        if not 1 / torch.finfo(dtype).max <= largest < math.inf:
+            raise Stopped(
+                f"L_H = {largest:g} at tau: no step of 1 / L_H can be made in {dtype}; the "
+                "features are 0 or beyond its range (dead units? too much noise?)"
+            )
+        return largest
 
     def smoothness(self) -> float:
         """L_H, that of the loss as a function of the last layer's weights."""
@@ -65,6 +81,8 @@ class TheoremPhase(LastLayer):
         context, known = self.context, self.state.second
         config, layer = context.config, context.network.last.module
         found, failed = Guarantee(mode=config.second_phase), ""
+        if self.stopped:
+            found.reason = self.stopped
         if status == "completed" and not self.run.unfixed and known.start is not None:
             fixed = None if layer.bias is None or self.ones else layer.bias.detach()
             context.progress.say("guarantee: the bound is minimised over comparators")

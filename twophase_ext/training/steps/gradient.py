@@ -83,7 +83,7 @@ class Rounding:
         error = self.logit * size
         if self.loss is CROSS_ENTROPY:  # 1-Lipschitz in the largest logit and in the label's
             return 2 * error * self.mean + 1e-14 * (value + 1)
-        square = self.outputs * self.square * error**2
+        square = self.outputs * self.square * error * error
         return 2 * math.sqrt(value * square) + square + 1e-14 * value
 
     def of_gradient(self, value: float, size: float) -> float:
