@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import Dataset
 
 import twophase_ext as tp
 from helpers import quiet, toy_data, toy_mlp
@@ -285,3 +286,54 @@ def test_noise_on_no_hidden_tensor_is_not_held():
     result = quiet(model).fit(toy_data())
     (row,) = (row for row in result.guarantee.premises if row[0] == "Gaussian noise at tau")
     assert row[1] == "held" and "2 hidden tensors; 2 frozen: constants" in row[2]
+
+
+def _weighted(weights):
+    return lambda q, y: F.cross_entropy(q, y, weight=torch.tensor(weights).to(q))
+
+
+LATE = {  # classes, loss: of labels that come in order
+    "class weights": (2, _weighted([1.0, 50.0])),
+    "one odd weight of many": (300, _weighted([1.0] * 299 + [1.5])),
+    "an ignored label": (3, lambda q, y: F.cross_entropy(q, y, ignore_index=2)),
+}
+
+
+@pytest.mark.parametrize("kind", LATE)
+@pytest.mark.parametrize("source", ["arrays", "dataset"])
+def test_what_shows_at_the_end_of_sorted_labels(kind, source):
+    classes, function = LATE[kind]
+    x, y = torch.randn(700, 5), (torch.arange(700) * classes) // 700
+    loss = tp.ConvexLoss(function, smoothness=60.0)
+    model = toy_mlp()
+    model[-1] = nn.Linear(model[-1].in_features, classes)
+    data = (x, y) if source == "arrays" else Listed(x, y)
+    with pytest.raises(ValueError, match=r"loss: .* expected the mean over samples"):
+        quiet(model, loss=loss, second_phase="gd").fit(data)
+    weight = torch.zeros(classes, 5)
+    with pytest.raises(ValueError, match=r"loss: .* expected the mean over samples"):
+        tp.guarantee((x, y), weight, torch.zeros(classes), loss=loss, mode="gd", steps=[1])
+
+
+def test_means_over_any_targets_are_declared():
+    x = torch.randn(700, 5)
+    for y, function, outputs in (
+        (torch.arange(700) // 300, lambda q, y: F.cross_entropy(q, y), 3),
+        (torch.randn(700, 4), lambda q, y: (q - y).square().sum(1).mean(), 4),
+        (torch.randn(700, 1), lambda q, y: F.huber_loss(q, y), 1),
+    ):
+        model = toy_mlp()
+        model[-1] = nn.Linear(model[-1].in_features, outputs)
+        loss = tp.ConvexLoss(function, smoothness=2.0)
+        assert quiet(model, loss=loss, second_phase="gd").fit((x, y)).status == "completed"
+
+
+class Listed(Dataset):
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], self.y[i]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..core.messages import type_and_line
 
-SAMPLES = 16  # that a declaration is tried on
+SAMPLES = 16  # that a declaration is tried on at least, where there are as many
+KINDS = 1000  # of targets, at most, of which one each is tried
 EXCESS = 1e-3  # of L_ell: a loss may compute in float32
 
 
@@ -65,13 +66,13 @@ def zero_dim(value: Any) -> Tensor:
 def counterexample(loss: ConvexLoss, outputs: int, targets: Tensor) -> str:
     """What of the declaration is seen to be wrong on a few samples; "" where nothing is.
 
-    targets: those of b samples, as `prepare_targets` leaves them; outputs: m_y. Outputs are made
-    up, in float64: random ones, zeros, and ties of two, where logistic losses bend most; they move
-    along the axes, along differences of two axes and at random. What the function raises, on
+    targets: those of b samples, as `prepare_targets` leaves them, best `Telling` ones; outputs:
+    m_y. The loss of all, and of each two that follow each other, has to be the mean. Outputs are
+    made up, in float64: random ones, zeros, and ties of two, where logistic losses bend most; they
+    move along the axes, along differences of two axes and at random. What the function raises, on
     float64 or on anything else, is left to the caller.
     """
-    y = targets[:SAMPLES]
-    y = y.double() if y.is_floating_point() else y
+    y = targets.double() if targets.is_floating_point() else targets
     generator = torch.Generator().manual_seed(0)
     kind: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     steps = torch.randn(3, len(y), outputs, generator=generator, **kind)
@@ -85,15 +86,18 @@ def counterexample(loss: ConvexLoss, outputs: int, targets: Tensor) -> str:
         return zero_dim(loss(q, y))
 
     with torch.enable_grad():
-        whole = float(value(bases[0], y).detach())
         rows = zip(bases[0].split(1), y.split(1), strict=True)
         each = [float(value(q, target).detach()) for q, target in rows]
-        mean, size = sum(each) / len(y), sum(map(abs, each)) / len(y)
-        if abs(whole - mean) > EXCESS * size + 1e-6:
-            return (
-                f"expected the mean over samples (reduction='mean', no weights in the divisor), "
-                f"got {whole:.4g} for {len(y)} samples whose own losses have the mean {mean:.4g}"
-            )
+        pairs = [slice(k, k + 2) for k in range(len(y) - 1)]
+        for part in [slice(0, len(y)), *pairs]:
+            whole, own = float(value(bases[0][part], y[part]).detach()), each[part]
+            mean, size = sum(own) / len(own), sum(map(abs, own)) / len(own)
+            if not abs(whole - mean) <= EXCESS * size + 1e-6:  # NaN is no mean
+                return (
+                    "expected the mean over samples (reduction='mean', no weights in the divisor, "
+                    f"no sample ignored), got {whole:.4g} for {len(own)} samples whose own losses "
+                    f"have the mean {mean:.4g}"
+                )
 
         def gradient(q: Tensor) -> Tensor:
             q = q.clone().requires_grad_()
@@ -117,6 +121,46 @@ def counterexample(loss: ConvexLoss, outputs: int, targets: Tensor) -> str:
     return ""
 
 
+class Telling:
+    """Targets on which a loss shows whether it is a mean over samples, wherever in the data.
+
+    The first SAMPLES; the first of each label, or of each place of a row's largest entry, up to
+    KINDS; of real numbers the least and the greatest.
+    """
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._first: list[Tensor] = []
+        self._kinds: dict[int, Tensor] = {}
+        self._ends: list[tuple[float, Tensor]] = []
+
+    def add(self, y: Tensor) -> None:
+        """Targets of more samples, as `prepare_targets` leaves them: [b] or [b, ...]."""
+        y = y.detach().cpu()
+        if not len(y):
+            return
+        self._first += list(y[: SAMPLES - len(self._first)])
+        rows = y.reshape(len(y), -1)
+        if rows.shape[1] > 1:
+            kinds = rows.double().argmax(1)
+        elif not y.is_floating_point():
+            kinds = rows[:, 0]
+        else:
+            for k in {int(rows.argmin()), int(rows.argmax())}:
+                self._ends.append((float(rows[k]), y[k]))
+            self._ends = sorted(self._ends, key=lambda end: end[0])
+            self._ends = [self._ends[0], self._ends[-1]]
+            return
+        for kind in kinds.unique().tolist():
+            if kind not in self._kinds and len(self._kinds) < KINDS:
+                self._kinds[kind] = y[int((kinds == kind).nonzero()[0])]
+
+    def targets(self) -> Tensor:
+        """Those, [b] or [b, ...], on the CPU."""
+        ends = [y for _, y in self._ends]
+        return torch.stack([*self._first, *self._kinds.values(), *ends])
+
+
 def loss_problem(loss: ConvexLoss, outputs: int, targets: Tensor) -> str:
     """Why bounds of `loss` would not hold or not be evaluated, for these targets; "" for no reason.
 
@@ -128,7 +172,7 @@ def loss_problem(loss: ConvexLoss, outputs: int, targets: Tensor) -> str:
         reason = counterexample(loss, outputs, targets)
     except Exception as error:  # whatever the user's own function raises
         reason = (
-            f"fails on float64 outputs [{len(targets[:SAMPLES])}, {outputs}], in which bounds are "
+            f"fails on float64 outputs [{len(targets)}, {outputs}], in which bounds are "
             f"evaluated ({type_and_line(error)}); let its own tensors follow "
             "outputs.dtype and outputs.device"
         )

@@ -26,6 +26,7 @@ from ..model.losses import (
     CROSS_ENTROPY,
     SQUARED_ERROR,
     ConvexLoss,
+    Telling,
     loss_problem,
     prepare_targets,
     resolve_loss,
@@ -298,7 +299,7 @@ def _check_shapes(blocks: Blocks, weight: Tensor, bias: Tensor | None, loss: Con
 
     ValueError too for a loss that is not what it declares, TypeError for complex numbers.
     """
-    n = 0
+    n, telling = 0, Telling()
     for h, targets in blocks():
         for name, part in (("features", h), ("targets", targets)):
             if part.is_complex():
@@ -318,11 +319,12 @@ def _check_shapes(blocks: Blocks, weight: Tensor, bias: Tensor | None, loss: Con
             raise ValueError(f"features: {len(h)} rows do not fit {len(targets)} targets")
         if targets.is_floating_point() and not bool(torch.isfinite(targets).all()):
             raise ValueError("features: expected finite targets, got NaN or infinity")
-        if n == 0 and len(h) and (problem := loss_problem(loss, len(weight), targets)):
-            raise ValueError(problem)
+        telling.add(targets)
         n += len(h)
     if n == 0:
         raise ValueError("features: expected at least one sample, got none")
+    if problem := loss_problem(loss, len(weight), telling.targets().to(weight.device)):
+        raise ValueError(problem)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{len(weight)}], got {list(bias.shape)}")
 

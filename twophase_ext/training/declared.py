@@ -1,11 +1,11 @@
-"""The loss that a run is given, tried on its first targets before the first step."""
+"""The loss that a run is given, tried on some of its targets before the first step."""
 
 import warnings
 
 import torch
 
 from ..core.messages import type_and_line
-from ..model.losses import CROSS_ENTROPY, SAMPLES, SQUARED_ERROR, ConvexLoss, loss_problem, zero_dim
+from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss, loss_problem, zero_dim
 from .config import Config
 from .data.samples import Samples
 
@@ -13,11 +13,10 @@ BOUNDED = ("gd", "sgd", "lazy")  # second phases with a bound to evaluate
 
 
 def problem_of(loss: ConvexLoss, outputs: int, samples: Samples) -> str:
-    """`loss_problem` on the run's first targets; nothing is fetched for a loss of the package."""
+    """`loss_problem` on telling targets of the run; none is tried for a loss of the package."""
     if loss in (CROSS_ENTROPY, SQUARED_ERROR):
         return ""
-    _, targets = samples.fetch(torch.arange(min(samples.n, SAMPLES), device="cpu"), augmented=False)
-    return loss_problem(loss, outputs, targets)
+    return loss_problem(loss, outputs, samples.telling.targets().to(samples.device))
 
 
 def check_loss(loss: ConvexLoss, outputs: int, samples: Samples, config: Config) -> None:

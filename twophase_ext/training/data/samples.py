@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset, default_col
 from ...core.arrays import as_data, require_finite
 from ...core.memory import available_memory
 from ...core.seeds import host_stream, stream_seed
-from ...model.losses import ConvexLoss, prepare_targets
+from ...model.losses import ConvexLoss, Telling, prepare_targets
 from .loaders import batching, chosen, is_loader, is_map_style, tell_ignored
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -43,6 +43,7 @@ class Samples:
         self.random, self.changed = False, "the inputs are transformed at random at every visit"
         self.seed, self.epoch = 0, 0
         self.augment: Augment | None = None
+        self.telling = Telling()  # once `prepare` has looked at them all
 
     @staticmethod
     def of(source: Any, *, name: str, device: torch.device, dtype: torch.dtype) -> "Samples":
@@ -148,6 +149,7 @@ class _Arrays(Samples):
         self.y = prepare_targets(loss, _real(self.y, self.name), outputs, name=self.name)
         if self.y.is_floating_point():
             self.y = self.y.to(self.dtype)
+        self.telling.add(self.y)
         # Labels are small: on the device once. So are inputs that fit; others move batch by batch.
         self.y = self.y.to(self.device)
         if _SHARE * self.x.nbytes <= available_memory(self.device):
@@ -231,8 +233,8 @@ class _Fetched(Samples):
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
         self.loss, self.outputs = loss, outputs
-        for _ in self.in_order(_CHECKED):  # nothing is to be found wrong after hours of training
-            pass
+        for _, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
+            self.telling.add(y)
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         indices = index.tolist()
