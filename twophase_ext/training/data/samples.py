@@ -1,5 +1,6 @@
 """Training data in one form: batches by sample index, checked before anything is trained."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
 from ...core.arrays import as_data, require_finite
+from ...core.hashing import flat
 from ...core.memory import available_memory
 from ...core.seeds import host_stream, stream_seed
 from ...model.losses import ConvexLoss, Telling, prepare_targets
@@ -43,7 +45,9 @@ class Samples:
         self.random, self.changed = False, "the inputs are transformed at random at every visit"
         self.seed, self.epoch = 0, 0
         self.augment: Augment | None = None
-        self.telling = Telling()  # once `prepare` has looked at them all
+        # once `prepare` has looked at them all:
+        self.telling = Telling()
+        self.content: str | None = None  # a hash of inputs and targets; None where they are random
 
     @staticmethod
     def of(source: Any, *, name: str, device: torch.device, dtype: torch.dtype) -> "Samples":
@@ -120,6 +124,20 @@ class Samples:
         return x.to(self.dtype) if x.is_floating_point() else x
 
 
+class _Content:
+    """A hash of samples in index order, however they are batched."""
+
+    def __init__(self) -> None:
+        self._parts = hashlib.sha256(), hashlib.sha256()
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        for part, t in zip(self._parts, (x, y), strict=True):
+            part.update(flat(t).view(torch.uint8).numpy().data)
+
+    def digest(self) -> str:
+        return " ".join(part.hexdigest() for part in self._parts)
+
+
 def _check_length(name: str, n: int, n_targets: int) -> None:
     if n != n_targets:
         raise ValueError(f"{name}: expected as many targets as inputs ({n}), got {n_targets}")
@@ -146,6 +164,10 @@ class _Arrays(Samples):
         super().__init__(name, len(self.x), device, dtype)
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
+        content = _Content()
+        for start, end in self.batches(_CHECKED):
+            content.add(self.x[start:end], self.y[start:end])
+        self.content = content.digest()
         self.y = prepare_targets(loss, _real(self.y, self.name), outputs, name=self.name)
         if self.y.is_floating_point():
             self.y = self.y.to(self.dtype)
@@ -177,6 +199,7 @@ class _Fetched(Samples):
         self.dataset, self.collate = dataset, collate
         self.loss: ConvexLoss | None = None
         self.outputs = 0
+        self._hashed: _Content | None = None  # while all are looked at
         self._seen = np.zeros((self.n, 2), np.int64)  # of each sample: its form, and a hash of it
         self._kept: dict[Any, tuple[Tensor, Tensor]] | None = None
         self._room = 0
@@ -233,8 +256,10 @@ class _Fetched(Samples):
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
         self.loss, self.outputs = loss, outputs
+        self._hashed = _Content()
         for _, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
             self.telling.add(y)
+        self.content, self._hashed = None if self.random else self._hashed.digest(), None
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         indices = index.tolist()
@@ -255,6 +280,8 @@ class _Fetched(Samples):
         require_finite(x, self.name, "input", indices)
         require_finite(y, self.name, "target", indices)
         self._compare(x, y, indices)
+        if self._hashed is not None:
+            self._hashed.add(x, y)
         if self.loss is not None:
             y = _real(y, self.name)
             y = prepare_targets(self.loss, y, self.outputs, name=self.name, indices=indices)

@@ -4,9 +4,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.hashing import tensors_hash
+from ...core.names import canonical_name
 from ...expressivity import Verdict
 from ..context import Context
 from ..state import PhaseState, RunState
@@ -26,6 +27,8 @@ def contents(context: Context, state: RunState) -> dict[str, Any]:
         "scheduler": context.schedule.state(),
         "scaler": context.first_step.state(),
         "config": context.identity(),
+        "data": context.train.content,
+        "layers": settings_of_layers(context.network.model),
         **{f.name: getattr(state, f.name) for f in fields(state) if f.name not in OWN_FORM},
         "descent": state.second.as_dict(),
         "verdict": None if state.verdict is None else state.verdict.as_dict(),
@@ -77,16 +80,53 @@ def check_holds(context: Context, packed: dict[str, Any] | None = None) -> None:
         )
 
 
+def settings_of_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """{module: {"class": ..., setting: value}} of torch's own and this package's modules.
+
+    A module of the user's has its class alone: its attributes may be counters.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        kind = type(module)
+        own = found[canonical_name(name)] = {"class": kind.__qualname__}
+        if kind.__module__.split(".")[0] in ("torch", "twophase_ext"):
+            for key, value in vars(module).items():
+                if not key.startswith("_") and key != "training" and _simple(value):
+                    own[key] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _simple(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(part, bool | int | float | str) for part in parts)
+
+
+def _check_layers(known: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> None:
+    """ValueError for another setting of a module; what only one torch has is not compared."""
+    for name in known.keys() & now.keys():
+        for key in known[name].keys() & now[name].keys():
+            if known[name][key] != now[name][key]:
+                raise ValueError(
+                    f"resume: the checkpoint's model is another one: {name or 'its root'} has "
+                    f"{key} = {known[name][key]!r} there, {now[name][key]!r} here"
+                )
+
+
 def restore(context: Context, frozen: dict[str, Tensor], saved: dict[str, Any]) -> RunState:
     """Load a checkpoint into model and optimizer; the place in the run that it holds.
 
     frozen: what stays as it is from tau on.
 
     Raises ValueError, before the model has changed, where it is of another model, configuration
-    or number of samples, or where its hidden layers are not those that were frozen.
+    or training data, or where its hidden layers are not those that were frozen. Checkpoints of
+    before these were noted have neither `data` nor `layers`.
     """
     model = context.network
     checkpoint.check_matches(saved, checkpoint.describe(model.state()), context.identity())
+    known, now = saved.get("data"), context.train.content
+    if known is not None and now is not None and known != now:
+        raise ValueError("resume: the training data are not the checkpoint's (SHA-256 differs)")
+    _check_layers(saved.get("layers") or {}, settings_of_layers(model.model))
     if saved["hidden_hash"] is not None:
         theirs = {name: saved["model"].get(name, tensor) for name, tensor in frozen.items()}
         if tensors_hash(theirs) != saved["hidden_hash"]:

@@ -18,6 +18,8 @@ from ..run import Run
 from ..steps.gradient import row_norms
 from .last_layer import LastLayer
 
+SAME = 1e-4  # relative, of two machines' norms of the same features
+
 
 class TheoremPhase(LastLayer):
     """Steps of which Theorem 1 says how far they come."""
@@ -50,13 +52,28 @@ class TheoremPhase(LastLayer):
         """As of SecondPhase; then the constants of the bound, once in a run."""
         super().fill_caches()
         known = self.state.second
-        if known.start is not None:
+        if known.start is not None and known.norms is not None:
+            self._compare_norms(known.norms)
             return
         with self.run.timed("smoothness"):
             norms = row_norms(self.features)
             largest = self._usable_smoothness()
             known.start = [p.detach().clone() for p in self.parameters()]
             known.norms, known.smoothness = norms, largest
+
+    def _compare_norms(self, known: Tensor) -> None:
+        """A resumed run's features are those that its constants were computed from, or no claim."""
+        now = row_norms(self.features)
+        if self.state.second.unfixed or (
+            now.shape == known.shape
+            and bool(((now - known.to(now.device)).abs() <= SAME * now).all())
+        ):
+            return
+        self.state.second.unfixed = (
+            "the features of the resumed run are not the checkpoint's: the model computes "
+            "something else than when its verdict and constants were made"
+        )
+        warnings.warn(f"nothing is claimed: {self.state.second.unfixed}", stacklevel=2)
 
     def _usable_smoothness(self) -> float:
         """L_H, where steps of 1 / L_H can be made; Stopped otherwise."""
