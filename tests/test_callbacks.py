@@ -85,3 +85,81 @@ def test_any_object_serves():
     plain = Plain()
     quiet(toy_mlp(), epochs=3, tau=1, callbacks=[plain]).fit(toy_data())
     assert plain.ended == 3
+
+
+def at(event, epoch, change):
+    """A callback that does this to the run at an event."""
+
+    class Change(tp.Callback):
+        pass
+
+    def method(self, run, record=None):
+        if record is None or record["epoch"] == epoch:
+            change(run)
+
+    setattr(Change, event, method)
+    return Change()
+
+
+def hook_on_the_last(run):
+    run.network.last.module.register_forward_hook(lambda m, args, out: out * -20)
+
+
+def hook_on_a_hidden(run):
+    run.network.model[0].register_forward_hook(lambda m, args, out: out * 0 + 5)
+
+
+@torch.no_grad()
+def other_weights(run):
+    run.network.last.module.weight.mul_(-20)
+
+
+CHANGES = {
+    "a hook on the last layer, at the start": ("on_fit_start", None, hook_on_the_last),
+    "the same at tau": ("on_perturb", None, hook_on_the_last),
+    "the same after the last epoch": ("on_epoch_end", 5, hook_on_the_last),
+    "a hook on a hidden layer": ("on_epoch_end", 4, hook_on_a_hidden),
+    "the same after the last epoch, hidden": ("on_epoch_end", 5, hook_on_a_hidden),
+    "other weights": ("on_epoch_end", 4, other_weights),
+    "other weights at the end": ("on_epoch_end", 5, other_weights),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("phase", ["gd", "sgd"])
+def test_no_bound_of_another_model_than_the_one_left(kind, phase):
+    x, y = toy_data()
+    callback = at(*CHANGES[kind])
+    settings = {"epochs": 6, "tau": 2, "second_phase": phase, "callbacks": [callback]}
+    with pytest.warns(UserWarning, match="nothing is (cached and nothing )?claimed"):
+        result = quiet(toy_mlp(), **settings).fit((x, y))
+    assert result.status == "completed" and not result.guarantee.curve
+    failed = [name for name, status, _ in result.guarantee.premises if status == "failed"]
+    assert {"fixed features", "no other steps"} & set(failed)
+
+
+def test_a_learning_rate_and_a_look_change_no_claim():
+    class Look(tp.Callback):
+        def on_epoch_end(self, run, record):
+            for group in run.optimizer.param_groups:
+                group["lr"] /= 2
+            run.network.model(torch.randn(2, 5))
+
+    for phase in ("gd", "sgd"):
+        settings = {"epochs": 6, "tau": 2, "second_phase": phase, "callbacks": [Look()]}
+        result = quiet(toy_mlp(), **settings).fit(toy_data())
+        assert result.guarantee.curve and not result.guarantee.refuted
+
+
+def test_lazy_hidden_layers_that_something_else_moves():
+    @torch.no_grad()
+    def zero(run):
+        run.network.model[0].weight.zero_()
+
+    for epoch in (3, 5):
+        settings = {"epochs": 6, "tau": 2, "second_phase": "lazy", "verify": "svd"}
+        callback = at("on_epoch_end", epoch, zero)
+        with pytest.warns(UserWarning, match="nothing is claimed"):
+            result = quiet(toy_mlp(), callbacks=[callback], **settings).fit(toy_data())
+        premises = {name: status for name, status, _ in result.guarantee.premises}
+        assert premises["rank preserved"] == "failed" and result.guarantee.bound is None

@@ -20,7 +20,7 @@ from ..theory.premises import (
 from .batchnorm import batch_norms
 from .context import Context
 from .declared import problem_of
-from .state import RunState, unfixed
+from .state import PhaseState, RunState, unfixed
 
 Premise = tuple[str, str, str]
 Rule = Callable[[], list[Premise]]
@@ -172,6 +172,7 @@ def _steps(context: Context, state: RunState) -> list[Premise]:
                 f"{rate}, {_form(config.gd)}",
             ),
             ("no momentum, no weight decay", HELD, "plain steps"),
+            _no_other_steps(known),
         ]
         steps = (state.epoch - config.tau_epoch) * config.gd.steps
         if unfixed(context, state):
@@ -189,6 +190,7 @@ def _steps(context: Context, state: RunState) -> list[Premise]:
         return [
             ("sum eta_t^2 finite, sum eta_t infinite", HELD, eta),
             ("no momentum, no weight decay", HELD, "plain steps"),
+            _no_other_steps(known),
         ]
     weight = context.network.last.module.weight
     group = next(g for g in context.optimizer.param_groups if any(p is weight for p in g["params"]))
@@ -211,6 +213,13 @@ def _steps(context: Context, state: RunState) -> list[Premise]:
             f"{kind}, momentum {momentum}, weight decay {decay}",
         ),
     ]
+
+
+def _no_other_steps(known: PhaseState) -> Premise:
+    name = "no other steps"
+    if known.changed:
+        return name, FAILED, known.changed
+    return name, HELD, "the weights kept their bits from each epoch's end to the next one's start"
 
 
 def _descent(state: RunState) -> Premise:

@@ -19,8 +19,8 @@ class RunView:
     """A run as callbacks see it: nothing of it can be replaced.
 
     What it gives are the run's own objects: `optimizer.param_groups` may be written (a learning
-    rate; checkpoints hold it), and so may the last layer's weights between epochs. Hidden layers
-    that change after tau end the run.
+    rate; checkpoints hold it). Weights that a callback changes after tau end the claim of "gd",
+    "sgd" and "lazy", hidden layers that it changes the run.
     """
 
     __slots__ = ("_run",)

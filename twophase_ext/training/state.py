@@ -18,13 +18,16 @@ def _no_sums() -> Tensor:
 class PhaseState:
     """What the second phase remembers from step to step; None: not known yet.
 
-    unfixed: evidence that h is no fixed function of the training data. Of "gd" and "sgd": start,
-    w^tau of the last layer; norms, ||[h_i, 1]||; smoothness, L_H. Of "gd": begin, the objective at
-    the epoch's start; objective, at the last step; rise, what rounding explains of the next one.
-    Of "sgd": first, objective and gradient_square at tau.
+    unfixed: evidence that h is no fixed function of the training data. weights: a hash of what
+    moves, after the last epoch; changed: evidence that something else moved it. Of "gd" and "sgd":
+    start, w^tau of the last layer; norms, ||[h_i, 1]||; smoothness, L_H. Of "gd": begin, the
+    objective at the epoch's start; objective, at the last step; rise, what rounding explains of
+    the next one. Of "sgd": first, objective and gradient_square at tau.
     """
 
     unfixed: str | None = None
+    weights: str | None = None
+    changed: str | None = None
     start: list[Tensor] | None = None
     norms: Tensor | None = None
     smoothness: float | None = None

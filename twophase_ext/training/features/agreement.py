@@ -115,11 +115,13 @@ def agreement(
 
 
 @torch.no_grad()
-def cache_disagreement(features: Features, network: Network, batch_size: int) -> str | None:
+def cache_disagreement(
+    features: Features, network: Network, batch_size: int, at_most: int | None = None
+) -> str | None:
     """Evidence where the user's own model, on regrouped inputs, gives other h than the cache, or
     other outputs than the last layer's.
 
-    The model is in evaluation mode.
+    The model is in evaluation mode. at_most: look at so many samples (all).
     """
     done = 0
     with _other_last_layer(network), untouched(network.model):
@@ -130,6 +132,8 @@ def cache_disagreement(features: Features, network: Network, batch_size: int) ->
             if found := found or _compiled_apart(network, block):
                 return found
             done += len(x)
+            if at_most is not None and done >= at_most:
+                break
     return None
 
 

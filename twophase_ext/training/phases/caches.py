@@ -43,19 +43,22 @@ def _compare(run: Run) -> str | None:
     other = run.state.cache_mode == "hidden-bfloat16" or config.augment_copies is not None
     if other or context.ranks.size > 1 or features is None:
         return None
-    if key in shared:
-        return shared[key]
+    if key not in shared:
+        shared[key] = compare(run, features)
+    return shared[key]
+
+
+def compare(run: Run, features: Features) -> str | None:
+    """Evidence where the user's own model gives other features or outputs now."""
+    context, config = run.context, run.context.config
     with run.timed("features"):
         if features.mode != "none":
-            found = cache_disagreement(features, context.network, config.batch_size)
-        elif config.batch_norm == "batch" or context.train.random:
-            found = None  # nothing is claimed of these
-        else:
-            found = agreement(
-                context.network, context.train, config.batch_size, accumulate=config.accumulate
-            ).evidence
-    shared[key] = found
-    return found
+            return cache_disagreement(features, context.network, config.batch_size)
+        if config.batch_norm == "batch" or context.train.random:
+            return None  # nothing is claimed of these
+        return agreement(
+            context.network, context.train, config.batch_size, accumulate=config.accumulate
+        ).evidence
 
 
 def _fill(run: Run) -> None:

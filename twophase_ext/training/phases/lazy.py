@@ -135,6 +135,7 @@ class LazyPhase(SecondPhase):
         if self.state.verdict is None:
             raise RuntimeError("the lazy phase was asked for a step before its verification")
         self.context.train.epoch = self.state.epoch
+        self.look_for_other_steps()
         steps = self.state.epoch - self.context.config.tau_epoch
         self.notes = {"gradient_norm": None, "rank": None, "sigma_min": None, "checks": []}
         if steps == 0:
@@ -149,6 +150,7 @@ class LazyPhase(SecondPhase):
             return False
         last = self.state.epoch + 1 == self.context.config.epochs
         self._descend(steps + 1, last or (steps + 1) % self.settings.verify_every == 0)
+        self.note_weights()
         return True
 
     def _gradient(self, interrupt: Interrupt) -> bool:
@@ -242,12 +244,15 @@ class LazyPhase(SecondPhase):
         checks = [check for row in rows for check in row["checks"]]
         checks += self.notes["checks"] if self.stopped else []
         at_tau = _rank_status([self.state.verdict.status])
+        self.look_for_other_steps()
         shown = _rank_status([check["status"] for check in checks])
         every = self.settings.verify_every
         cadence = "every step" if every == 1 else f"every {every} steps"
         ranks = f"{len(rows)} steps made, verified at w^tau and after {cadence}"
         if shown != "failed" and every > 1 and len(rows) > 1:
             shown, ranks = "not checked", f"{ranks}, not between them"
+        if changed := self.state.second.changed:
+            shown, ranks = "failed", changed
         smoothness = self._smoothness_audit(rows, checks)
         step = ("0 < eta_bar < 1", "held", f"eta_bar = {self.settings.eta_bar:g}")
         if self.settings.smoothness is None:

@@ -1,11 +1,13 @@
 """What a phase is: how an epoch trains, what moves, and what can be claimed of it."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 from ...core import seeds
+from ...core.hashing import tensors_hash
 from ...expressivity import Verdict
 from ...theory.guarantee import Guarantee
 from ..audit import premises
@@ -86,6 +88,23 @@ class SecondPhase(Phase):
         """The expressivity condition at the weights as they are."""
         with self.run.timed("verification"):
             return verified(self.context, method or str(self.context.config.verify))
+
+    def look_for_other_steps(self) -> None:
+        """Between epochs: was what moves changed by anything but this phase's own steps?"""
+        known = self.state.second
+        if known.weights not in (None, self._weights()) and not known.changed:
+            known.changed = (
+                f"weights were changed before epoch {self.state.epoch} by something else than the "
+                "phase's steps (a callback?)"
+            )
+            warnings.warn(f"nothing is claimed: {known.changed}", stacklevel=2)
+
+    def note_weights(self) -> None:
+        """After an epoch's own steps."""
+        self.state.second.weights = self._weights()
+
+    def _weights(self) -> str:
+        return tensors_hash({str(k): p for k, p in enumerate(self.moving())})
 
     def fill_caches(self) -> None:
         """Before the first epoch in this process: the frozen network's features."""

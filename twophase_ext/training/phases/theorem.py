@@ -9,15 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from ...core.messages import first_line
+from ...model.gate import intercepted
 from ...theory.guarantee import Guarantee, guarantee, smoothness
 from ...theory.premises import UNCHECKED
 from ..audit import premises
+from ..control.interrupt import Interrupt
 from ..data.samples import BATCH
 from ..faults import Stopped
+from ..features.agreement import cache_disagreement
 from ..run import Run
 from ..steps.gradient import row_norms
 from .last_layer import LastLayer
 
+AT_THE_END = 1024  # samples on which the model is looked at once more
 SAME = 1e-4  # relative, of two machines' norms of the same features
 
 
@@ -33,6 +37,14 @@ class TheoremPhase(LastLayer):
                 f"train: second_phase={config.second_phase!r} needs fixed features, but the "
                 "inputs change from visit to visit; augment_copies=k fixes k visits"
             )
+
+    def train_epoch(self, interrupt: Interrupt) -> bool:
+        """As of Phase; the weights are watched between epochs."""
+        if self.state.batch == 0:
+            self.look_for_other_steps()
+        done = super().train_epoch(interrupt)
+        self.note_weights()
+        return done
 
     @property
     def ones(self) -> bool:
@@ -60,6 +72,24 @@ class TheoremPhase(LastLayer):
             largest = self._usable_smoothness()
             known.start = [p.detach().clone() for p in self.parameters()]
             known.norms, known.smoothness = norms, largest
+
+    def _look_once_more(self) -> None:
+        """At the end: the weights, the last layer and the model are still what the bound is of."""
+        self.look_for_other_steps()
+        run, context = self.run, self.context
+        if run.unfixed or run.train_features is None or context.ranks.size > 1:
+            return
+        why = intercepted(context.network.last.module)
+        rounded = self.state.cache_mode == "hidden-bfloat16" or context.config.augment_copies
+        evidence = f"the last layer is not its weights alone: {why}" if why else None
+        features = run.train_features
+        if evidence is None and not rounded and features.mode != "none":
+            # all were compared at tau: what has changed since shows on some
+            size = context.config.batch_size
+            evidence = cache_disagreement(features, context.network, size, AT_THE_END)
+        if evidence is not None:
+            self.state.second.unfixed = f"after the last step: {evidence}"
+            warnings.warn(f"nothing is claimed: {self.state.second.unfixed}", stacklevel=2)
 
     def _compare_norms(self, known: Tensor) -> None:
         """A resumed run's features are those that its constants were computed from, or no claim."""
@@ -100,7 +130,10 @@ class TheoremPhase(LastLayer):
         found, failed = Guarantee(mode=config.second_phase), ""
         if self.stopped:
             found.reason = self.stopped
-        if status == "completed" and not self.run.unfixed and known.start is not None:
+        if status == "completed":
+            self._look_once_more()
+        claimed = status == "completed" and not self.run.unfixed and not known.changed
+        if claimed and known.start is not None:
             fixed = None if layer.bias is None or self.ones else layer.bias.detach()
             context.progress.say("guarantee: the bound is minimised over comparators")
             # A pass in float64, with what is bounded, costs less than three of the phase's steps.
