@@ -213,6 +213,26 @@ def test_odd_but_valid_models(build, trains):
             quiet(build()).fit((X, y))
 
 
+@pytest.mark.parametrize("way", [*WAYS, {"w": "init", "method": "certificate"}])
+def test_the_users_model_is_left_alone(way):
+    """A graph of the owner's can still be gone through; a copy can still be made."""
+
+    def keep(model, z):
+        model.seen = z
+        return z
+
+    model = Net(before=keep)
+    with torch.no_grad():
+        model.eval()(X)
+    loss = model(X).square().sum()
+    model.seen = None
+    versions = [p._version for p in model.parameters()]
+    tp.verify_expressivity(model, X, **way)
+    assert [p._version for p in model.parameters()] == versions
+    loss.backward()
+    copy.deepcopy(model)
+
+
 def test_large_batches_count():
     x = torch.rand(300, 4, generator=torch.Generator().manual_seed(2))
     model = Net(before=lambda m, z: z * (1 - z.shape[0] // 257))

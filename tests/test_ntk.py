@@ -1,6 +1,7 @@
 """The NTK's rank and smallest eigenvalue: against finite differences and its lower bound."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -104,10 +105,11 @@ def test_a_verdict_gives_the_bound():
     verdict = verify_expressivity(model, x, method="svd")
     assert ntk_rank(model, x, method="bound", verdict=verdict).lower == verdict.sigma_min**2
 
-    proved = dataclasses.replace(verdict, status="proved", sigma_min_lower=1e-3)
+    proved = verify_expressivity(model, x, method="certificate")
     found = ntk_rank(model, x, verdict=proved)
-    assert found.proved and found.full and 0 < found.lower <= 1e-6
-    assert found.lower == pytest.approx(1e-6) and "proved" in str(found)
+    assert found.proved and found.full and "proved" in str(found)
+    assert 0 < found.lower <= proved.sigma_min_lower**2
+    assert found.lower == pytest.approx(proved.sigma_min_lower**2)
     for change, message in (
         ({"claim": "exists"}, "claim 'exists'"),
         ({"n": 9}, "got n = 9"),
@@ -119,8 +121,9 @@ def test_a_verdict_gives_the_bound():
         ntk_rank(model, x + 1, verdict=proved)
     with pytest.raises(ValueError, match="hashes differ"):
         ntk_rank(toy_mlp(3, 9, 2, seed=1, dtype=torch.float64), x, verdict=proved)
-    stored = dataclasses.replace(proved, status="full rank")  # of the stored matrix, no proof
-    found = ntk_rank(model, x, method="bound", verdict=stored)
+    # whatever is written in it, what is made again counts
+    edited = dataclasses.replace(verdict, status="proved", sigma_min_lower=7.0)
+    found = ntk_rank(model, x, method="bound", verdict=edited)
     assert not found.proved and found.lower == verdict.sigma_min**2
     unshown = dataclasses.replace(proved, status="undecided", reason="too close")
     bound = ntk_rank(model, x, method="bound", verdict=unshown)
@@ -153,3 +156,20 @@ def test_bad_arguments():
     with pytest.raises(RuntimeError, match="NaN or infinity"):
         ntk_rank(model, x, method="full")
     assert ntk.method_at_w(1000, 1100) == "svd" and ntk.method_at_w(60_000, 66_001) != "svd"
+
+
+def test_a_verdict_from_before_a_hook_is_not_believed():
+    x, model = toy_data(8, d=3)[0].double(), small()
+    verdict = verify_expressivity(model, x, method="certificate")
+    assert verdict.status == "proved"
+    model[0].register_forward_hook(lambda m, args, out: out * 0)
+    with pytest.raises(ValueError, match="verdict: expected one that holds for this model now"):
+        ntk_rank(model, x, method="bound", verdict=verdict)
+
+
+def test_a_model_that_cannot_be_copied():
+    x, model = toy_data(8, d=3)[0], small().float()
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"model: it cannot be copied in float64 \(TypeErr"):
+        ntk_rank(model, x, method="full")
+    assert not ntk_rank(model, x, method="bound").full

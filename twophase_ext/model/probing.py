@@ -228,8 +228,9 @@ def _version(value: Any) -> int:
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; modes, parameters' values, buffers and torch's random state
-    come back after it.
+    come back after it. No version counter moves, and no graph stays in a module's attributes.
     """
+    attributes = {module: dict(vars(module)) for module in model.modules()}
     modes = {module: module.training for module in model.modules()}
     buffers = {module: dict(module._buffers) for module in modes}
     parameters = {module: dict(module._parameters) for module in modes}
@@ -241,6 +242,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+            for name, value in list(vars(module).items()):
+                kept = attributes[module].get(name) is value
+                if isinstance(value, Tensor) and value.grad_fn is not None and not kept:
+                    object.__setattr__(module, name, value.detach())
         for module in modes:
             # a forward may bind new tensors to its names, or write into the old ones
             if isinstance(module, torch.jit.ScriptModule):  # its names are fixed

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from ..core.memory import available_memory
-from ..core.messages import first_line
+from ..core.messages import first_line, type_and_line
 from ..expressivity import Verdict, verify_network
 from ..expressivity.verify import hashes_of
 from ..linalg.bounds import bound_text
@@ -96,10 +96,12 @@ def ntk_rank(
     for K and 8 n m_y |p| for the largest parameter p; "bound" uses
     lambda_min(K) >= sigma_min([h_X, 1])^2 alone; "auto" is "full" up to n m_y = 2000 where it fits
     into memory. verdict: one of `verify_expressivity` about this model at these weights and these
-    inputs (the hashes are compared); without it one is made. Returns an NtkRank.
+    inputs: the hashes are compared, and it is made again by its method, as no hash sees all that a
+    model computes (a hook, a global); without it the method is chosen by size. Returns an NtkRank.
 
     Raises ValueError for an unknown method, for x empty or with NaN or infinity, for a verdict
-    about other weights or inputs, for a frozen last weight; MemoryError where "full" does not
+    about other weights or inputs or that is not found again, for a frozen last weight, for a model
+    that cannot be copied in float64; MemoryError where "full" does not
     fit; RuntimeError where torch.func cannot differentiate the model sample by sample or the
     Jacobian is not finite.
     """
@@ -126,13 +128,20 @@ def ntk_rank(
             raise MemoryError(f"method: 'full' needs {refused}; 'bound' needs no Jacobian")
     x = x.to(parameter.device)
     x = x.to(parameter.dtype) / 255 if x.dtype == torch.uint8 else x
-    if verdict is None:
+    if verdict is None or rank_shown(verdict):
+        given = verdict
+        by_size = method_at_w(found.n, network.width + 1)
         verdict = verify_network(
             network,
             ((part, None) for part in x.split(256)),
             n=found.n,
-            method=method_at_w(found.n, network.width + 1),
+            method=by_size if given is None else given.method,
         )
+        if given is not None and not rank_shown(verdict):
+            raise ValueError(
+                f"verdict: expected one that holds for this model now, got {given.status}, and "
+                f"{verdict.status} when it is made again: {verdict.reason}"
+            )
     _bound(found, verdict)
     if found.method == "full":
         copied, _ = float64_copy(network)
@@ -165,7 +174,12 @@ def float64_copy(network: Network) -> tuple[nn.Module, nn.Linear]:
     """A float64 copy of the network's model in evaluation mode, and the last layer in it."""
     model = unwrap(network.model)
     name = next(k for k, module in model.named_modules() if module is network.last.module)
-    model = copy_model(model).double().eval()
+    try:
+        model = copy_model(model).double().eval()
+    except Exception as error:  # whatever a user's attributes raise: locks, files, generators
+        raise ValueError(
+            f"model: it cannot be copied in float64 ({type_and_line(error)})"
+        ) from error
     last = model.get_submodule(name)
     assert isinstance(last, nn.Linear)
     return model, last
