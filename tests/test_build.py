@@ -174,9 +174,15 @@ def test_import_needs_torch_and_numpy_alone(tmp_path):
 
 
 def test_a_source_distribution_has_what_it_is_built_from(tmp_path):
-    (tmp_path / "egg").mkdir()
-    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path / "egg"]
-    result = run([*command, "sdist", "--dist-dir", tmp_path], cwd=ROOT, env=environment())
+    tree = tmp_path / "tree"  # setuptools puts a copy beside setup.py for a while
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("csrc", "twophase_ext", "python"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    kept = ("setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "constraints.txt")
+    for name in (*kept, "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tree / name)
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path]
+    result = run(command, cwd=tree, env=environment())
     assert result.returncode == 0, result.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as file:
@@ -185,13 +191,10 @@ def test_a_source_distribution_has_what_it_is_built_from(tmp_path):
     assert digest(folder) == digest(ROOT) != ""
     for name in ("LICENSE", "README.md", "setup.py", "pyproject.toml", "CMakeLists.txt"):
         assert (folder / name).read_bytes() == (ROOT / name).read_bytes()
+    kinds = (".py", ".html", ".typed")
     for source in ("twophase_ext", "python/twophase"):
         theirs, ours = (
-            {
-                p.relative_to(root)
-                for p in (root / source).rglob("*")
-                if p.suffix in (".py", ".html")
-            }
+            {p.relative_to(root) for p in (root / source).rglob("*") if p.suffix in kinds}
             for root in (folder, ROOT)
         )
         assert theirs == ours

@@ -263,3 +263,30 @@ def test_the_time_is_bounded_and_said(monkeypatch):
     samples = Samples.of(data, name="t", device=torch.device("cpu"), dtype=torch.float32)
     found = fixed.agreement(Network(model, data[0][:2]), samples, 64)
     assert found.extent.endswith("for the first 256 of 600 samples")
+
+
+class Tokens(nn.Module):
+    """A head on the last token; one softplus serves two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(60, 8), nn.Linear(8, 8)
+        self.act, self.wide, self.last = tp.nn.Softplus(10.0), nn.Linear(8, 24), nn.Linear(24, 3)
+
+    def forward(self, tokens):
+        z = self.act(self.mix(self.embed(tokens).cumsum(1)))
+        return self.last(self.act(self.wide(z)))[:, -1]
+
+
+@pytest.mark.parametrize("cache", ["hidden", "backbone"])
+def test_a_softplus_that_runs_twice_in_a_token_model(cache):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokens, y, model = torch.randint(1, 50, (11, 6)), torch.arange(11) % 3, Tokens()
+    network = Network(model.eval(), tokens[:2])
+    with torch.no_grad():
+        truth = model.act(model.mix(model.embed(tokens).cumsum(1)))[:, -1]
+    assert torch.allclose(network.backbone(tokens), truth, atol=1e-6)
+    settings = {"second_phase": "gd", "feature_cache": cache}
+    result = quiet(model, **settings).fit((tokens, y))
+    assert features_premise(result)[0] == "held" and result.guarantee.curve

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
-from helpers import bits, quiet, same_bits, toy_data, toy_mlp
+from helpers import Given, bits, quiet, same_bits, toy_data, toy_mlp
 
 
 class Listed(Dataset):
@@ -131,3 +131,35 @@ def test_readonly_memmap_and_label_columns(tmp_path):
     third = toy_mlp()
     quiet(third).fit(Listed(x.numpy(), y.numpy()))  # y: numpy scalars
     assert same_bits(bits(model), bits(third))
+
+
+def test_steps_on_one_sample():
+    x, y = toy_data()
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), *toy_mlp(d=8))
+    message = "batch_size: a step would be made on one sample"
+    refused(model, ValueError, message, (x, y), batch_size=1)
+    refused(model, ValueError, message, (x[:1], y[:1]))
+    assert quiet(model, batch_size=59).fit((x, y)).status == "completed"  # 60 samples
+    assert quiet(toy_mlp(), batch_size=1).fit((x[:5], y[:5])).status == "completed"
+
+
+def test_a_scheduler_that_ends_before_the_run():
+    def cycle(total):
+        kind = torch.optim.lr_scheduler.OneCycleLR
+        return lambda optimizer: kind(optimizer, 0.1, total_steps=total)
+
+    settings = {"epochs": 4, "tau": 2}
+    message = r"scheduler: expected one for 4 steps, .* OneCycleLR.* for 3"
+    refused(toy_mlp(), ValueError, message, scheduler=cycle(3), **settings)
+    assert quiet(toy_mlp(), scheduler=cycle(4), **settings).fit(toy_data()).status == "completed"
+    # it stops at tau there
+    settings |= {"second_phase": "gd", "scheduler": cycle(2)}
+    assert quiet(toy_mlp(), **settings).fit(toy_data()).status == "completed"
+
+
+def test_an_inference_tensor_that_a_step_would_save():
+    model = Given(lambda m, x: m.rest(m.first(x) * m.scale), first=nn.Linear(5, 5), rest=toy_mlp())
+    with torch.inference_mode():
+        model.scale = torch.ones(5)
+    message = "model: .* not in training mode: Inference tensors cannot be saved"
+    refused(model, ValueError, message)

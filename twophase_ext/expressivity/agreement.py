@@ -21,8 +21,9 @@ from ..core.messages import type_and_line
 from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
 from ..linalg.norms import frobenius_upper, norm_upper
 from ..linalg.progress import Stage
+from ..model.drawn import drawn
 from ..model.holding import trainable
-from ..model.probing import State, compiled, cuda_devices, drawn, rows_into
+from ..model.probing import State, compiled, cuda_devices, rows_into
 from .bounded import Disagrees
 from .problem import Problem
 

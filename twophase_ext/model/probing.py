@@ -4,7 +4,7 @@ import copy
 import gc
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -152,11 +152,20 @@ def rows_into(model: nn.Module, chain: list[nn.Module], x: Tensor) -> Tensor:
     if caught.dim() != 3:
         return caught
 
-    def hand_on(input: Tensor) -> Tensor:
-        return input
+    handed = 0  # modules of the chain that have, in their order: one may run elsewhere too
 
-    for module in chain:  # none of them has a replaced forward of its own: gate.py
-        object.__setattr__(module, "forward", hand_on)
+    def handing_on(place: int, own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:
+            nonlocal handed
+            if handed != place:
+                return own(input)
+            handed += 1
+            return input
+
+        return forward
+
+    for place, module in enumerate(chain):  # none of them has a replaced forward: gate.py
+        object.__setattr__(module, "forward", handing_on(place, module.forward))
     try:
         with eager():
             return unwrap(model)(x.clone())
@@ -370,23 +379,3 @@ def unchanged(then: Tensor, version: int, now: Any, now_version: int | None = No
         and then.dtype == now.dtype
     )
     return same and not written
-
-
-@contextmanager
-def drawn(parameters: list[nn.Parameter], scale: float, *, keep: bool = False) -> Iterator[None]:
-    """Within it the parameters hold random numbers, `scale` times as large as their own (1, where
-    these are all zero), or with `keep` their own and these; then their own bits.
-
-    Their version counters do not move: a graph that was made before can still be gone through.
-    """
-    own = [p.detach().clone() for p in parameters]
-    generator = torch.Generator("cpu").manual_seed(1)
-    for p, value in zip(parameters, own, strict=True):
-        size = value.abs().mean() if bool(value.any()) else value.new_tensor(1.0)
-        drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu")
-        p.data.copy_((value if keep else 0) + scale * size * drawn.to(p.device))
-    try:
-        yield
-    finally:
-        for p, value in zip(parameters, own, strict=True):
-            p.data.copy_(value)

@@ -57,7 +57,7 @@ def check_trains(model: nn.Module, example: Tensor, outputs: int) -> None:
     example: two samples, or one. Nothing of the model has changed afterwards.
     """
     try:
-        with untouched(model), eager():
+        with untouched(model), eager(), torch.enable_grad():
             model.train()
             found = model(example)
     except Exception as error:  # whatever the user's own forward pass raises
@@ -75,6 +75,19 @@ def check_trains(model: nn.Module, example: Tensor, outputs: int) -> None:
             f"model: expected an output of shape {expected} in training mode, as in evaluation "
             f"mode, or a tuple that begins with it, got{first} {shape}"
         )
+
+
+def check_single(model: nn.Module, example: Tensor) -> None:
+    """ValueError where the model does not train on one sample, as a run's steps would ask."""
+    try:
+        with untouched(model), eager(), torch.enable_grad():
+            model.train()
+            model(example[:1])
+    except Exception as error:  # BatchNorm has no variance over one sample
+        raise ValueError(
+            "batch_size: a step would be made on one sample, on which the model does not run in "
+            f"training mode ({first_line(error)}); use batches of 2 or more"
+        ) from error
 
 
 def model_device(model: nn.Module, device: str | torch.device) -> torch.device:

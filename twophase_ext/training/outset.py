@@ -1,13 +1,15 @@
 """What is settled before the first step: samples and model looked at, the cache planned."""
 
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor
 
 from ..model.losses import ConvexLoss
 from ..model.network import Network
-from .checks import check_trains
+from .batchnorm import batch_bounds
+from .checks import check_single, check_trains
 from .config import Config
 from .control.progress import Progress
 from .data.samples import Samples
@@ -37,6 +39,9 @@ def look_at(
         check_model(network.model)
     check_trains(network.model, example, network.outputs)
     train = sets[0]
+    offsets = batch_bounds(network.model, train.n, config.batch_size)
+    if any(end - begin == 1 for begin, end in pairwise(offsets)):
+        check_single(network.model, example)
     with train.held():
         train.prepare(loss, network.outputs)
         check_loss(loss, network.outputs, train, config)

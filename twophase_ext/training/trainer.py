@@ -321,6 +321,8 @@ class Trainer:
         schedule = make_schedule(
             self.scheduler, optimizer, config.scheduler_interval, config.second_phase
         )
+        per_epoch = len(batchnorm.batch_bounds(network.model, samples.n, config.batch_size)) - 1
+        schedule.require_steps(config.epochs, config.tau_epoch, per_epoch)
         context = Context(
             network=network,
             loss=self.loss,

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ...core.messages import first_line
+from ...model.drawn import drawn
 from ...model.network import Network
-from ...model.probing import State, compiled, drawn, eager, untouched
+from ...model.probing import State, compiled, eager, untouched
 from ..batchnorm import batch_bounds
 from ..data.samples import BATCH, Samples
 from ..distributed.ranks import Ranks

@@ -41,6 +41,19 @@ class Schedule:
         """The scheduler's class, with those of the schedulers that it is made of."""
         return None if self.scheduler is None else _describe(self.scheduler)
 
+    def require_steps(self, epochs: int, tau_epoch: int, steps: int) -> None:
+        """ValueError where a scheduler ends (OneCycleLR) before the run does: steps an epoch."""
+        if self.scheduler is None:
+            return
+        needed = (epochs if self.goes_on else tau_epoch) * (steps if self.per_step else 1)
+        ends = [getattr(part, "total_steps", None) for part in _parts(self.scheduler)]
+        least = min((end for end in ends if isinstance(end, int)), default=needed)
+        if least < needed:
+            raise ValueError(
+                f"scheduler: expected one for {needed} steps, as many as the run makes, got "
+                f"{self.name} for {least}"
+            )
+
     def end_step(self) -> None:
         """An update was made."""
         if self.per_step:
@@ -78,6 +91,18 @@ class Schedule:
         if self.scheduler is not None and state is not None:
             self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))  # which empties it
             self.count = state["count"]
+
+
+def _parts(scheduler: Any) -> list[Any]:
+    """A scheduler, and those that run beside it all along."""
+    chained = (
+        getattr(scheduler, "_schedulers", []) if _kind(scheduler) == "ChainedScheduler" else []
+    )
+    return [scheduler, *chained]
+
+
+def _kind(scheduler: Any) -> str:
+    return type(scheduler).__name__
 
 
 def _describe(scheduler: Any) -> str:
