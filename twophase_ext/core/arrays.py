@@ -66,6 +66,8 @@ def as_data(a: Any, *, name: str) -> Tensor:
     if why := _no_numbers(found):
         raise TypeError(f"{name}: expected a dense tensor with data, got {why}")
     found = found.detach()
+    if found._is_zerotensor():  # of autograd's: it has no memory
+        found = torch.zeros(found.shape, dtype=found.dtype, device=found.device)
     if found.is_inference() and not torch.is_inference_mode_enabled():
         return found.clone()
     return found
