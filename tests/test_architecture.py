@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from twophase_ext.training.config import SECOND_PHASES
-from twophase_ext.training.phases import SECOND
+from helpers import quiet, toy_data, toy_mlp
+from twophase_ext.training import phases
+from twophase_ext.training.phases.last_layer import LastLayer
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "bench" / "structure.py"
@@ -48,8 +49,22 @@ def test_a_circle_is_seen(structure):
     assert structure.circles({"a": {"b"}, "b": set()}) == []
 
 
-def test_every_second_phase_is_in_the_registry():
-    assert set(SECOND_PHASES) == set(SECOND)
+def test_a_new_second_phase_is_a_class_and_a_line(monkeypatch):
+    """Steps of the last layer with half the base algorithm's rate, say."""
+
+    class Halved(LastLayer):
+        def fill_caches(self):
+            super().fill_caches()
+            for group in self.context.optimizer.param_groups:
+                group["lr"] /= 2
+
+    monkeypatch.setitem(phases.SECOND, "halved", Halved)
+    result = quiet(toy_mlp(), epochs=4, tau=2, second_phase="halved").fit(toy_data())
+    assert [row["learning_rate"] for row in result.history] == [0.01, 0.01, 0.005, 0.005]
+    found = quiet(toy_mlp(), epochs=4, tau=2).branch(
+        {"base": {}, "half": {"second_phase": "halved"}}, toy_data()
+    )
+    assert found["half"].status == "completed"
 
 
 def test_files_are_short():

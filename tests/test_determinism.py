@@ -21,6 +21,7 @@ from test_last_layer_epoch import Problem
 from twophase_ext import ops
 from twophase_ext.core.hashing import hash_tensors
 from twophase_ext.core.seeds import epoch_order
+from twophase_ext.training.phases import SECOND
 
 TESTS = Path(__file__).resolve().parent
 PAGE = TESTS.parent / "docs" / "determinism.md"
@@ -82,7 +83,7 @@ def test_bits_of_operators_are_compared_on_every_instruction_set():
 def test_every_operator_and_phase_has_a_row():
     what = " ".join(row[0] for row in rows())
     functions = [name for name in ops.__all__ if name != "logit_error_constant"]  # an integer
-    phases = [f'"{name}"' for name in (*tp.training.config.SECOND_PHASES, "hidden", "disk")]
+    phases = [f'"{name}"' for name in (*SECOND, "hidden", "disk")]
     for name in (*functions, *phases, '"backbone"', '"hidden-bfloat16"', "stream_seed", "branch"):
         assert name in what, name
     # each other test of these files is the test of a row

@@ -1,6 +1,6 @@
 """The Trainer's arguments, checked and resolved."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
@@ -21,7 +21,6 @@ SETTINGS: dict[str, type[Settings]] = {
     "sgd": StochasticDescent,
     "lazy": Lazy,
 }
-SECOND_PHASES = ("base", "none", *SETTINGS)
 _SIGMAS = torch.finfo(torch.float32)
 _LARGEST_SIGMA = _SIGMAS.max**0.5 / 16  # sums of squares of noisy weights stay finite
 # of weights and data, and of autocast in the first phase
@@ -122,6 +121,7 @@ def resolve_noise(noise_std: Any) -> float | dict[str, float]:
 
 def resolve(
     *,
+    second_phases: Collection[str],
     loss: str,
     epochs: Any,
     tau: Any,
@@ -142,9 +142,12 @@ def resolve(
     sgd: Any = None,
     lazy: Any = None,
 ) -> Config:
-    """Check every argument; TypeError or ValueError names the first one that is wrong."""
+    """Check every argument; TypeError or ValueError names the first one that is wrong.
+
+    second_phases: the names that there are (`phases.SECOND`).
+    """
     epochs = integer("epochs", epochs, 2)
-    second_phase = _choice("second_phase", second_phase, SECOND_PHASES)
+    second_phase = _choice("second_phase", second_phase, second_phases)
     if augment is not None and not callable(augment):
         raise TypeError(f"augment: expected a callable (x, generator) -> x, got {augment!r}")
     if verify is not False and verify not in METHODS:

@@ -149,7 +149,7 @@ class Trainer:
             "scheduler_interval": scheduler_interval,
             "verify": verify,
         }
-        self.config = resolve(loss=self.loss.name, **settings)
+        self.config = resolve(second_phases=SECOND, loss=self.loss.name, **settings)
         self.model, self.last_layer = model, last_layer
         self.optimizer, self.scheduler = optimizer or paper_optimizer, scheduler
         self.compile = compile_options(compile, model)
