@@ -29,7 +29,7 @@ class Watch:
 
     def on_epoch_end(self, run, record) -> None:
         self.states.append(bits(run.network.model))
-        self.scales.append(run._run.context.first_step.scaler.get_scale())
+        self.scales.append(run._run.context.base_step.scaler.get_scale())
 
 
 class Dtypes:
@@ -173,7 +173,7 @@ class Stop:
 
     def on_fit_start(self, run) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17, growth_interval=4)
-        run._run.context.first_step.scaler = scaler
+        run._run.context.base_step.scaler = scaler
         own = run._run.correct
 
         def correct(*arguments):

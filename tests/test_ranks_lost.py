@@ -22,7 +22,7 @@ class Signal:
         self.rank, self.at, self.number = rank, (epoch, batch), number
 
     def on_fit_start(self, run):
-        steps = run.ranks.sum_
+        steps = run.ranks.all_reduce_
 
         def sum_(tensor):
             if run.ranks.rank == self.rank and (run.epoch, run.batch) == self.at:
@@ -30,7 +30,7 @@ class Signal:
                 self.at = None
             return steps(tensor)
 
-        run.ranks.sum_ = sum_
+        run.ranks.all_reduce_ = sum_
 
 
 class StopAfter:

@@ -23,7 +23,7 @@ def adopt(run: Run, trunk: Run, same: bool) -> None:
         run.context.schedule.load(trunk.context.schedule.state())
     else:
         _take_over(run, trunk, same)
-    run.context.first_step.load(trunk.context.first_step.state())
+    run.context.base_step.load(trunk.context.base_step.state())
 
 
 def _take_over(run: Run, trunk: Run, same: bool) -> None:

@@ -82,8 +82,8 @@ def _mean_of_all(layer: _BatchNorm, ranks: Ranks) -> None:
     assert count is not None
     for statistic in statistics:
         assert statistic is not None
-        ranks.sum_(statistic.mul_(count))
-    ranks.sum_(count)
+        ranks.all_reduce_(statistic.mul_(count))
+    ranks.all_reduce_(count)
     for statistic in statistics:
         assert statistic is not None
         statistic.div_(count)

@@ -19,7 +19,7 @@ from .distributed.ranks import Ranks
 from .features.agreement import Agreement
 from .optimizer.averaged import Averaged
 from .optimizer.schedule import Schedule
-from .steps.base import FirstStep
+from .steps.base import BaseStep
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Context:
     cadence: Cadence
     schedule: Schedule
     ranks: Ranks
-    first_step: FirstStep
+    base_step: BaseStep
     averaged: Averaged
     fixed: Agreement
     compiled: Mapping[str, Any] | None = None

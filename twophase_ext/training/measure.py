@@ -24,7 +24,7 @@ def measure(
     if isinstance(source, Features):
         batches = source.outputs(network, BATCH)
     else:
-        own = source.batches(BATCH, ranks.part(source.n))
+        own = source.batches(BATCH, ranks.shard(source.n))
         batches = ((model(x), y) for x, y in source.visit(own))
     for outputs, y in batches:
         total += float(loss(outputs, y)) * len(y)
@@ -32,6 +32,6 @@ def measure(
             correct += int((outputs.argmax(1) == y).sum())
     model.train(mode)
     if not isinstance(source, Features):
-        sums = ranks.sum_(torch.tensor([total, correct], dtype=torch.float64, device="cpu"))
+        sums = ranks.all_reduce_(torch.tensor([total, correct], dtype=torch.float64, device="cpu"))
         total, correct = float(sums[0]), int(sums[1])
     return total / source.n, correct / source.n if loss is CROSS_ENTROPY else None

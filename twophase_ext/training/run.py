@@ -90,7 +90,7 @@ class Run:
     def due(self, steps: int = 1) -> bool:
         """Whether a checkpoint is due within the epoch; rank 0's clock tells."""
         ranks = self.context.ranks
-        return ranks.any(self.context.cadence.step(steps) and ranks.rank == 0)
+        return ranks.all_reduce_any(self.context.cadence.step(steps) and ranks.rank == 0)
 
     def save(self) -> None:
         """Write a checkpoint, where a folder is kept."""

@@ -36,7 +36,7 @@ from .run import Run
 from .settings import GradientDescent, Lazy, StochasticDescent
 from .several import check_several
 from .state import PhaseState, RunState
-from .steps.base import FirstStep, check_autocast
+from .steps.base import BaseStep, check_autocast
 
 
 class Trainer:
@@ -256,7 +256,9 @@ class Trainer:
                 self.model.eval()
             if context.lock is not None:
                 context.lock.release()
-        reported = context.ranks.once(lambda: (state.history, state.timings, context.folder))
+        reported = context.ranks.broadcast_object(
+            lambda: (state.history, state.timings, context.folder)
+        )
         state.history, state.timings, folder = reported
         result = Result(
             model=self.model,
@@ -335,7 +337,7 @@ class Trainer:
             cadence=Cadence(self.checkpoint_every),
             schedule=schedule,
             ranks=ranks,
-            first_step=FirstStep(network, self.loss, optimizer, config, schedule, self.compile),
+            base_step=BaseStep(network, self.loss, optimizer, config, schedule, self.compile),
             averaged=Averaged(optimizer),
             fixed=fixed,
             compiled=self.compile,
@@ -347,11 +349,13 @@ class Trainer:
     def _begin(self, context: Context, state: RunState, resume: bool | str | Path | None) -> Loop:
         """The loop at its beginning, or where a checkpoint stands; the run folder is opened."""
         ranks = context.ranks
-        found, source = ranks.once(lambda: checkpoint.find(resume, self.run_dir))
+        found, source = ranks.broadcast_object(lambda: checkpoint.find(resume, self.run_dir))
         check_several(context, state.cache_mode if found is None else found["cache_mode"])
         second = SECOND[context.config.second_phase]
         Loop(Run(context, state))  # or an error, before a folder is made
-        folder = ranks.once(lambda: outset.open_folder(self.run_dir, source, resume == "auto"))
+        folder = ranks.broadcast_object(
+            lambda: outset.open_folder(self.run_dir, source, resume == "auto")
+        )
         with ExitStack() as on_error:  # a kept traceback would keep the lock
             if folder is not None and ranks.rank == 0:
                 lock = runfolder.lock(folder)
@@ -361,8 +365,8 @@ class Trainer:
                 state = saved.restore(context, second.frozen(context), found)
                 state.second.unfixed = context.fixed.evidence or state.second.unfixed
             loop = Loop(Run(context, state))
-            context.first_step.after_first = lambda: saved.check_holds(context)
-            context.first_step.withdraw = lambda: runfolder.withdraw(context.folder)
+            context.base_step.after_first = lambda: saved.check_holds(context)
+            context.base_step.withdraw = lambda: runfolder.withdraw(context.folder)
             ranks.where = lambda: f"epoch {state.epoch}, step {state.batch}"
             if context.folder is not None:
                 name = type(unwrap(self.model)).__name__

@@ -57,7 +57,7 @@ def _verify(run: Run, second: SecondPhase) -> None:
     key = (state.hidden_hash, f"verdict {config.verify} {config.batch_norm}")
     known = {} if run.shared is None else run.shared
     if key not in known:
-        known[key] = context.ranks.once(second.verify)
+        known[key] = context.ranks.broadcast_object(second.verify)
     verdict = state.verdict = known[key]
     context.progress.say(str(verdict).splitlines()[0])  # whole in the result's summary
     if context.folder is not None:

@@ -22,7 +22,7 @@ class Interrupt:
     @property
     def requested(self) -> bool:
         """Whether any rank was told to stop: all ranks look, at the same step."""
-        return self.ranks.any(self._told)
+        return self.ranks.all_reduce_any(self._told)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self._told = True

@@ -23,7 +23,7 @@ PATIENCE = timedelta(days=365)
 class Ranks:
     """Rank `rank` of `size` processes, and what they tell each other.
 
-    Every method but `part` is called by all of them in the same order. Where one does not come,
+    Every method but `shard` is called by all of them in the same order. Where one does not come,
     the others get a RuntimeError that names the step: at once where it ended, after the group's
     timeout where it hangs.
     """
@@ -40,11 +40,11 @@ class Ranks:
         """How many of them run on this machine, as torchrun says."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.size > 1 else 1
 
-    def part(self, n: int) -> slice:
+    def shard(self, n: int) -> slice:
         """This rank's contiguous part of n things; none is longer than rank 0's."""
         return slice(-(-n * self.rank // self.size), -(-n * (self.rank + 1) // self.size))
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks, in the place of `tensor`; the same bits everywhere."""
         if self.size > 1:
             with self.together():
@@ -53,15 +53,17 @@ class Ranks:
                 dist.all_reduce(tensor, group=None if tensor.is_cuda else self._cpu)
         return tensor
 
-    def any(self, flag: bool) -> bool:
+    def all_reduce_any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return (
-            flag if self.size == 1 else bool(self.sum_(torch.tensor(int(flag), device="cpu")) > 0)
+            flag
+            if self.size == 1
+            else bool(self.all_reduce_(torch.tensor(int(flag), device="cpu")) > 0)
         )
 
-    def least(self, number: int) -> int:
+    def all_reduce_min(self, number: int) -> int:
         """The smallest of the ranks' numbers."""
-        return min(self.collect(number))
+        return min(self.all_gather_object(number))
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """`tensor` of the rank `source`, in the place of everyone's."""
@@ -76,10 +78,10 @@ class Ranks:
             self.broadcast(buffer)
 
     def columns(self, own: Tensor, total: int) -> Tensor:
-        """[b, total] from everyone's [b, columns of `part(total)`]."""
+        """[b, total] from everyone's [b, columns of `shard(total)`]."""
         if self.size == 1:
             return own
-        parts = [Ranks(rank, self.size).part(total) for rank in range(self.size)]
+        parts = [Ranks(rank, self.size).shard(total) for rank in range(self.size)]
         lengths = [part.stop - part.start for part in parts]
         padded = F.pad(own, (0, lengths[0] - own.shape[1])).contiguous()
         pieces = [torch.empty_like(padded) for _ in lengths]
@@ -90,7 +92,7 @@ class Ranks:
                 dist.all_gather(pieces, padded, group=None if own.is_cuda else self._cpu)
         return torch.cat([p[:, :length] for p, length in zip(pieces, lengths, strict=True)], 1)
 
-    def collect(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Everyone's value, by rank."""
         if self.size == 1:
             return [value]
@@ -101,7 +103,7 @@ class Ranks:
 
     def agree(self, name: str, value: Any) -> None:
         """Raise RuntimeError where a rank has another value than rank 0."""
-        values = self.collect(value)
+        values = self.all_gather_object(value)
         differing = [rank for rank, other in enumerate(values) if other != values[0]]
         if differing:
             raise RuntimeError(
@@ -109,7 +111,7 @@ class Ranks:
                 f"{values[differing[0]]!r} on rank {differing[0]}"
             )
 
-    def once(self, function: Callable[[], T]) -> T:
+    def broadcast_object(self, function: Callable[[], T]) -> T:
         """What rank 0 gets from `function`, however long it takes; its error on every rank."""
         if self.size == 1:
             return function()
@@ -176,6 +178,6 @@ def joined() -> Ranks:
         found = Ranks(dist.get_rank(), dist.get_world_size(), cpu, patient)
         group: Any = dist.group.WORLD if cpu is None else cpu
         timeout = group._get_backend(torch.device("cpu")).options._timeout
-        found.memory = shared_memory(found.rank, found.collect, timeout.total_seconds())
+        found.memory = shared_memory(found.rank, found.all_gather_object, timeout.total_seconds())
         _known = dist.group.WORLD, found
     return _known[1]

@@ -123,7 +123,8 @@ def shared_memory(
 ) -> SharedMemory | None:
     """Memory for all processes, None where they are on several machines or it cannot be had.
 
-    Collective; collect: as `Ranks.collect`. timeout: seconds that a process waits for the others.
+    Collective; collect: as `Ranks.all_gather_object`. timeout: seconds that a process waits for
+    the others.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     able = platform.machine() in ("x86_64", "AMD64") and boot.exists()

@@ -108,7 +108,7 @@ def agreement(
             of_sizes = (torch.arange(k, device="cpu") for k in sizes if k <= len(whole.x))
             found.evidence = _regrouped(network, whole, of_sizes, held)
     found.compared = True
-    found.evidence = next((e for e in ranks.collect(found.evidence) if e), None)
+    found.evidence = next((e for e in ranks.all_gather_object(found.evidence) if e), None)
     if done and not found.evidence:
         compared = "all" if done == samples.n else f"the first {done} of"
         found.extent = f"h is the same in other batches for {compared} {samples.n} samples"

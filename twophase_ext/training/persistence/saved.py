@@ -25,7 +25,7 @@ def contents(context: Context, state: RunState) -> dict[str, Any]:
         ),
         "averaged": dict(context.averaged.kept),  # where a schedule-free optimizer's steps go on
         "scheduler": context.schedule.state(),
-        "scaler": context.first_step.state(),
+        "scaler": context.base_step.state(),
         "config": context.identity(),
         "data": context.train.content,
         "layers": settings_of_layers(context.network.model),
@@ -140,7 +140,7 @@ def restore(context: Context, frozen: dict[str, Tensor], saved: dict[str, Any]) 
     except Exception as error:  # of any package
         raise ValueError(f"resume: the checkpoint's optimizer does not fit: {error}") from error
     context.schedule.load(saved["scheduler"])
-    context.first_step.load(saved["scaler"])
+    context.base_step.load(saved["scaler"])
     model.load_state(saved["model"])
     context.averaged.kept = {n: y.to(context.device) for n, y in saved.get("averaged", {}).items()}
     own = {f.name for f in fields(RunState)} - OWN_FORM

@@ -20,7 +20,7 @@ class DataParallelStep:
         """Wraps the run's model; rank 0's parameters and buffers are copied to all ranks."""
         self.run = run
         self.model = DistributedDataParallel(
-            run.context.first_step.forward,
+            run.context.base_step.forward,
             gradient_as_bucket_view=True,
             find_unused_parameters=self._some_unused(),
         )
@@ -51,7 +51,7 @@ class DataParallelStep:
         """One step on the samples `index`: (mean loss before it, correct), over the batch."""
         run, ranks = self.run, self.run.context.ranks
         b = len(index)
-        parts = max(1, min(ranks.size, b // run.context.first_step.least))
+        parts = max(1, min(ranks.size, b // run.context.base_step.least))
         first, last = (-(-b * min(r, parts) // parts) for r in (ranks.rank, ranks.rank + 1))
         rows = b // parts  # of the shortest part
         own = index[first:last] if last > first else index[:rows]
@@ -63,12 +63,12 @@ class DataParallelStep:
             )
         )
         with ranks.together():
-            loss, outputs = run.context.first_step(
+            loss, outputs = run.context.base_step(
                 x, y, forward=self.model, weight=share * ranks.size, rows=rows
             )
         correct = run.correct(outputs, y)
         sums = torch.stack([loss / ranks.size, torch.zeros_like(loss)])
         if correct is not None and share:
             sums[1] += correct
-        ranks.sum_(sums)
+        ranks.all_reduce_(sums)
         return sums[0], None if correct is None else sums[1]

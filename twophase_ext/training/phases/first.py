@@ -59,5 +59,5 @@ class FirstPhase(Phase):
             self.parallel_step = self.parallel_step or DataParallelStep(self.run)
             return self.parallel_step(index)
         x, y = context.train.fetch(index)
-        loss, outputs = context.first_step(x, y)
+        loss, outputs = context.base_step(x, y)
         return loss, self.run.correct(outputs, y)

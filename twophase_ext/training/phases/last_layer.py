@@ -98,7 +98,7 @@ class LastLayer(SecondPhase):
                 self.save_within()
             context.progress.advance(f"epoch {state.epoch}", len(losses))
             # Ctrl-C is looked at a few times a second.
-            slow = context.ranks.any(time.perf_counter() - started >= ONE_CALL)
+            slow = context.ranks.all_reduce_any(time.perf_counter() - started >= ONE_CALL)
             if not one_by_one and not slow:
                 at_once *= 2
         return state.batch == last

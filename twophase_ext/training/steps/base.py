@@ -17,7 +17,7 @@ from ..optimizer.factory import first_try, refused
 from ..optimizer.schedule import Schedule
 
 
-class FirstStep:
+class BaseStep:
     """Forward, loss, backward and update; what is kept from step to step is the loss scale.
 
     Under "bf16-mixed" and "fp16-mixed" the model runs under autocast, loss, weights and update stay

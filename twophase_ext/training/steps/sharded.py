@@ -90,7 +90,7 @@ class Columns(Features):
         ranks: Ranks,
     ) -> None:
         """As of Features; mode: not "none"."""
-        self.ranks, self.own = ranks, ranks.part(network.width)
+        self.ranks, self.own = ranks, ranks.shard(network.width)
         super().__init__(samples, network, mode, on_batch, copies)
 
     def _computed(self, copies: int | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -106,7 +106,7 @@ class Columns(Features):
                 mine = function(x), y
             if like is None:  # rank 0 always has the first batch
                 shapes = [] if mine is None else [(t.shape[1:], t.dtype) for t in mine]
-                like = ranks.collect(shapes)[0]
+                like = ranks.all_gather_object(shapes)[0]
             for owner, (_, start, end) in enumerate(jobs[first : first + ranks.size]):
                 rows, y = (
                     mine[i].contiguous()
@@ -154,7 +154,7 @@ class Columns(Features):
 
     def logits(self, weight: Tensor, bias: Tensor | None, h: Tensor, index: Tensor) -> Tensor:
         """Float64 logits of all columns, from this rank's of weight and of the rows h[index]."""
-        logits = self.ranks.sum_(_logits(weight, h, index))
+        logits = self.ranks.all_reduce_(_logits(weight, h, index))
         return logits if bias is None else logits + bias
 
     @torch.no_grad()
@@ -167,7 +167,7 @@ class Columns(Features):
             _logits(weight, h, torch.arange(len(h), device="cpu"))
             for h, _ in self.own_blocks(BATCH)
         ]
-        logits = self.ranks.sum_(torch.cat(partial))
+        logits = self.ranks.all_reduce_(torch.cat(partial))
         logits = logits if bias is None else logits + bias
         value, delta = _loss_and_delta(loss, logits, self.targets)
         total = weight.new_zeros(weight.shape, dtype=torch.float64)
@@ -212,7 +212,7 @@ class OwnColumns:
         """layer: the last one; optimizer: of `ELEMENTWISE`, with or without state."""
         self.weight, self.optimizer, self.ranks = layer.weight, optimizer, ranks
         self.whole_weight = layer.weight.data
-        self.own = ranks.part(self.whole_weight.shape[1])
+        self.own = ranks.shard(self.whole_weight.shape[1])
         self.kept: dict[str, Tensor] = {}
 
     def __enter__(self) -> "OwnColumns":
