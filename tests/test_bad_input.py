@@ -160,7 +160,7 @@ def test_last_layer_errors_reach_the_user():
     ):
         with pytest.raises(error, match=message):
             quiet(toy_mlp(), last_layer=last).fit(toy_data())
-    with pytest.raises(ValueError, match="is there a softmax behind it"):
+    with pytest.raises(ValueError, match="is there a softmax after it"):
         quiet(nn.Sequential(*toy_mlp(), nn.Softmax(1))).fit(toy_data())
 
 

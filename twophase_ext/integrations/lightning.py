@@ -110,7 +110,7 @@ class TwoPhaseCallback(Callback):
         if self.cache and trainer.current_epoch >= self.tau_epoch:
             self._train_on_cache(trainer, pl_module)
 
-    # Not on_train_epoch_start: a run resumed behind the last batch of an epoch skips that hook.
+    # Not on_train_epoch_start: a run resumed after the last batch of an epoch skips that hook.
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -76,7 +76,7 @@ class GramCertificate:
         return self.status == "proved"
 
     def constants(self) -> dict[str, Any]:
-        """The numbers of the proof as plain JSON types; what is not finite is left away."""
+        """The numbers of the proof as plain JSON types; what is not finite is left out."""
         names = [
             "n",
             "columns",

@@ -38,7 +38,7 @@ class WideLayer(NamedTuple):
 class Split:
     """A model cut at its wide layer and at its last layer; both run in the caller's grad mode.
 
-    They work in whatever mode the model is, and compute nothing behind what they return.
+    They work in whatever mode the model is, and compute nothing after what they return.
     """
 
     model: nn.Module
@@ -358,5 +358,5 @@ def _not_affine(
             )
     return (
         "last_layer: the model's output is not the output of one affine layer (is there a softmax "
-        f"behind it, a scaling or a sum of heads? the loss expects logits); {listing}"
+        f"after it, a scaling or a sum of heads? the loss expects logits); {listing}"
     )

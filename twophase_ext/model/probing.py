@@ -120,7 +120,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def input_of(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
-    """The input that `module` gets when the model runs on x; nothing behind it is computed.
+    """The input that `module` gets when the model runs on x; nothing after it is computed.
 
     Runs eagerly, in the caller's grad mode and the model's mode. Raises ValueError where the
     forward pass ends without reaching the module.
@@ -214,7 +214,7 @@ def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], 
 
 
 def main_output(output: Any) -> Tensor | None:
-    """A model's output, or the first one of several: auxiliary heads come behind it."""
+    """A model's output, or the first one of several: auxiliary heads come after it."""
     if isinstance(output, Mapping):
         output = tuple(output.values())
     if isinstance(output, tuple | list) and output:

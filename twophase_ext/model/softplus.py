@@ -17,7 +17,7 @@ class Softplus(nn.Module):
 
     beta: a finite number > 0 (1e-30 to 1e30). inplace: overwrite the input. Input and output: a
     floating-point tensor of any shape. Only the output is kept for the backward pass, as by
-    nn.ReLU: an operation in place behind it has to stay away, or give it keeps_copy=True, which
+    nn.ReLU: an operation in place after it has to stay away, or give it keeps_copy=True, which
     keeps a copy (at one more pass and tensor), as little disturbed as nn.Hardswish and its kind.
     Raises TypeError for a beta that is not a number, ValueError for one out of range.
     """

@@ -129,7 +129,7 @@ def _assumption_3(x: Tensor) -> Assumption:
     """||x_i||^2 - x_i.x_j > 0 for all i != j: float64 with its error bound, exact where close.
 
     By Cauchy-Schwarz only j with ||x_j|| >= ||x_i|| can violate it: rows sorted by norm, each
-    compared with those behind it.
+    compared with those after it.
     """
     name = "Assumption 3"
     advice = "only sufficient: distinct inputs do as well"

@@ -1,4 +1,4 @@
-"""A loss that is not finite: found at its step, and told with the samples that it came from."""
+"""A loss that is not finite: found at its step, and reported with the samples that it came from."""
 
 import math
 from typing import Any

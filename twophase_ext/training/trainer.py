@@ -80,7 +80,7 @@ class Trainer:
     run_dir: the run's folder; None makes a new one under runs/, False writes nothing.
     checkpoint_every: epochs between checkpoints, or a text: "500 steps", "90 seconds", "10
         minutes", within epochs too. Default: every epoch, and every ten minutes within one. There
-        is always one at tau, behind the verification, and one at the end.
+        is always one at tau, after the verification, and one at the end.
     callbacks: `Callback` objects, or any with methods on_fit_start(run), on_perturb(run) or
         on_epoch_end(run, record), run a `RunView` (docs/callbacks.md).
     progress: False prints nothing.

@@ -233,7 +233,7 @@ def _stand_in(module: Any, beta: float) -> tuple[Softplus, str] | None:
     """The softplus for a ReLU-like module and what it does not keep; None for other modules.
 
     It keeps for the backward pass what the old module kept: its output alone, or numbers of its
-    own, so that an operation in place behind it does no more harm than before.
+    own, so that an operation in place after it does no more harm than before.
     """
     inplace = bool(getattr(module, "inplace", False))
     copy = not inplace or isinstance(module, nn.ReLU6 | nn.Hardswish | nn.Threshold)

@@ -49,7 +49,7 @@ class Progress:
             self._bar = None
 
     def begin(self, name: str, total: int, done: int = 0) -> None:
-        """A new stage of `total` steps, `done` of them already behind."""
+        """A new stage of `total` steps, `done` of them done before."""
         if self._bar is not None:
             self._tasks[name] = self._bar.add_task(name, total=total, completed=done, note="")
 

@@ -136,7 +136,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What torch.distributed raises within it is told as the loss of another process."""
+        """What torch.distributed raises within it is reported as the loss of another process."""
         try:
             yield
         except RuntimeError as error:

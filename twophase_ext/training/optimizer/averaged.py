@@ -13,7 +13,7 @@ from .groups import Alone, averaging
 
 
 class Averaged:
-    """Calls an optimizer's train() before steps and its eval() behind them; others have neither.
+    """Calls an optimizer's train() before steps and its eval() after them; others have neither.
 
     Between them the model is at x: for the noise, the proof, measurements, callbacks, checkpoints
     and the result. eval() and train() round, so y is kept beside, and steps go on from its bits:

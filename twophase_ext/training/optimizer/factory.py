@@ -57,10 +57,10 @@ def make_optimizer(
     except Exception as error:  # whatever the package raises
         kind = type(error) if isinstance(error, TypeError) else ValueError
         shapes = sorted({f"{p.dim()}-D" for p in parameters.values()})
-        told = str(error).rstrip(".") or "without a message"
+        said = str(error).rstrip(".") or "without a message"
         raise kind(
             f"optimizer: the callable failed on the model's {len(parameters)} parameters "
-            f"({', '.join(shapes)}): {type(error).__name__}: {told}. Where it takes some of them "
+            f"({', '.join(shapes)}): {type(error).__name__}: {said}. Where it takes some of them "
             "alone, return one object that holds another optimizer for the rest (docs/torch.md)"
         ) from error
     if lacking := lacks(optimizer):
@@ -109,9 +109,9 @@ def first_try(model: nn.Module) -> Iterator[None]:
 
 def refused(optimizer: torch.optim.Optimizer, error: Exception, where: str) -> ValueError:
     """The error for a step that failed; where: "first step", "first step of the second phase"."""
-    told = str(error).rstrip(".") or "without a message"
+    said = str(error).rstrip(".") or "without a message"
     return ValueError(
         f"optimizer: {type(optimizer).__name__} failed in the {where}: {type(error).__name__}: "
-        f"{told}. {CALLS}; an optimizer that evaluates the loss again "
+        f"{said}. {CALLS}; an optimizer that evaluates the loss again "
         "(SAM, line searches) or differentiates gradients (AdaHessian) cannot be its base algorithm"
     )

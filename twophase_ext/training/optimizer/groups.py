@@ -130,7 +130,7 @@ def _aligned(value: Any, parameters: list[Tensor]) -> bool:
 
 
 class Alone:
-    """Within it the optimizer's groups hold these parameters alone; behind it all of them.
+    """Within it the optimizer's groups hold these parameters alone; after it all of them.
 
     Algorithm 1's eta_t = eta * nu with nu = 0 for the others, for optimizers that know no nu: some
     move a parameter without a gradient (Lookahead), others fail on one (Muon). Lists that go with

@@ -182,7 +182,7 @@ class LazyPhase(SecondPhase):
 
     @torch.no_grad()
     def _descend(self, steps: int, check: bool) -> None:
-        """The step; where it is checked, halved until the rank is shown behind it."""
+        """The step; where it is checked, halved until the rank is shown after it."""
         if self.step is None:
             raise RuntimeError("a step was asked for before its size was settled")
         moved = [
@@ -197,7 +197,7 @@ class LazyPhase(SecondPhase):
             if attempt:
                 self.step /= 2
                 self.context.progress.say(
-                    f"epoch {self.state.epoch}: rank n not shown behind the step, halved to "
+                    f"epoch {self.state.epoch}: rank n not shown after the step, halved to "
                     f"{self.step:.3g}"
                 )
             for p, grad in moved:
