@@ -23,8 +23,8 @@ from twophase_ext.model.losses import CROSS_ENTROPY
 from twophase_ext.model.network import Network
 from twophase_ext.training.data.samples import Samples
 from twophase_ext.training.distributed.ranks import joined
-from twophase_ext.training.steps.head import HeadStep
-from twophase_ext.training.steps.sharded import ColumnStep, OwnColumns, cached
+from twophase_ext.training.steps.last_layer import LastLayerStep
+from twophase_ext.training.steps.sharded import OwnShard, ShardedStep, cached
 
 SIZE, SMALL = (4096, 66_001), (130, 65)
 RULE = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-5}  # the features are large
@@ -51,9 +51,9 @@ def epochs(n: int, m: int) -> None:
 
     def epoch() -> list[float]:
         if ranks.size == 1:
-            return HeadStep(layer, CROSS_ENTROPY, optimizer).run(features, order, bounds)
-        with OwnColumns(layer, optimizer, ranks):
-            return ColumnStep(layer, CROSS_ENTROPY, optimizer).run(features, order, bounds)
+            return LastLayerStep(layer, CROSS_ENTROPY, optimizer).run(features, order, bounds)
+        with OwnShard(layer, optimizer, ranks):
+            return ShardedStep(layer, CROSS_ENTROPY, optimizer).run(features, order, bounds)
 
     print("ready", flush=True)
     for _ in sys.stdin:

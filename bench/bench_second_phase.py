@@ -16,7 +16,7 @@ from twophase_ext.model.losses import CROSS_ENTROPY
 from twophase_ext.model.network import Network
 from twophase_ext.training.data.samples import Samples
 from twophase_ext.training.features.cache import Features
-from twophase_ext.training.steps.head import HeadStep
+from twophase_ext.training.steps.last_layer import LastLayerStep
 
 GROUP = "phase-2 epoch PreActResNet18, 512 images"
 SETTINGS = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5}
@@ -45,7 +45,7 @@ def test_cached(benchmark, row, problem, mode):
     network = Network(model, images[:2].float())
     samples.prepare(CROSS_ENTROPY, 10)
     features = Features(samples, network, mode)
-    step = HeadStep(
+    step = LastLayerStep(
         network.last.module, CROSS_ENTROPY, tp.optim.SGD(model.parameters(), **SETTINGS)
     )
     assert step.fused

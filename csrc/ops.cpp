@@ -11,22 +11,24 @@ STABLE_TORCH_LIBRARY(twophase, m) {
       " -> (Tensor, Tensor)");
   // keys: the 64-bit Philox key of each tensor, as a signed integer.
   m.def("perturb_(Tensor(a!)[] tensors, int[] keys, float[] stds) -> ()");
-  // nu: 0 leaves a tensor and its buffer alone. fresh: 1 where the buffer holds nothing yet.
-  // buffers is empty where momentum is 0.
+  // nu: 0 leaves a tensor and its buffer alone. is_first_step: 1 where the buffer holds nothing
+  // yet. buffers is empty where momentum is 0.
   m.def(
-      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, int[] nu, int[] fresh,"
+      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, int[] nu, int[] "
+      "is_first_step,"
       " float lr, float momentum, float dampening, float weight_decay, bool nesterov,"
       " bool maximize) -> ()");
   // loss: 0 cross-entropy (target int64 [b]), 1 squared error (target [b, k]).
   m.def(
       "last_layer_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!)? weight_buffer,"
       " Tensor(d!)? bias_buffer, Tensor h, Tensor target, int loss, float lr, float momentum,"
-      " float dampening, float weight_decay, bool nesterov, bool fresh) -> Tensor");
+      " float dampening, float weight_decay, bool nesterov, bool is_first_step) -> Tensor");
   // Step s of many takes the rows order[bounds[s] : bounds[s + 1]] of h, with lr[s] or the one lr.
   m.def(
       "last_layer_epoch_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!)? weight_buffer,"
       " Tensor(d!)? bias_buffer, Tensor h, Tensor target, Tensor order, int[] bounds, int loss,"
-      " float[] lr, float momentum, float dampening, float weight_decay, bool nesterov, bool fresh,"
+      " float[] lr, float momentum, float dampening, float weight_decay, bool nesterov, bool "
+      "is_first_step,"
       " bool mapped) -> Tensor");
   // Mean loss and its gradients by weight and bias over all rows of h.
   m.def(
@@ -38,7 +40,8 @@ STABLE_TORCH_LIBRARY(twophase, m) {
   m.def(
       "last_layer_update_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!)? weight_buffer,"
       " Tensor(d!)? bias_buffer, Tensor h, Tensor index, Tensor logits, Tensor target, int loss,"
-      " float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool fresh)"
+      " float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool "
+      "is_first_step)"
       " -> Tensor");
   // (certified rank [b], logabsdet [b], info [b]) of the Gram matrix of [features, 1], [b, n, m].
   m.def("gram_logdet(Tensor features, bool append_ones) -> (Tensor, Tensor, Tensor)");

@@ -1,10 +1,11 @@
 // Checks and memory layout of sgd_, for any backend that provides
-//   sgd(like, targets, options)
+//   sgd(like, targets, rule)
 // over flat memory; `like` names the device. The update itself is math/sgd.h.
 #pragma once
 
 #include <utility>
 
+#include "math/sgd.h"
 #include "multi_tensor.h"
 
 namespace twophase {
@@ -15,23 +16,18 @@ struct SgdTarget {
   const void* g;
   void* b;  // the momentum buffer; null without momentum
   int64_t n;
-  bool fresh;  // b holds nothing yet
-};
-
-struct SgdOptions {
-  double lr, momentum, dampening, weight_decay;
-  bool nesterov, maximize;
+  bool is_first_step;  // b holds nothing yet
 };
 
 template <class Backend>
 void sgd_op(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> buffers,
-            std::vector<int64_t> nu, std::vector<int64_t> fresh, double lr, double momentum,
+            std::vector<int64_t> nu, std::vector<int64_t> is_first_step, double lr, double momentum,
             double dampening, double weight_decay, bool nesterov, bool maximize) {
   const bool with_buffers = momentum != 0;
   require_count(grads.size(), "grads", params.size());
   require_count(buffers.size(), "buffers", with_buffers ? params.size() : 0);
   require_count(nu.size(), "nu", params.size());
-  require_count(fresh.size(), "fresh", params.size());
+  require_count(is_first_step.size(), "is_first_step", params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     const std::string name = item("params", i);
     full_precision_dtype(params[i], name);
@@ -76,11 +72,11 @@ void sgd_op(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<T
       if (!same_layout(buffers[i], p)) write_back.emplace_back(buffers[i], buffer);
     }
     targets.push_back({dtype_of(p, "params"), p.mutable_data_ptr(),
-                       gradients.back().const_data_ptr(), b, p.numel(), fresh[i] != 0});
+                       gradients.back().const_data_ptr(), b, p.numel(), is_first_step[i] != 0});
   }
   if (targets.empty()) return;
   Backend::sgd(params[0], targets,
-               SgdOptions{lr, momentum, dampening, weight_decay, nesterov, maximize});
+               SgdRule{lr, momentum, dampening, weight_decay, nesterov, maximize});
   for (auto& [tensor, copy] : write_back) torch::stable::copy_(tensor, copy);
 }
 

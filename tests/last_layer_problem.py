@@ -43,7 +43,7 @@ class Problem:
                 h.to(device),
                 y.to(device),
                 loss=self.loss,
-                fresh=i == 0,
+                is_first_step=i == 0,
                 **self.rule,
             )
             for i, (h, y) in enumerate(self.batches)

@@ -40,7 +40,7 @@ def sgd(p, q, grad, buffer):
 
 
 def epoch(w, b, w_buffer, b_buffer, h, target, order):
-    settings = {"batch_size": 4, "lr": 0.1, "momentum": 0.9, "fresh": True}
+    settings = {"batch_size": 4, "lr": 0.1, "momentum": 0.9, "is_first_step": True}
     return ops.last_layer_epoch_(w, b, w_buffer, b_buffer, h, target, order, **settings)
 
 
@@ -57,7 +57,9 @@ CASES = {
         lambda: [numbers(5, 4).t(), numbers(5, 4, seed=1), numbers(4, 5, seed=2), numbers(5, 4)],
     ),
     "last_layer_step_": (
-        lambda *t: ops.last_layer_step_(*t, lr=0.1, momentum=0.9, nesterov=True, fresh=True),
+        lambda *t: ops.last_layer_step_(
+            *t, lr=0.1, momentum=0.9, nesterov=True, is_first_step=True
+        ),
         lambda: [*state(), *LAYER.values()],
     ),
     "last_layer_step_ without bias": (
@@ -69,7 +71,7 @@ CASES = {
         lambda: [state()[0], LAYER["h"], torch.tensor([8, 0, 3])],
     ),
     "last_layer_update_": (
-        lambda *t: ops.last_layer_update_(*t, lr=0.1, momentum=0.9, fresh=True),
+        lambda *t: ops.last_layer_update_(*t, lr=0.1, momentum=0.9, is_first_step=True),
         lambda: [
             *(*state(), LAYER["h"], torch.tensor([8, 0, 3])),
             *(numbers(3, 3).double(), torch.tensor([2, 1, 0])),

@@ -13,8 +13,8 @@ from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = ROOT / "csrc" / "cpu"
-EPOCH = (CPU / "last_layer_epoch.cpp").read_text()
-BARRIERS = EPOCH.count("team.barrier();")
+SOURCES = {name: (CPU / f"last_layer_{name}.cpp").read_text() for name in ("epoch", "gradient")}
+BARRIERS = sum(source.count("team.barrier();") for source in SOURCES.values())
 KERNELS = ("last_layer_step", "sgd", "perturb")
 CHECKS = {"last_layer_epoch": 14, "multi_tensor": 15}
 
@@ -23,22 +23,24 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> Path:
-    """run_cpu, each barrier of last_layer_epoch.cpp behind a question whether it is left out."""
+    """run_cpu, each barrier behind a question whether it is left out."""
     folder = tmp_path_factory.mktemp("threads")
     numbers = iter(range(BARRIERS))
-    asking = re.sub(
-        r"team\.barrier\(\);",
-        lambda _: f"if (!::skipped({next(numbers)})) team.barrier();",
-        EPOCH,
-    )
-    (folder / "epoch.cpp").write_text(asking)
+    for name, source in SOURCES.items():
+        asking = re.sub(
+            r"team\.barrier\(\);",
+            lambda _: f"if (!::skipped({next(numbers)})) team.barrier();",
+            source,
+        )
+        (folder / f"{name}.cpp").write_text(asking)
     common = ["g++", "-std=c++20", "-g1", "-fsanitize=thread", "-fvisibility=hidden"]
     includes = [f"-isystem{path}" for path in include_paths()]
     target = re.search(r"TORCH_TARGET_HEX \"(\w+)\"", (ROOT / "CMakeLists.txt").read_text())
     jobs = {
         "run_cpu.o": [
             *("-O0", *includes, f"-I{CPU}", f"-DTORCH_TARGET_VERSION={target[1]}"),
-            *(f'-DEPOCH="{folder / "epoch.cpp"}"', ROOT / "tests" / "shim" / "run_cpu.cpp"),
+            *(f'-D{name.upper()}="{folder / name}.cpp"' for name in SOURCES),
+            ROOT / "tests" / "shim" / "run_cpu.cpp",
         ],
         "isa.o": ["-O1", CPU / "isa.cpp"],
     }

@@ -93,10 +93,10 @@ def test_sgd_has_the_cpus_bits_for_many_tensors(momentum):
     n = 1500
     tensors = [[draw(1 + 11 * i % 6000, seed=i + s * n) for i in range(n)] for s in range(3)]
     cuda = [[t.cuda() for t in group] for group in tensors]
-    nu, fresh = [i % 4 != 0 for i in range(n)], [i % 2 for i in range(n)]
+    nu, is_first_step = [i % 4 != 0 for i in range(n)], [i % 2 for i in range(n)]
     for p, g, b in (tensors, cuda):
         rule = (0.1, momentum, 0.0, 1e-2, momentum != 0, False)
-        ops.sgd_(p, g, b if momentum else [], list(map(int, nu)), fresh, *rule)
+        ops.sgd_(p, g, b if momentum else [], list(map(int, nu)), is_first_step, *rule)
     for group, other in zip(tensors, cuda, strict=True):
         assert all(torch.equal(a, b.cpu()) for a, b in zip(group, other, strict=True))
 
@@ -234,7 +234,13 @@ def test_epoch_persistent_and_step_by_step(n, k, m, batch, h_dtype):
     h = (torch.rand(n, m, generator=torch.Generator().manual_seed(0)) / m**0.5).to(h_dtype)
     y, order = torch.arange(n) % k, torch.randperm(n)
     start = draw(k, m, dtype=dtype, seed=1)
-    rule = {"batch_size": batch, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "fresh": True}
+    rule = {
+        "batch_size": batch,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 1e-3,
+        "is_first_step": True,
+    }
     results = []
     for device in ("cpu", "cuda", "cuda"):
         weight, bias = start.clone().to(device), torch.zeros(k, dtype=dtype, device=device)

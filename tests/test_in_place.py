@@ -60,7 +60,9 @@ def test_scaled_rows(exponent):
 def test_a_shift_that_is_too_high_is_lowered(monkeypatch):
     m = normal(60, 90)
     truth = smallest(m)
-    monkeypatch.setattr("twophase_ext.linalg.gram_run.ladder", lambda *_: [9 * truth, truth / 2])
+    monkeypatch.setattr(
+        "twophase_ext.linalg.gram_run.shifts_to_try", lambda *_: [9 * truth, truth / 2]
+    )
     c = certify_in_place(MatrixSource(m))
     assert c.proved and c.attempts == 2 and truth / 3 < c.ell <= truth / 2
     assert not certify_in_place(MatrixSource(m), shift=9 * truth).proved

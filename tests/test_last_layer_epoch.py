@@ -44,12 +44,12 @@ class Problem:
         self.lr = [0.1 / (s + 1) for s in range(len(self.bounds) - 1)]
 
     def state(self, device="cpu", momentum=True):
-        """Weight, bias and buffers, whose content must not matter where fresh."""
+        """Weight, bias and buffers, whose content must not matter at a first step."""
         own = [None if t is None else t.clone().to(device) for t in (self.weight, self.bias)]
         full = [None if t is None else torch.full_like(t, 7.0) for t in own]
         return [*own, *(full if momentum else [None, None])]
 
-    def ours(self, device="cpu", h=None, steps=None, state=None, fresh=True, **rule):
+    def ours(self, device="cpu", h=None, steps=None, state=None, is_first_step=True, **rule):
         state = self.state(device, bool(rule.get("momentum"))) if state is None else state
         first, last = steps or (0, len(self.lr))
         bounds = [bound - self.bounds[first] for bound in self.bounds[first : last + 1]]
@@ -61,7 +61,7 @@ class Problem:
             bounds=bounds,
             loss=self.loss,
             lr=self.lr[first:last],
-            fresh=fresh,
+            is_first_step=is_first_step,
             **rule,
         )
         return [None if t is None else t.cpu() for t in (losses, *state)]
@@ -172,7 +172,7 @@ def test_the_same_bits_as_step_by_step_split_and_for_any_number_of_threads(dtype
     state, losses = problem.state(), []
     for s, (begin, end) in enumerate(pairwise(problem.bounds)):
         index = problem.order[begin:end]
-        rule = {**MOMENTUM, "lr": problem.lr[s], "fresh": s == 0, "loss": loss}
+        rule = {**MOMENTUM, "lr": problem.lr[s], "is_first_step": s == 0, "loss": loss}
         losses.append(last_layer_step_(*state, problem.h[index], problem.y[index], **rule).double())
     expected = [torch.stack(losses), *state]
     for count in (1, 2, 3, 4, 7):
@@ -184,7 +184,7 @@ def test_the_same_bits_as_step_by_step_split_and_for_any_number_of_threads(dtype
             state = problem.state()
             first = problem.ours(steps=(0, cut), state=state, **MOMENTUM)[0]
             rest = (cut, len(problem.lr))
-            last = problem.ours(steps=rest, state=state, fresh=False, **MOMENTUM)[0]
+            last = problem.ours(steps=rest, state=state, is_first_step=False, **MOMENTUM)[0]
             assert torch.equal(torch.cat([first, last]), ours[0])
             assert all(torch.equal(a, b) for a, b in zip(state, ours[1:], strict=True))
 

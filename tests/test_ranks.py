@@ -57,7 +57,7 @@ def test_the_result_of_one_process(tmp_path, case):
 def test_the_command_line_writes_once(tmp_path, capfd):
     def train():
         return runs.train(
-            "digits", n=60, width=4, epochs=2, verify="off", run_dir=str(tmp_path / "run")
+            "digits", n=60, width=4, epochs=2, verify=False, run_dir=str(tmp_path / "run")
         )
 
     assert results(2, tmp_path, train) == [0, 0]

@@ -240,7 +240,8 @@ def test_last_layer_step_is_autograd_and_sgd(loss, bias, nesterov):
         ours(torch.float64),
         strict=True,
     ):
-        error = (theirs - exact).abs().max()
+        # theirs may be right by luck: a unit in the last place is no error of ours
+        error = (theirs - exact).abs().max().clamp(min=2.0**-23 * exact.abs().max())
         assert (mine - exact).abs().max() <= 2 * error
         # float64 has 29 bits more; theirs errs there as well: 2 + 1
         assert (mine64 - exact).abs().max() <= 3 * error * 2.0**-29

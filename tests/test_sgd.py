@@ -362,7 +362,7 @@ def test_the_operator_checks_too():
         (([x], [], [x], [1], [1]), "grads: expected 1 entries"),
         (([x], [x], [], [1], [1]), "buffers: expected 1 entries"),
         (([x], [x], [x], [], [1]), "nu: expected 1 entries"),
-        (([x], [x], [x], [1], []), "fresh: expected 1 entries"),
+        (([x], [x], [x], [1], []), "is_first_step: expected 1 entries"),
         (([x], [x], [x], [3], [1]), r"nu\[0\]: expected 0 or 1, got 3"),
         (([x], [x.double()], [x], [1], [1]), r"grads\[0\]: expected the dtype"),
         (([x], [x[:2]], [x], [1], [1]), r"grads\[0\]: expected the shape"),

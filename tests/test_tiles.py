@@ -15,7 +15,7 @@ from twophase_ext.linalg.gram_tiles import MatrixSource, accumulate, e_G
 from twophase_ext.linalg.journal import RecordedTiles
 from twophase_ext.linalg.progress import Stage
 from twophase_ext.linalg.residual import residual_bound
-from twophase_ext.linalg.shift import extrapolated, ladder
+from twophase_ext.linalg.shift import extrapolated, shifts_to_try
 from twophase_ext.linalg.tiles import DenseTiles, Grid, MemoryTiles
 
 CPU = torch.device("cpu")
@@ -345,9 +345,9 @@ def test_a_shift_too_high_is_lowered():
 
 
 def test_ladder_and_extrapolation():
-    assert ladder(0.0, 1e-3) == [2e-3]
-    assert ladder(0.01, 2e-3) == [8e-3, 4e-3]  # 4 errors where the estimate allows
-    shifts = ladder(8.0, 1e-9)
+    assert shifts_to_try(0.0, 1e-3) == [2e-3]
+    assert shifts_to_try(0.01, 2e-3) == [8e-3, 4e-3]  # 4 errors where the estimate allows
+    shifts = shifts_to_try(8.0, 1e-9)
     assert shifts[0] == 4.0 and len(shifts) == 4 and shifts[-1] == 2e-9
     assert extrapolated([(10, 3.0)], 10, 20) == 3.0
     # independent entries: the two submatrices tell the whole within a factor of two

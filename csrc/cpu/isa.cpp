@@ -44,8 +44,11 @@ Isa isa_named(const char* name, const char* argument) {
 }
 
 bool isa_supported(Isa isa) {
-#if defined(__x86_64__)
-  // The features that the kernels' -march flags let the compiler use.
+// Of the levels that the kernels' -march flags let the compiler use.
+#if defined(TP_CPU_LEVELS)
+  if (isa == Isa::kX86V4) return __builtin_cpu_supports("x86-64-v4");
+  if (isa == Isa::kX86V3) return __builtin_cpu_supports("x86-64-v3");
+#elif defined(__x86_64__)  // GCC before 12 and Clang before 17 know the features alone
   if (isa == Isa::kX86V4)
     return isa_supported(Isa::kX86V3) && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&

@@ -11,7 +11,7 @@
 #include <memory>
 #include <utility>
 
-#include "../math/loss.h"
+#include "../last_layer.h"
 #include "kernels/last_layer_step.h"
 #include "kernels/sgd.h"
 
@@ -49,16 +49,14 @@ double loss_row(Loss loss, double* z, int64_t k, const void* target, int64_t sam
              : squared_error_row(z, k, static_cast<const T*>(target) + sample * k, scale);
 }
 
-inline std::pair<int64_t, int64_t> first_bad_label(const int64_t* label, int64_t b, int64_t k) {
-  for (int64_t r = 0; r < b; ++r)
-    if (label[r] < 0 || label[r] >= k) return {r, label[r]};
-  return {-1, 0};
-}
-
-struct Rule {
-  bool fresh;
-  double lr, momentum, dampening, weight_decay;
-  bool nesterov;
+// What every backend on the CPU has.
+struct CpuLabels {
+  static std::pair<int64_t, int64_t> bad_label(const Tensor& labels, int64_t b, int64_t k) {
+    const auto* label = static_cast<const int64_t*>(labels.const_data_ptr());
+    for (int64_t r = 0; r < b; ++r)
+      if (label[r] < 0 || label[r] >= k) return {r, label[r]};
+    return {-1, 0};
+  }
 };
 
 template <class T>
@@ -104,18 +102,18 @@ class Passes {
   double mean_loss(int64_t b) const { return mean_loss_of(loss_.get(), b); }
 
   // Backwards: the first pass has left the end of a slice in the cache.
-  void update(const void* const* rows, int64_t b, void* weight, void* buffer, const Rule& rule,
-              int64_t begin, int64_t end) {
+  void update(const void* const* rows, int64_t b, void* weight, void* buffer, bool is_first_step,
+              const SgdRule& rule, int64_t begin, int64_t end) {
     for (int64_t i = end - 1; i >= begin; --i) TP_DISPATCH(last_layer_update)
     (kDtype, h_dtype_, rows, delta_.get(), b, k_, m_, slices.begin(i), slices.end(i), weight,
-     buffer, rule.fresh, rule.lr, rule.momentum, rule.dampening, rule.weight_decay, rule.nesterov);
+     buffer, is_first_step, rule);
   }
 
-  void update_bias(int64_t b, void* bias, void* buffer, const Rule& rule, T* gradient) {
+  void update_bias(int64_t b, void* bias, void* buffer, bool is_first_step, const SgdRule& rule,
+                   T* gradient) {
     bias_gradient(b, gradient);
     TP_DISPATCH(sgd)
-    (kDtype, bias, gradient, buffer, k_, rule.fresh, rule.lr, rule.momentum, rule.dampening,
-     rule.weight_decay, rule.nesterov, false);
+    (kDtype, bias, gradient, buffer, k_, is_first_step, rule);
   }
 
   // gradient [k, m] += of these rows, on the slices.

@@ -14,7 +14,6 @@ void step(const LastLayerStep& s) {
   Passes<T> passes(s.b, s.k, s.m, s.dtype);
   std::vector<const void*> rows(s.b);
   for (int64_t r = 0; r < s.b; ++r) rows[r] = static_cast<const T*>(s.h) + r * s.h_stride;
-  const Rule rule{s.fresh, s.lr, s.momentum, s.dampening, s.weight_decay, s.nesterov};
   const int64_t slices = passes.slices.count;
   torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
     passes.logits(rows.data(), s.b, s.weight, begin, end);
@@ -27,16 +26,14 @@ void step(const LastLayerStep& s) {
   });
   *static_cast<T*>(s.loss_result) = static_cast<T>(passes.mean_loss(s.b));
   torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
-    passes.update(rows.data(), s.b, s.weight, s.weight_buffer, rule, begin, end);
+    passes.update(rows.data(), s.b, s.weight, s.weight_buffer, s.is_first_step, s.rule, begin, end);
   });
   std::vector<T> gradient(s.k);
-  if (s.bias) passes.update_bias(s.b, s.bias, s.bias_buffer, rule, gradient.data());
+  if (s.bias)
+    passes.update_bias(s.b, s.bias, s.bias_buffer, s.is_first_step, s.rule, gradient.data());
 }
 
-struct Cpu {
-  static std::pair<int64_t, int64_t> bad_label(const Tensor& labels, int64_t b, int64_t k) {
-    return first_bad_label(static_cast<const int64_t*>(labels.const_data_ptr()), b, k);
-  }
+struct Cpu : CpuLabels {
   static void step(const Tensor&, const LastLayerStep& s) {
     s.dtype == Dtype::kFloat64 ? twophase::step<double>(s) : twophase::step<float>(s);
   }

@@ -9,14 +9,13 @@ namespace twophase {
 namespace {
 
 struct Cpu {
-  static void sgd(const Tensor&, const std::vector<SgdTarget>& targets, const SgdOptions& o) {
+  static void sgd(const Tensor&, const std::vector<SgdTarget>& targets, const SgdRule& rule) {
     parallel_targets(targets, [&](size_t k, int64_t begin, int64_t end) {
       const SgdTarget& t = targets[k];
-      const int64_t offset = begin * (t.dtype == Dtype::kFloat64 ? 8 : 4);
+      const int64_t offset = begin * size_of(t.dtype);
       TP_DISPATCH(sgd)
       (t.dtype, static_cast<char*>(t.p) + offset, static_cast<const char*>(t.g) + offset,
-       t.b ? static_cast<char*>(t.b) + offset : nullptr, end - begin, t.fresh, o.lr, o.momentum,
-       o.dampening, o.weight_decay, o.nesterov, o.maximize);
+       t.b ? static_cast<char*>(t.b) + offset : nullptr, end - begin, t.is_first_step, rule);
     });
   }
 };

@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -69,5 +70,19 @@ class Team {
   std::atomic<int> size_{0}, waiting_{0};
   std::atomic<unsigned> round_{0};
 };
+
+inline int team_size(int64_t most) {
+  return static_cast<int>(std::clamp<int64_t>(most, 1, torch::stable::get_num_threads()));
+}
+
+// Part `thread` of `threads` of [0, n).
+struct Share {
+  int64_t begin, end;
+  Share(int64_t n, int thread, int threads)
+      : begin(n * thread / threads), end(n * (thread + 1) / threads) {}
+};
+
+// Numbers of a thread's scratch of k: threads must not write to one cache line.
+inline int64_t apart(int64_t k) { return (k + 15) / 16 * 16 + 16; }
 
 }  // namespace twophase

@@ -62,10 +62,6 @@ class Epoch {
   }
 
  private:
-  SgdScalars<T> scalars(double lr) const {
-    return sgd_scalars<T>(lr, e_.momentum, e_.dampening, e_.weight_decay, /*maximize=*/false);
-  }
-
   // False where a slice does not fit into shared memory or the device cannot run all blocks at
   // once.
   bool persistent() {
@@ -96,9 +92,8 @@ class Epoch {
     a.target = target_;
     a.bounds = static_cast<const int64_t*>(bounds_.const_data_ptr());
     a.lr = static_cast<const double*>(lr_.const_data_ptr());
-    a.fresh = e_.fresh;
-    a.rule = {e_.weight_decay != 0, e_.nesterov};
-    a.scalars = scalars(0.0);
+    a.is_first_step = e_.is_first_step;
+    a.scalars = sgd_scalars<T>(e_.rule);
     const int64_t count = a.rows * a.k;
     const Tensor doubles = bytes(like_, 8 * (count + a.rows) + 8);
     const Tensor values = bytes(like_, static_cast<int64_t>(sizeof(T)) * count * (blocks + 1));
@@ -132,13 +127,9 @@ class Epoch {
       const StepShape shape{e_.bounds[s + 1] - e_.bounds[s], e_.k, e_.m, e_.m};
       StepTarget<T> target = target_;
       target.index += e_.bounds[s];
-      const StepState<T> state{static_cast<T*>(e_.weight),
-                               static_cast<T*>(e_.bias),
-                               static_cast<T*>(e_.weight_buffer),
-                               static_cast<T*>(e_.bias_buffer),
-                               e_.fresh && s == 0,
-                               {e_.weight_decay != 0, e_.nesterov},
-                               scalars(e_.lr[s])};
+      const StepState<T> state{static_cast<T*>(e_.weight),        static_cast<T*>(e_.bias),
+                               static_cast<T*>(e_.weight_buffer), static_cast<T*>(e_.bias_buffer),
+                               e_.is_first_step && s == 0,        sgd_scalars<T>(e_.rule_of(s))};
       if (e_.m > 0) {
         launch("last_layer_epoch_: gather", gather<T, H>,
                device_.grid(ceil_div(shape.b * e_.m, kBlock), kBlock), kBlock, 0, stream_,

@@ -27,13 +27,8 @@ void step(const OnDeviceOf& device, const Tensor& like, const LastLayerStep& s) 
   const StepTarget<T> target{labels ? static_cast<const int64_t*>(s.target) : nullptr,
                              labels ? nullptr : static_cast<const T*>(s.target), nullptr};
   const StepState<T> state{
-      static_cast<T*>(s.weight),
-      static_cast<T*>(s.bias),
-      static_cast<T*>(s.weight_buffer),
-      static_cast<T*>(s.bias_buffer),
-      s.fresh,
-      {s.weight_decay != 0, s.nesterov},
-      sgd_scalars<T>(s.lr, s.momentum, s.dampening, s.weight_decay, /*maximize=*/false)};
+      static_cast<T*>(s.weight),      static_cast<T*>(s.bias), static_cast<T*>(s.weight_buffer),
+      static_cast<T*>(s.bias_buffer), s.is_first_step,         sgd_scalars<T>(s.rule)};
   const cudaStream_t stream = device.stream();
   if (partial_count)
     launch("last_layer_step_: logits", partial_logits<T>,

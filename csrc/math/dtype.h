@@ -10,6 +10,10 @@ namespace twophase {
 
 enum class Dtype : int { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
+TP_HD int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
 struct Half {
   uint16_t bits;
 };

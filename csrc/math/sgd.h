@@ -12,21 +12,32 @@ namespace twophase {
 TP_HD float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 TP_HD double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
-// The scalars in the parameter's type.
+// What every operator that steps is told.
+struct SgdRule {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+};
+
+// The rule in the parameter's type.
 template <class T>
 struct SgdScalars {
   T step;  // -lr
   T momentum;
-  T fresh_weight;  // 1 - dampening
+  T gradient_weight;  // 1 - dampening
   T weight_decay;
   T sign;  // -1 to maximize, else 1
+  bool decays, nesterov;
 };
 
 template <class T>
-TP_HD SgdScalars<T> sgd_scalars(double lr, double momentum, double dampening, double weight_decay,
-                                bool maximize) {
-  return {static_cast<T>(-lr), static_cast<T>(momentum), static_cast<T>(1.0 - dampening),
-          static_cast<T>(weight_decay), maximize ? T(-1) : T(1)};
+TP_HD SgdScalars<T> sgd_scalars(const SgdRule& rule) {
+  return {static_cast<T>(-rule.lr),
+          static_cast<T>(rule.momentum),
+          static_cast<T>(1.0 - rule.dampening),
+          static_cast<T>(rule.weight_decay),
+          rule.maximize ? T(-1) : T(1),
+          rule.weight_decay != 0,
+          rule.nesterov};
 }
 
 // The gradient that enters the step. Without weight decay p stays out of it, whatever it holds.
@@ -39,7 +50,7 @@ TP_HD T sgd_gradient(T p, T g, const SgdScalars<T>& s) {
 
 template <class T>
 TP_HD T sgd_buffer(T b, T g, const SgdScalars<T>& s) {
-  return multiply_add(s.fresh_weight, g, b * s.momentum);
+  return multiply_add(s.gradient_weight, g, b * s.momentum);
 }
 
 // Plain SGD: returns the new p.
@@ -49,10 +60,10 @@ TP_HD T sgd_update(T p, T g, const SgdScalars<T>& s) {
 }
 
 // With momentum: returns the new p and overwrites the buffer.
-template <bool kWeightDecay, bool kNesterov, bool kFresh, class T>
+template <bool kWeightDecay, bool kNesterov, bool kFirstStep, class T>
 TP_HD T sgd_update(T p, T g, T* b, const SgdScalars<T>& s) {
   g = sgd_gradient<kWeightDecay>(p, g, s);
-  const T buffer = kFresh ? g : sgd_buffer(*b, g, s);
+  const T buffer = kFirstStep ? g : sgd_buffer(*b, g, s);
   *b = buffer;
   return multiply_add(s.step, kNesterov ? multiply_add(s.momentum, buffer, g) : buffer, p);
 }

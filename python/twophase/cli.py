@@ -108,6 +108,8 @@ def download(datasets: list[str]) -> int:
     return 0
 
 
+# Python objects, which no command line gives
+HIDDEN = ("callbacks", "last_layer", "augment")
 COMMANDS: dict[str, Callable[..., int]] = {
     "demo": demo,
     "train": train,
@@ -130,7 +132,7 @@ def make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         summary = (function.__doc__ or "").splitlines()[0]
         part = ArgumentParser(description=summary)
         own = _positional(part, function)
-        part.add_function_arguments(function, skip={"callbacks", *own})
+        part.add_function_arguments(function, skip={*HIDDEN, *own})
         part.add_argument("--config", action="config", help="YAML file with these options")
         subcommands.add_subcommand(name, part, help=summary)
         parts[name] = part

@@ -5,11 +5,10 @@ import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 import twophase_ext as tp
 from twophase_ext.core.files import write_atomically
@@ -95,38 +94,14 @@ def train(
     lr: float = 0.01,
     momentum: float = 0.9,
     weight_decay: float = 1e-5,
-    epochs: int = 100,
-    tau: int | float = 0.6,
-    noise_std: float = 1e-3,
-    batch_size: int = 64,
-    second_phase: Literal["base", "gd", "sgd", "lazy", "none"] = "base",
-    l_h: Literal["tight", "paper"] = "tight",
-    l2: float = 0.0,
-    steps: int = 1,
-    c: float | None = None,
-    eps: float = 0.1,
-    smoothness: float | None = None,
-    eta_bar: float = 0.5,
-    verify_every: int = 1,
-    batch_norm: Literal["frozen", "batch"] = "frozen",
-    feature_cache: Literal[
-        "auto", "hidden", "backbone", "disk", "hidden-bfloat16", "none"
-    ] = "auto",
-    verify: Literal["auto", "separation", "certificate", "svd", "off"] = "auto",
-    precision: Literal["float32", "float64", "bf16-mixed", "fp16-mixed"] = "float32",
-    compile: bool = False,
-    accumulate: int = 1,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
-    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
-    scheduler_interval: Literal["epoch", "step"] = "epoch",
     device: str = "auto",
     seed: int = 1,
-    run_dir: str | None = None,
     resume: bool | Literal["auto"] = False,
-    checkpoint_every: int | str | None = None,
     logger: Literal["tensorboard", "wandb"] | None = None,
     progress: bool = True,
     callbacks: tuple = (),
+    **settings: Any,
 ) -> int:
     """Train a model in two phases and leave a run folder.
 
@@ -140,39 +115,16 @@ def train(
         lr: learning rate of SGD.
         momentum: momentum of SGD.
         weight_decay: weight decay of SGD.
-        epochs: epochs in all.
-        tau: the second phase begins at this fraction of the epochs, or epoch.
-        noise_std: sigma of the noise on the hidden layers.
-        batch_size: samples a step.
-        second_phase: base, gd (Theorem 1 i) and sgd (Theorem 1 ii) train the last layer; lazy all
-            layers, by full gradients (Theorem 3); none is the base algorithm to the end.
-        l_h: of gd, the form of L_H; the step is 1 / L_H.
-        l2: of gd, L2 regularisation of the last layer.
-        steps: of gd, gradient steps an epoch.
-        c: of sgd, eta_t = c / t^(1/2 + eps); 1 / L_H by default.
-        eps: of sgd.
-        smoothness: L of the lazy phase's loss, if you know it; the step is 2 eta_bar / L.
-        eta_bar: in (0, 1), of the lazy phase.
-        verify_every: lazy steps between two checks of the rank.
-        batch_norm: frozen statistics in the second phase, or batch statistics.
-        feature_cache: what the second phase keeps in memory.
-        verify: check the expressivity condition after the perturbation.
-        precision: of training; mixed is float32 with the first phase under autocast.
-        compile: run the first phase through torch.compile.
-        accumulate: micro-batches that a step of the first phase goes through the model in.
         optimizer: a class of torch.optim (and --optimizer.lr ...) in the place of SGD with lr,
             momentum and weight_decay.
-        scheduler: a class of torch.optim.lr_scheduler (and --scheduler.T_max ...).
-        scheduler_interval: the scheduler is stepped after every epoch, or every step.
         device: auto is CUDA where there is one, else the CPU.
         seed: seed of every random stream.
-        run_dir: the run's folder; a new one under runs/ by default.
         resume: continue the run in run_dir; auto begins it where there is none yet.
-        checkpoint_every: epochs, or for example "500 steps" or "10 minutes".
         logger: log each epoch there too, beside metrics.csv; wandb is offline unless WANDB_MODE
             says otherwise.
         progress: print what happens.
         callbacks: passed to the Trainer (not on the command line).
+        **settings: the Trainer's other arguments.
     """
     ranks = joined()
     progress = progress and ranks.rank == 0
@@ -191,36 +143,16 @@ def train(
         labels, test_labels = (
             nn.functional.one_hot(part, classes).float() for part in (labels, test_labels)
         )
-    settings: dict[str, object] = {
-        "gd": {"smoothness": l_h, "l2": l2, "steps": steps},
-        "sgd": {"c": c, "eps": eps},
-        "lazy": {"smoothness": smoothness, "eta_bar": eta_bar, "verify_every": verify_every},
-    }
     trainer = tp.Trainer(
         network,
         loss=loss,
         optimizer=optimizer
         or partial(tp.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay),
-        epochs=epochs,
-        tau=tau,
-        noise_std=noise_std,
-        batch_size=batch_size,
-        second_phase=second_phase,
-        **{name: value for name, value in settings.items() if name == second_phase},
-        batch_norm=batch_norm,
-        feature_cache=feature_cache,
-        verify=False if verify == "off" else verify,
-        precision=precision,
-        compile=compile,
-        accumulate=accumulate,
-        scheduler=scheduler,
-        scheduler_interval=scheduler_interval,
         device=device,
         seed=seed,
-        run_dir=run_dir,
-        checkpoint_every=checkpoint_every,
         progress=progress,
         callbacks=callbacks if log is None else (*callbacks, log),
+        **settings,
     )
     with nullcontext() if log is None else closing(log):
         result = trainer.fit((images, labels), (test_images, test_labels), resume=resume or None)

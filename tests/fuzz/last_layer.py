@@ -71,7 +71,7 @@ class Truth:
         self.overflow |= any(bool((np.abs(v) > self.most).any()) for v in finite)
         return value, grads, bounds
 
-    def step(self, rows: Any, lr: float, fresh: bool) -> Any:
+    def step(self, rows: Any, lr: float, is_first_step: bool) -> Any:
         """One step of SGD; the loss before it and its bound."""
         value, grads, bounds = self.gradient(rows)
         rule = self.rule
@@ -83,8 +83,8 @@ class Truth:
             dg = dg + 4 * self.eps * (np.abs(grads[i]) + np.abs(decay * p))
             if mu:
                 old, before = self.buffers[i], self.buffer_errors[i]
-                new = g if fresh else mu * old + (1 - damp) * g
-                after = dg if fresh else (
+                new = g if is_first_step else mu * old + (1 - damp) * g
+                after = dg if is_first_step else (
                     mu * before + np.abs(1 - damp) * dg
                     + 4 * self.eps * (np.abs(mu * old) + np.abs((1 - damp) * g))
                 )  # fmt: skip
@@ -117,7 +117,7 @@ def last_layer(r: random.Random) -> None:
         "weight_decay": r.choice((0.0, 0.01)),
         "nesterov": nesterov,
     }
-    fresh = r.random() < 0.5
+    is_first_step = r.random() < 0.5
     low = dtype == torch.float32 and which != "step" and r.random() < 0.2
     labels = torch.randint(k, (n,), generator=torch.Generator().manual_seed(r.getrandbits(32)))
     wild = r.choice((0.0, 0.0, 0.1))
@@ -148,7 +148,7 @@ def last_layer(r: random.Random) -> None:
     count = 7 if which == "epoch" else 6
     arguments = [t[name] for name in NAMES[:count]]
     kept = [a.clone() if isinstance(a, Tensor) else a for a in arguments] if judged else []
-    rule |= call | {"lr": lr, "fresh": fresh}
+    rule |= call | {"lr": lr, "is_first_step": is_first_step}
     got = _call(which, arguments, loss, rule)
     if isinstance(got, Refused):
         assert not valid, f"refused: {got.error}"
@@ -164,7 +164,7 @@ def last_layer(r: random.Random) -> None:
                 close(g, w, truth.bound(b), "gradient")
             _repeat(r, which, kept, loss, rule, [*got])
             return
-        _steps(truth, t, which, got, lr, fresh, call, n)
+        _steps(truth, t, which, got, lr, is_first_step, call, n)
         for i, name in enumerate(("weight", "bias")):
             if t[name] is None:
                 continue
@@ -203,10 +203,10 @@ def _repeat(
 
 
 def _steps(
-    truth: Truth, t: dict, which: str, got: Tensor, lr: Any, fresh: bool, call: dict, n: int
+    truth: Truth, t: dict, which: str, got: Tensor, lr: Any, is_first_step: bool, call: dict, n: int
 ) -> None:
     if which == "step":
-        value = truth.step(np.arange(n), float(lr), fresh)
+        value = truth.step(np.arange(n), float(lr), is_first_step)
         bound = truth.bound(value[1]) + truth.eps * np.abs(value[0])
         close(got, value[0], bound, "loss")
         return
@@ -218,7 +218,7 @@ def _steps(
     assert got.shape == (len(bounds) - 1,)
     for s in range(len(bounds) - 1):
         rate = lr[s] if isinstance(lr, list) else float(lr)
-        value = truth.step(order[bounds[s] : bounds[s + 1]], rate, fresh and s == 0)
+        value = truth.step(order[bounds[s] : bounds[s + 1]], rate, is_first_step and s == 0)
         close(got[s], value[0], truth.bound(value[1]), f"loss of step {s}")
 
 
@@ -283,7 +283,7 @@ def columns(r: random.Random) -> None:
         "weight_decay": r.choice((0.0, 0.01)),
         "nesterov": False,
     }
-    lr, fresh = scalar(r, 0.0, 1.0), r.random() < 0.5
+    lr, is_first_step = scalar(r, 0.0, 1.0), r.random() < 0.5
     index: Any = torch.tensor([r.randrange(n) for _ in range(r.randrange(1, 6))])
     t: dict[str, Any] = {
         "weight": numbers(r, (k, m), dtype, wild),
@@ -322,7 +322,7 @@ def columns(r: random.Random) -> None:
         changes = [a for a in arguments[:4] if isinstance(a, Tensor)]
         got = attempt(
             *(ops.last_layer_update_, *arguments, index, total, part["target"]),
-            **(rule | {"lr": lr, "fresh": fresh}),
+            **(rule | {"lr": lr, "is_first_step": is_first_step}),
             changes=changes,
         )
         if isinstance(got, Refused):
@@ -332,7 +332,7 @@ def columns(r: random.Random) -> None:
     if not valid:
         return
     with np.errstate(all="ignore"):
-        value = truth.step(index.numpy(), lr, fresh)
+        value = truth.step(index.numpy(), lr, is_first_step)
         close(losses[0], value[0], truth.bound(value[1]), "loss")
         weight = torch.cat([part["weight"] for part in parts], 1)
         close(weight, truth.w, truth.bound(truth.errors[0]), "weight")

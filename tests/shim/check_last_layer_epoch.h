@@ -77,8 +77,8 @@ void check_epoch(Checks& checks, const EpochCase& c) {
   a.h = h.data(), a.h_stride = stride;
   a.target = {c.labels ? labels.data() : nullptr, c.labels ? nullptr : values.data(), order.data()};
   a.bounds = c.bounds.data(), a.lr = rates.data();
-  a.fresh = true, a.rule = {true, c.nesterov};
-  a.scalars = sgd_scalars<T>(0, momentum, 0, decay, false);
+  a.is_first_step = true;
+  a.scalars = sgd_scalars<T>({0, momentum, 0, decay, c.nesterov, false});
   std::vector<T> partial(c.blocks * a.rows * c.k), delta(a.rows * c.k);
   std::vector<double> logits(a.rows * c.k), row_loss(a.rows), measured(steps);
   a.partial = partial.data(), a.logits = logits.data(), a.delta = delta.data();

@@ -18,7 +18,7 @@ struct StepData {
 
 template <class T>
 void run_step(StepData<T>& d, const StepTarget<T>& target, double lr, double momentum,
-              double weight_decay, bool nesterov, bool fresh) {
+              double weight_decay, bool nesterov, bool is_first_step) {
   const StepShape& s = d.shape;
   std::vector<T> partial(s.slices() * s.b * s.k), delta(s.b * s.k);
   std::vector<double> logits(s.b * s.k), row_loss(s.b);
@@ -26,9 +26,8 @@ void run_step(StepData<T>& d, const StepTarget<T>& target, double lr, double mom
                            d.bias.empty() ? nullptr : d.bias.data(),
                            momentum ? d.weight_buffer.data() : nullptr,
                            momentum && !d.bias.empty() ? d.bias_buffer.data() : nullptr,
-                           fresh,
-                           {weight_decay != 0, nesterov},
-                           sgd_scalars<T>(lr, momentum, 0, weight_decay, false)};
+                           is_first_step,
+                           sgd_scalars<T>({lr, momentum, 0, weight_decay, nesterov, false})};
   run_grid<PartialShared<T>>(smaller(3, s.partial_blocks()), kBlock,
                              [&](const HostContext& ctx, PartialShared<T>& shared) {
                                partial_logits_body(ctx, shared, d.h.data(), d.weight.data(),
@@ -52,7 +51,7 @@ struct StepTruth {
 // Forward, loss, gradient and SGD by definition in double precision; bounds for precision epsilon.
 template <class T>
 StepTruth step_truth(const StepData<T>& d, const StepTarget<T>& target, double lr, double momentum,
-                     double weight_decay, bool nesterov, bool fresh) {
+                     double weight_decay, bool nesterov, bool is_first_step) {
   const auto& [b, k, m, stride] = d.shape;
   const double epsilon = std::numeric_limits<T>::epsilon();
   StepTruth t{{d.weight.begin(), d.weight.end()},
@@ -95,7 +94,7 @@ StepTruth step_truth(const StepData<T>& d, const StepTarget<T>& target, double l
   const auto update = [&](double& w, double& buffer, double gradient) {
     gradient += weight_decay * w;
     if (momentum != 0) {
-      buffer = fresh ? gradient : momentum * buffer + gradient;
+      buffer = is_first_step ? gradient : momentum * buffer + gradient;
       gradient = nesterov ? gradient + momentum * buffer : buffer;
     }
     w -= lr * gradient;
@@ -147,11 +146,11 @@ StepData<T> step_data(int64_t b, int64_t k, int64_t m, int64_t padding, bool bia
 
 template <class T>
 void check_squared_error(Checks& checks, int64_t b, int64_t k, int64_t m, int64_t padding,
-                         bool bias, double momentum, bool nesterov, bool fresh) {
+                         bool bias, double momentum, bool nesterov, bool is_first_step) {
   StepData<T> d = step_data<T>(b, k, m, padding, bias);
   const StepTarget<T> target{nullptr, d.values.data(), nullptr};
-  const StepTruth truth = step_truth(d, target, 0.5, momentum, 0.25, nesterov, fresh);
-  run_step(d, target, 0.5, momentum, 0.25, nesterov, fresh);
+  const StepTruth truth = step_truth(d, target, 0.5, momentum, 0.25, nesterov, is_first_step);
+  run_step(d, target, 0.5, momentum, 0.25, nesterov, is_first_step);
   const auto exactly = [&](const std::vector<T>& got, const std::vector<double>& expected,
                            const char* what) {
     checks.close(got, expected, std::vector<double>(got.size(), 0.0), what);
@@ -165,12 +164,12 @@ void check_squared_error(Checks& checks, int64_t b, int64_t k, int64_t m, int64_
 
 template <class T>
 void check_cross_entropy(Checks& checks, int64_t b, int64_t k, int64_t m, int64_t padding,
-                         bool bias, double momentum, bool nesterov, bool fresh) {
+                         bool bias, double momentum, bool nesterov, bool is_first_step) {
   StepData<T> d = step_data<T>(b, k, m, padding, bias);
   for (T& w : d.weight) w = static_cast<T>(uniform(-0.1, 0.1));
   const StepTarget<T> target{d.labels.data(), nullptr, nullptr};
-  const StepTruth truth = step_truth(d, target, 0.5, momentum, 0, nesterov, fresh);
-  run_step(d, target, 0.5, momentum, 0, nesterov, fresh);
+  const StepTruth truth = step_truth(d, target, 0.5, momentum, 0, nesterov, is_first_step);
+  run_step(d, target, 0.5, momentum, 0, nesterov, is_first_step);
   checks.close(d.weight, truth.weight, truth.weight_bound, "cross-entropy: weight");
   checks.close(d.bias, truth.bias, truth.bias_bound, "cross-entropy: bias");
   checks.that(std::abs(d.loss - truth.loss) <= truth.loss_bound, "cross-entropy: loss", k);

@@ -84,27 +84,26 @@ void check_sgd_case(Checks& checks, bool momentum, bool nesterov, bool weight_de
   std::vector<std::vector<T>> expected_p = p, expected_b = b;
   for (int64_t t = 0; t < std::ssize(kSizes); ++t) {
     const int64_t offset = t == kMisaligned;
-    const bool fresh = t % 2;
+    const bool is_first_step = t % 2;
     table.add({p[t].data() + offset, g[t].data() + offset,
-               momentum ? b[t].data() + offset : nullptr, kSizes[t], 0, fresh});
+               momentum ? b[t].data() + offset : nullptr, kSizes[t], 0, is_first_step});
     for (size_t i = offset; i < p[t].size(); ++i) {
       T gradient = g[t][i], step;
       if (weight_decay) gradient = std::fma(wd, p[t][i], gradient);
       step = gradient;
       if (momentum) {
         T& buffer = expected_b[t][i];
-        buffer = fresh ? gradient
-                       : std::fma(static_cast<T>(1.0 - static_cast<double>(damp)), gradient,
-                                  static_cast<T>(buffer * mu));
+        buffer = is_first_step ? gradient
+                               : std::fma(static_cast<T>(1.0 - static_cast<double>(damp)), gradient,
+                                          static_cast<T>(buffer * mu));
         step = nesterov ? std::fma(mu, buffer, gradient) : buffer;
       }
       expected_p[t][i] = std::fma(-lr, step, p[t][i]);
     }
   }
-  const auto scalars = sgd_scalars<T>(lr, mu, damp, wd, false);
-  run_grid<NoShared>(2, 64, [&](const HostContext& ctx, NoShared& none) {
-    sgd_body(ctx, none, table, SgdRule{weight_decay, nesterov}, scalars);
-  });
+  const auto scalars = sgd_scalars<T>({lr, mu, damp, wd, nesterov, false});
+  run_grid<NoShared>(
+      2, 64, [&](const HostContext& ctx, NoShared& none) { sgd_body(ctx, none, table, scalars); });
   for (size_t t = 0; t < p.size(); ++t) {
     checks.same_bits(p[t], expected_p[t], "sgd_, parameters");
     checks.same_bits(b[t], expected_b[t], "sgd_, buffers");

@@ -2,7 +2,8 @@
 // torch's parallel_for is std::thread here, which the sanitizer sees into.
 // Usage: run_cpu; one line for each part; exit code 1 where a check failed.
 //
-// EPOCH is csrc/cpu/last_layer_epoch.cpp, or a copy whose barriers ask `skipped` first.
+// EPOCH and GRADIENT are csrc/cpu/last_layer_{epoch,gradient}.cpp, or copies whose barriers ask
+// `skipped` first.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -13,9 +14,11 @@
 #include <vector>
 
 #undef STABLE_TORCH_LIBRARY_IMPL
+#define TP_JOINED(a, b) a##b
+#define TP_NUMBERED(name, number) TP_JOINED(name, number)
 #define STABLE_TORCH_LIBRARY_IMPL(library, key, m) \
   template <class Library>                         \
-  [[maybe_unused]] void registration(Library& m)
+  [[maybe_unused]] void TP_NUMBERED(registration, __COUNTER__)(Library & m)
 
 namespace {
 std::atomic<int> threads_of_torch{1};
@@ -42,13 +45,14 @@ AOTITorchError torch_get_num_threads(uint32_t* threads) {
   return AOTI_TORCH_SUCCESS;
 }
 
-// Whether the barrier of this number, from the top of the file, is left out.
+// Whether the barrier of this number, from the top of the first file, is left out.
 [[maybe_unused]] static bool skipped(int barrier) {
   static const char* skip = std::getenv("TP_SKIP_BARRIER");
   return skip && *skip && std::atoi(skip) == barrier;
 }
 
 #include EPOCH
+#include GRADIENT
 #include "../../csrc/cpu/kernels/perturb.h"
 #include "../../csrc/cpu/multi_tensor.h"
 #include "check.h"
@@ -76,7 +80,7 @@ void check_epoch(Checks& checks) {
     e.weight_buffer = weight_buffer.data(), e.bias_buffer = bias_buffer.data();
     e.h = h.data(), e.h_stride = m, e.loss = Loss::kCrossEntropy, e.target = label.data();
     e.order = order.data(), e.bounds = bounds.data(), e.lr = lr.data();
-    e.momentum = 0.9, e.weight_decay = 0.01, e.fresh = true, e.losses = losses.data();
+    e.rule = {0, 0.9, 0, 0.01, false, false}, e.is_first_step = true, e.losses = losses.data();
     epoch<T>(e);
     std::vector<T> result = weight, by_weight(k * m), by_bias(k);
     result.insert(result.end(), bias.begin(), bias.end());

@@ -9,11 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
-
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Call write(file) on a temporary file beside `path`, flush it to disk, and rename it.
@@ -64,36 +59,3 @@ def write_json(path: Path, value: Any) -> None:
     """Write plain data as JSON, atomically."""
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
-
-
-class FolderLock:
-    """One process at a time writes into a folder; a process that ends, however, holds no lock.
-
-    The lock is on the file "lock" in the folder, which stays there empty. Systems without flock are
-    not protected.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Not held yet."""
-        self._path = folder / "lock"
-        self._file: BinaryIO | None = None
-
-    def acquire(self) -> bool:
-        """Take the lock, or keep it; False where another run has it."""
-        if fcntl is None or self._file is not None:
-            return True
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # no link leads out of the folder
-        file = os.fdopen(os.open(self._path, flags, 0o666), "r+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return False
-        self._file = file
-        return True
-
-    def release(self) -> None:
-        """Give the lock up, where it is held."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None

@@ -334,7 +334,8 @@ def _require_close(
         got = None if own is None else tuple(own.shape)
         raise Disagrees(f"{name}: expected {tuple(value.shape)}, the model gives {got}")
     apart = (own.double() - value).norm(dim=1)
-    finite = value.isfinite().all(1)  # what overflows is no proof anyway
+    # what overflows is no proof anyway
+    finite = value.isfinite().all(1) & allowed.isfinite()
     bad = finite & ~(apart <= allowed)
     if bool(bad.any()):
         k = int(bad.nonzero()[0])

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ..core.arrays import require_finite
@@ -172,23 +174,19 @@ def _near_identical(z: Tensor, error: Tensor, samples: Tensor) -> list[Culprit]:
 
 def _chains(pairs: list[tuple[float, int, int]]) -> list[Culprit]:
     """Connected components of the pairs (distance, i, j), which are sorted."""
-    parent: dict[int, int] = {}
-
-    def root(i: int) -> int:
-        while parent.setdefault(i, i) != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for _, i, j in pairs:
-        parent[root(i)] = root(j)
-    groups: dict[int, list[int]] = {}
+    if not pairs:
+        return []
+    samples, ends = np.unique([pair[1:] for pair in pairs], return_inverse=True)
+    i, j = ends.reshape(-1, 2).T
+    graph = coo_array((np.ones(len(pairs)), (i, j)), shape=(len(samples), len(samples)))
+    labels = connected_components(graph, directed=False)[1]
     smallest: dict[int, float] = {}
-    for distance, i, _ in pairs:
-        smallest.setdefault(root(i), distance)
-    for i in sorted(parent):
-        groups.setdefault(root(i), []).append(i)
-    return [Culprit("near-identical", groups[r], smallest[r]) for r in smallest]
+    for label, (distance, _, _) in zip(labels[i].tolist(), pairs, strict=True):
+        smallest.setdefault(label, distance)
+    return [
+        Culprit("near-identical", samples[labels == label].tolist(), distance)
+        for label, distance in smallest.items()
+    ]
 
 
 def _dependent(m: Tensor, samples: Tensor, tolerance: float | None, limit: int) -> list[Culprit]:

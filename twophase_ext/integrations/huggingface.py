@@ -9,7 +9,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..expressivity import Verdict
 from ..training.config import resolve_tau
-from .switch import Switch, check_optimizer
+from .transition import Transition, check_optimizer
 
 
 class Logits(nn.Module):
@@ -61,7 +61,7 @@ class TwoPhaseCallback(TrainerCallback, ExportableState):
         verify: str | bool = "auto",
     ) -> None:
         """See the class."""
-        self._switch = Switch(
+        self._transition = Transition(
             tau, noise_std=noise_std, seed=seed, last_layer=last_layer, verify=verify
         )
         self.data = data
@@ -70,16 +70,16 @@ class TwoPhaseCallback(TrainerCallback, ExportableState):
     @property
     def verdict(self) -> Verdict | None:
         """The expressivity condition at tau; None before, and with verify=False."""
-        return self._switch.verdict
+        return self._transition.verdict
 
     @property
     def hidden_hash(self) -> str | None:
         """SHA-256 of the hidden layers' state at tau; None before."""
-        return self._switch.hash
+        return self._transition.hash
 
     def release(self) -> None:
         """Unfreeze the model of a run that did not come to its end."""
-        self._switch.release()
+        self._transition.release()
 
     # --- transformers' hooks -----------------------------------------------------------------
 
@@ -109,12 +109,12 @@ class TwoPhaseCallback(TrainerCallback, ExportableState):
         check_optimizer(objects["optimizer"], model)
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
         if saved.get("hash") is None:
-            self.tau_epoch = resolve_tau(self._switch.tau, int(state.num_train_epochs))
-            self._switch.check(self._network(model), self.data)
+            self.tau_epoch = resolve_tau(self._transition.tau, int(state.num_train_epochs))
+            self._transition.check(self._network(model), self.data)
             return
         self.tau_epoch = saved["tau_epoch"]
-        self._switch.load({**saved, "verdict": None})
-        self._switch.resume(model)
+        self._transition.load({**saved, "verdict": None})
+        self._transition.resume(model)
 
     def _network(self, model: nn.Module) -> nn.Module:
         return model if self.data is None else Logits(model)
@@ -122,14 +122,14 @@ class TwoPhaseCallback(TrainerCallback, ExportableState):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """The switch at tau."""
         if self.hidden_hash is None and int(state.epoch + 1e-6) >= self.tau_epoch:
-            self._switch.start(self._network(objects["model"]), self.data)
+            self._transition.start(self._network(objects["model"]), self.data)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """RuntimeError where the hidden layers moved; the model is given back unfrozen."""
-        self._switch.finish()
+        self._transition.finish()
 
     def state(self) -> dict[str, Any]:
         """For the Trainer's checkpoint."""
-        saved = {**self._switch.state(), "tau_epoch": self.tau_epoch}
+        saved = {**self._transition.state(), "tau_epoch": self.tau_epoch}
         del saved["verdict"]
         return {"args": {}, "attributes": saved}

@@ -13,7 +13,7 @@ from ..model.probing import unwrap
 from ..training.config import resolve_tau
 from ..training.data.loaders import chosen
 from ..training.own_loop import FeatureCache, fit_last_layer
-from .switch import Switch, check_optimizer
+from .transition import Transition, check_optimizer
 
 try:
     from lightning.pytorch import Callback
@@ -63,7 +63,7 @@ class TwoPhaseCallback(Callback):
         loss: str | ConvexLoss = "cross_entropy",
     ) -> None:
         """See the class."""
-        self._switch = Switch(
+        self._transition = Transition(
             tau, noise_std=noise_std, seed=seed, last_layer=last_layer, verify=verify
         )
         self.data, self.model, self.cache, self.loss = data, model, cache, resolve_loss(loss)
@@ -73,12 +73,12 @@ class TwoPhaseCallback(Callback):
     @property
     def verdict(self) -> Verdict | None:
         """The expressivity condition at tau; None before, and with verify=False."""
-        return self._switch.verdict
+        return self._transition.verdict
 
     @property
     def hidden_hash(self) -> str | None:
         """SHA-256 of the hidden layers' state at tau; None before."""
-        return self._switch.hash
+        return self._transition.hash
 
     # --- Lightning's hooks -------------------------------------------------------------------
 
@@ -90,11 +90,11 @@ class TwoPhaseCallback(Callback):
             )
         epochs = trainer.max_epochs
         if epochs in (None, -1):
-            if self.cache or isinstance(self._switch.tau, float):
+            if self.cache or isinstance(self._transition.tau, float):
                 raise ValueError("max_epochs: expected a number of epochs, got none")
-            self.tau_epoch = self._switch.tau
+            self.tau_epoch = self._transition.tau
         elif self.hidden_hash is None:
-            self.tau_epoch = resolve_tau(self._switch.tau, epochs)
+            self.tau_epoch = resolve_tau(self._transition.tau, epochs)
         _check_strategy(trainer.strategy.model, pl_module)
         check_optimizer(trainer.optimizers[0], self._network(pl_module))
         if self.cache:
@@ -104,9 +104,9 @@ class TwoPhaseCallback(Callback):
         """Refuse what cannot work with these data; freeze again in a run resumed after tau."""
         network, data = self._network(pl_module), self._data(trainer)
         if self.hidden_hash is not None:
-            self._switch.resume(network)
+            self._transition.resume(network)
         else:
-            self._switch.check(network, data)
+            self._transition.check(network, data)
         if self.cache and trainer.current_epoch >= self.tau_epoch:
             self._train_on_cache(trainer, pl_module)
 
@@ -125,19 +125,23 @@ class TwoPhaseCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """RuntimeError where the hidden layers moved; the model is given back unfrozen."""
-        self._switch.finish()
+        self._transition.finish()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The model is given back unfrozen."""
-        self._switch.release()
+        self._transition.release()
 
     def state_dict(self) -> dict[str, Any]:
         """For Lightning's checkpoint."""
-        return {**self._switch.state(), "tau_epoch": self.tau_epoch, "losses": list(self.losses)}
+        return {
+            **self._transition.state(),
+            "tau_epoch": self.tau_epoch,
+            "losses": list(self.losses),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From Lightning's checkpoint."""
-        self._switch.load(state_dict)
+        self._transition.load(state_dict)
         self.tau_epoch, self.losses = state_dict["tau_epoch"], list(state_dict["losses"])
 
     # --- parts -------------------------------------------------------------------------------
@@ -174,7 +178,7 @@ class TwoPhaseCallback(Callback):
     def _start(self, trainer: Any, module: Any) -> None:
         network = self._network(module)
         with torch.no_grad():
-            self._switch.start(network, self._data(trainer))
+            self._transition.start(network, self._data(trainer))
 
     def _train_on_cache(self, trainer: Any, module: Any) -> None:
         """The switch, and the epochs that remain over the cache; then Lightning is told to stop."""
@@ -184,7 +188,7 @@ class TwoPhaseCallback(Callback):
         first = self.tau_epoch + len(self.losses)
         if first < trainer.max_epochs:
             batch_size = self._batch_size(trainer)
-            name = self._switch.name
+            name = self._transition.name
             cache = FeatureCache(network, self._data(trainer), last_layer=name, loss=self.loss)
             counts = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer
 
@@ -201,7 +205,7 @@ class TwoPhaseCallback(Callback):
                 epochs=trainer.max_epochs - first,
                 first_epoch=first,
                 batch_size=batch_size,
-                seed=self._switch.seed,
+                seed=self._transition.seed,
                 optimizer=optimizer,
                 on_epoch=count,
             )

@@ -39,11 +39,11 @@ from torch import Tensor
 
 from .block_cyclic import BlockCyclic, Ranks
 from .bounds import SLACK, UNDERFLOW, bound_text, exponents_of, gamma, power_of_two, shifted_down
-from .gram_run import GramCertificate, settle
+from .gram_run import GramCertificate, conclude
 from .gram_tiles import PANEL, e_G, moderate
 from .progress import Stages
 from .scalapack import LARGEST, PART, Scalapack
-from .shift import extrapolated, ladder, lambda_estimates, subsample
+from .shift import extrapolated, lambda_estimates, shifts_to_try, subsample
 
 BLOCK = 256  # rows of a block
 SCALED = 50  # binary exponents; rows are scaled no further: no underflow that counts
@@ -205,7 +205,7 @@ class _Run:
         errors = result.e_G + gamma(gram.block + gram.count + 8) * result.trace + UNDERFLOW
         estimate = extrapolated(result.lambda_estimates, result.n, result.columns)
         self.stages.say(f"lambda_min: about {estimate:.3g}; rounding errors: {errors:.3g}")
-        return ladder(estimate, errors)
+        return shifts_to_try(estimate, errors)
 
     def _attempt(self, s: float, exponents: Tensor) -> bool:
         """Factor G - s I and measure the residual; whether that settles the matter."""
@@ -234,7 +234,7 @@ class _Run:
         with stages.stage("residual", n**3 / 3) as stage:
             e_C = self._residual()
             stage.advance(n**3 / 3)
-        settle(result, e_C, s, exponents, diagonal)
+        conclude(result, e_C, s, exponents, diagonal)
         return True
 
     def _residual(self) -> float:

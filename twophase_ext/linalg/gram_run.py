@@ -25,7 +25,7 @@ from .journal import Journal, RecordedTiles
 from .logdet import log_det_lower, log_det_shift
 from .plan import Plan
 from .progress import Stages
-from .shift import extrapolated, ladder, lambda_estimates, submatrix
+from .shift import extrapolated, lambda_estimates, shifts_to_try, submatrix
 from .tiles import FileTiles, Grid, MemoryTiles, TileFile, Tiles
 
 VERSION = 2  # of the journal
@@ -242,7 +242,7 @@ class GramRun:
         errors = e_G + expected_e_C(trace, self.grid) + UNDERFLOW
         estimate = extrapolated(result.lambda_estimates, n, self.source.columns)
         self.stages.say(f"lambda_min: about {estimate:.3g}; rounding errors: {errors:.3g}")
-        return ladder(estimate, errors)
+        return shifts_to_try(estimate, errors)
 
     def _attempt(self, gram: Tiles, attempt: int, s: float, exponents: Tensor) -> bool:
         """Factor G - s I; whether it ran to its end, which settles the matter."""
@@ -274,13 +274,13 @@ class GramRun:
     def _settle(self, e_C: float, lower: Tiles, s: float, exponents: Tensor) -> None:
         result = self.result
         diagonal = torch.cat([lower.read(i, i).diagonal() for i in range(self.grid.count)])
-        settle(result, e_C, s, exponents, diagonal)
+        conclude(result, e_C, s, exponents, diagonal)
         if result.logdet_lower is not None and self.sizes.factor != "file":
             with self.stages.stage("log det, estimated", 0.0):
                 result.logdet_estimate = result.logdet_lower + log_det_shift(lower, s)
 
 
-def settle(
+def conclude(
     result: GramCertificate, e_C: float, s: float, exponents: Tensor, diagonal: Tensor
 ) -> None:
     """Write down what a factor L of G - s I proves; row_exponents and e_G stand in the result.

@@ -1,10 +1,13 @@
 """Stages of a long computation: a bar with GFLOP/s and time left, and what each of them took."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from rich.progress import Progress
+
+from ..core.bars import bar
 
 # Lines of text: at the beginning of a stage of so much, at the end of one that took so long.
 LARGE = {"operations": 1e11, "samples": 4096}
@@ -50,7 +53,7 @@ class Stages:
     def __init__(self, progress: bool, say: Callable[[str], None] | None) -> None:
         """progress: a rich bar where standard output is a terminal. say: gets a line per stage."""
         self.done: list[dict[str, Any]] = []
-        self._bar = progress and sys.stdout.isatty()
+        self._bar = progress
         self.say = say if say is not None else lambda text: None
 
     @contextmanager
@@ -61,11 +64,12 @@ class Stages:
             self.say(f"{name}: {size} {unit}")
         stage = Stage(name, unit)
         try:
-            if self._bar:
-                with self._shown(stage, total):
-                    yield stage
-            else:
+            shown = bar("{task.fields[rate]}") if self._bar else None
+            if shown is None:
                 yield stage
+            else:
+                with self._showing(shown, stage, total):
+                    yield stage
         finally:
             self.done.append(stage.record())
         seconds = self.done[-1]["seconds"]
@@ -74,15 +78,12 @@ class Stages:
             self.say(f"{name}: done in {seconds:.1f} s{rate}")
 
     @contextmanager
-    def _shown(self, stage: Stage, total: float) -> Iterator[None]:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}")
-        with Progress(*columns, TimeRemainingColumn()) as bar:
-            task = bar.add_task(stage.name, total=total, rate="")
+    def _showing(self, shown: Progress, stage: Stage, total: float) -> Iterator[None]:
+        with shown:
+            task = shown.add_task(stage.name, total=total, rate="")
 
             def show() -> None:
-                bar.update(task, completed=stage.count, rate=stage.rate)
+                shown.update(task, completed=stage.count, rate=stage.rate)
 
             stage.show = show
             yield

@@ -87,7 +87,7 @@ def extrapolated(estimates: list[tuple[int, float]], n: int, columns: int) -> fl
     return value * shape(n) / shape(k) * (n / k) ** min(power, 0.0)
 
 
-def ladder(estimate: float, errors: float) -> list[float]:
+def shifts_to_try(estimate: float, errors: float) -> list[float]:
     """The shifts to try, ATTEMPTS at most: half the estimate, then lower, last twice the errors.
 
     errors: e_G + e_C and what else a proof takes away. The first is at least 4 errors where half

@@ -1,10 +1,11 @@
 """Typed wrappers of the compiled operators: autograd, fake kernels, argument checks."""
 
 from .gram_logdet import gram_logdet
-from .last_layer_columns import last_layer_logits, last_layer_update_
 from .last_layer_epoch import last_layer_epoch_
 from .last_layer_gradient import last_layer_gradient, logit_error_constant
+from .last_layer_logits import last_layer_logits
 from .last_layer_step import last_layer_step_
+from .last_layer_update import last_layer_update_
 from .perturb import perturb_
 from .sgd import sgd_
 from .softplus import softplus, softplus_

@@ -33,7 +33,7 @@ def last_layer_epoch_(
     dampening: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
-    fresh: bool = False,
+    is_first_step: bool = False,
     mapped: bool = False,
 ) -> Tensor:
     """Step s is `last_layer_step_` on the rows order[bounds[s] : bounds[s + 1]] of h and target.
@@ -45,8 +45,9 @@ def last_layer_epoch_(
     weight [k, m], bias [k] or None and, where momentum is not 0, their momentum buffers are updated
     in place: float32 or float64, contiguous. h: [n, m] of weight's dtype, of any row stride, or
     bfloat16 beside a float32 weight, widened as it is read. target: int64 [n] or weight's dtype
-    [n, k]. The other arguments are those of last_layer_step_; fresh: the buffers hold nothing
-    before the first step. mapped: h lies in a file; the rows of the next step are asked for ahead.
+    [n, k]. The other arguments are those of last_layer_step_; is_first_step: the buffers hold
+    nothing before the first of these. mapped: h lies in a file; the rows of the next step are asked
+    for ahead.
 
     Returns the loss of each step before its update, float64 [steps]. No Python and no allocation
     per step. On the CPU the same bits for any number of threads, and where a call is split in two;
@@ -88,7 +89,7 @@ def last_layer_epoch_(
         number(dampening, "dampening"),
         number(weight_decay, "weight_decay"),
         nesterov,
-        fresh,
+        is_first_step,
         mapped,
     )
     changed = (weight, bias, weight_buffer, bias_buffer)
@@ -130,7 +131,7 @@ def _(
     dampening: float,
     weight_decay: float,
     nesterov: bool,
-    fresh: bool,
+    is_first_step: bool,
     mapped: bool,
 ) -> Tensor:
     return h.new_empty(len(bounds) - 1, dtype=torch.float64)

@@ -38,14 +38,14 @@ def last_layer_step_(
     dampening: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
-    fresh: bool = False,
+    is_first_step: bool = False,
 ) -> Tensor:
     """Forward, loss, gradient and torch.optim.SGD's update of q = h W^T + b; returns the loss.
 
     weight [k, m] and bias [k] (or None) are updated in place, and where momentum is not 0 their
-    momentum buffers of the same shapes; fresh: the buffers hold nothing yet, as at the first step.
-    h: features [b, m], b >= 1, of any row stride. All of one dtype, float32 or float64, and one
-    device; weight and buffers contiguous.
+    momentum buffers of the same shapes; is_first_step: the buffers hold nothing yet. h: features
+    [b, m], b >= 1, of any row stride. All of one dtype, float32 or float64, and one device; weight
+    and buffers contiguous.
 
     loss: "cross_entropy" (softmax; target int64 [b], labels from 0 to k - 1; mean over the samples)
     or "squared_error" (target [b, k], h's dtype; ||q - y||^2 summed over outputs, mean over
@@ -55,7 +55,8 @@ def last_layer_step_(
     torch would.
 
     Raises TypeError for a wrong dtype and ValueError for a wrong shape, value or label, both before
-    anything has changed.
+    anything has changed. On CUDA labels are copied to the host for that, which waits for the device
+    (8 bytes a sample); under a CUDA graph's capture a label out of range makes the results NaN.
     """
     require_last_layer(weight, bias, weight_buffer, bias_buffer, h=h, target=target)
     code = checked_loss(loss, h, "h", target)
@@ -81,7 +82,7 @@ def last_layer_step_(
         number(dampening, "dampening"),
         number(weight_decay, "weight_decay"),
         nesterov,
-        fresh,
+        is_first_step,
     )
     changed = (weight, bias, weight_buffer, bias_buffer)
     torch.autograd.graph.increment_version([t for t in changed if t is not None])
@@ -102,6 +103,6 @@ def _(
     dampening: float,
     weight_decay: float,
     nesterov: bool,
-    fresh: bool,
+    is_first_step: bool,
 ) -> Tensor:
     return h.new_empty(())

@@ -122,9 +122,11 @@ def apply_sgd(
     with torch.no_grad():
         for chosen in by_device.values():
             mutated = [params[i] for i in chosen], [buffers[i] for i in chosen if buffers]
-            fresh = [int(momentum_buffers[i] is None) for i in chosen]
+            is_first_step = [int(momentum_buffers[i] is None) for i in chosen]
             nu = [1] * len(chosen)
-            _ops.sgd_(mutated[0], [grads[i] for i in chosen], mutated[1], nu, fresh, *scalars)
+            _ops.sgd_(
+                mutated[0], [grads[i] for i in chosen], mutated[1], nu, is_first_step, *scalars
+            )
             torch.autograd.graph.increment_version(mutated[0] + mutated[1])
     return buffers
 
@@ -135,7 +137,7 @@ def _(
     grads: list[Tensor],
     buffers: list[Tensor],
     nu: list[int],
-    fresh: list[int],
+    is_first_step: list[int],
     lr: float,
     momentum: float,
     dampening: float,

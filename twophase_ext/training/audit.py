@@ -118,7 +118,7 @@ def _frozen(context: Context, state: RunState) -> Premise:
     name = "hidden layers frozen"
     if context.config.batch_norm == "batch" and batch_norms(context.network.model):
         return name, FAILED, "parameters are, but BatchNorm statistics follow the batches"
-    if state.unchanged is None or state.hidden_hash is None:
+    if state.hidden_unchanged is None or state.hidden_hash is None:
         return name, UNCHECKED, "the run did not come to its end"
     return name, HELD, f"SHA-256 {state.hidden_hash[:12]} at tau and at the end"
 

@@ -9,7 +9,7 @@ from torch import nn
 from ..core.files import inside
 from ..model.probing import copy_model
 from .adopt import adopt
-from .config import Config, resolve_tau
+from .config import Config, differing, resolve_tau
 from .distributed import ranks
 from .features.agreement import Agreement
 from .loop import Loop
@@ -18,18 +18,8 @@ from .persistence.runfolder import create
 from .result import Result
 
 TRUNK = "trunk"
-FEATURES = ("noise_std", "noise_seed", "batch_norm", "feature_cache", "augment_copies")
-ALLOWED = (
-    *FEATURES,
-    "second_phase",
-    "gd",
-    "sgd",
-    "lazy",
-    "optimizer",
-    "epochs",
-    "tau",
-    "verify",
-)
+FEATURES = differing("features")
+ALLOWED = (*FEATURES, *differing("own"), "optimizer", "tau")
 
 
 class Trainer(Protocol):
@@ -78,7 +68,7 @@ def branch(
         return _grow(trainer, branches, first, loop, train, val, resume, root)
     finally:
         if lock is not None:
-            lock.release()
+            lock.release(force=True)
 
 
 def _grow(
@@ -120,7 +110,7 @@ def _grow(
         continued = second._prepare(train, val, checkpoint)
         if checkpoint is None:
             adopt(continued.run, run, same="optimizer" not in changes)
-        continued.run.shared = shared
+        continued.run.branch_cache = shared
         results[name] = second._execute(continued)
         if results[name].status == "interrupted":
             break

@@ -1,8 +1,8 @@
 """The Trainer's arguments, checked and resolved."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from ..core.arguments import integer
 from ..core.names import canonical_name
 from ..expressivity.verify import METHODS
+from ..model.losses import resolve_loss
 from .features.cache import MODES
 from .optimizer.schedule import INTERVALS
 from .settings import GradientDescent, Lazy, Settings, StochasticDescent
@@ -30,51 +31,6 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "bf16-mixed": (torch.float32, torch.bfloat16),
     "fp16-mixed": (torch.float32, torch.float16),
 }
-
-
-@dataclass(frozen=True)
-class Config:
-    """Plain data that, with the model and the data, determines a run."""
-
-    loss: str
-    epochs: int
-    tau_epoch: int
-    noise_std: float | dict[str, float]
-    second_phase: str
-    batch_norm: str
-    feature_cache: str
-    batch_size: int
-    seed: int
-    precision: str
-    verify: str | bool
-    noise_seed: int | None = None  # None: the noise comes from `seed`
-    augment: str | None = None  # its repr
-    augment_copies: int | None = None
-    accumulate: int = 1
-    scheduler_interval: str = "epoch"
-    # settings of these second phases, None in the others
-    gd: GradientDescent | None = None
-    sgd: StochasticDescent | None = None
-    lazy: Lazy | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of weights and data."""
-        return PRECISIONS[self.precision][0]
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """The 16-bit dtype of the first phase's products, where the precision is mixed."""
-        return PRECISIONS[self.precision][1]
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The context in which the first phase runs the model."""
-        dtype = self.autocast_dtype
-        return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For config.json and for the comparison with a checkpoint's."""
-        return asdict(self)
 
 
 def _choice(name: str, value: Any, choices: Any) -> str:
@@ -119,74 +75,115 @@ def resolve_noise(noise_std: Any) -> float | dict[str, float]:
     return float(noise_std)
 
 
-def resolve(
-    *,
-    second_phases: Collection[str],
-    loss: str,
-    epochs: Any,
-    tau: Any,
-    noise_std: Any,
-    second_phase: Any,
-    batch_norm: Any,
-    feature_cache: Any,
-    batch_size: Any,
-    seed: Any,
-    precision: Any,
-    verify: Any,
-    noise_seed: Any = None,
-    augment: Any = None,
-    augment_copies: Any = None,
-    accumulate: Any = 1,
-    scheduler_interval: Any = "epoch",
-    gd: Any = None,
-    sgd: Any = None,
-    lazy: Any = None,
-) -> Config:
-    """Check every argument; TypeError or ValueError names the first one that is wrong.
+def _option(check: Callable[[str, Any], Any], branch: str | None = None, **default: Any) -> Any:
+    """A field of Config. check(name, value): the value resolved; TypeError or ValueError name it.
 
-    second_phases: the names that there are (`phases.SECOND`).
+    branch: "own" where branches of one first phase may differ in it, "features" where their
+    features then differ too.
     """
-    epochs = integer("epochs", epochs, 2)
-    second_phase = _choice("second_phase", second_phase, second_phases)
-    if augment is not None and not callable(augment):
-        raise TypeError(f"augment: expected a callable (x, generator) -> x, got {augment!r}")
-    if verify is not False and verify not in METHODS:
-        raise ValueError(f"verify: expected False or one of {METHODS}, got {verify!r}")
-    config = Config(
-        loss=loss,
-        epochs=epochs,
-        tau_epoch=resolve_tau(tau, epochs),
-        noise_std=resolve_noise(noise_std),
-        second_phase=second_phase,
-        batch_norm=_choice("batch_norm", batch_norm, ("frozen", "batch")),
-        feature_cache=_choice("feature_cache", feature_cache, MODES),
-        batch_size=integer("batch_size", batch_size, 1),
-        seed=integer("seed", seed, -(2**63)),
-        precision=_choice("precision", precision, PRECISIONS),
-        verify=verify,
-        noise_seed=None if noise_seed is None else integer("noise_seed", noise_seed, -(2**63)),
-        augment=None if augment is None else repr(augment),
-        augment_copies=(
-            None if augment_copies is None else integer("augment_copies", augment_copies, 1)
-        ),
-        accumulate=integer("accumulate", accumulate, 1),
-        scheduler_interval=_choice("scheduler_interval", scheduler_interval, INTERVALS),
-        **_settings(second_phase, {"gd": gd, "sgd": sgd, "lazy": lazy}),
-    )
+    return field(metadata={"check": check, "branch": branch}, **default)
+
+
+def _integer(least: int, optional: bool = False) -> Callable[[str, Any], int | None]:
+    return lambda name, value: None if optional and value is None else integer(name, value, least)
+
+
+def _one_of(*choices: Any) -> Callable[[str, Any], Any]:
+    return lambda name, value: _choice(name, value, choices)
+
+
+def _settings(name: str, value: Any) -> Settings | None:
+    return None if value is None else SETTINGS[name].of(name, value)
+
+
+def _augment(name: str, value: Any) -> str | None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: expected a callable (x, generator) -> x, got {value!r}")
+    return None if value is None else repr(value)
+
+
+def _verify(name: str, value: Any) -> str | bool:
+    if value is not False and value not in METHODS:
+        raise ValueError(f"{name}: expected False or one of {METHODS}, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Config:
+    """Plain data that, with the model and the data, determines a run.
+
+    Each field is an argument of the Trainer of its name, checked as its field says, but for
+    tau_epoch, which is `resolve_tau` of tau.
+    """
+
+    loss: str = _option(lambda _, value: resolve_loss(value).name)
+    epochs: int = _option(_integer(2), "own")
+    tau_epoch: int = _option(lambda _, value: value)
+    noise_std: float | dict[str, float] = _option(lambda _, value: resolve_noise(value), "features")
+    second_phase: str = _option(lambda _, value: value, "own")
+    batch_norm: str = _option(_one_of("frozen", "batch"), "features")
+    feature_cache: str = _option(_one_of(*MODES), "features")
+    batch_size: int = _option(_integer(1))
+    seed: int = _option(_integer(-(2**63)))
+    precision: str = _option(_one_of(*PRECISIONS))
+    verify: str | bool = _option(_verify, "own")
+    # None: the noise comes from `seed`
+    noise_seed: int | None = _option(_integer(-(2**63), optional=True), "features", default=None)
+    augment: str | None = _option(_augment, default=None)  # its repr
+    augment_copies: int | None = _option(_integer(1, optional=True), "features", default=None)
+    accumulate: int = _option(_integer(1), default=1)
+    scheduler_interval: str = _option(_one_of(*INTERVALS), default="epoch")
+    # settings of these second phases, None in the others
+    gd: GradientDescent | None = _option(_settings, "own", default=None)
+    sgd: StochasticDescent | None = _option(_settings, "own", default=None)
+    lazy: Lazy | None = _option(_settings, "own", default=None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and data."""
+        return PRECISIONS[self.precision][0]
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The 16-bit dtype of the first phase's products, where the precision is mixed."""
+        return PRECISIONS[self.precision][1]
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The context in which the first phase runs the model."""
+        dtype = self.autocast_dtype
+        return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For config.json and for the comparison with a checkpoint's."""
+        return asdict(self)
+
+
+def resolve(given: Mapping[str, Any], second_phases: Collection[str]) -> Config:
+    """Check the Trainer's arguments; TypeError or ValueError names the first one that is wrong.
+
+    given: an argument for each field. second_phases: the names that there are (`phases.SECOND`).
+    """
+    found: dict[str, Any] = {"epochs": integer("epochs", given["epochs"], 2)}
+    phase = _choice("second_phase", given["second_phase"], second_phases)
+    tau = resolve_tau(given["tau"], found["epochs"])
+    values = {**given, "second_phase": phase, "tau_epoch": tau}
+    for name in SETTINGS:
+        if name != phase and values[name] is not None:
+            raise ValueError(
+                f"{name}: expected None with second_phase={phase!r}, got {values[name]}"
+            )
+    if phase in SETTINGS and values[phase] is None:
+        values[phase] = {}
+    for option in fields(Config):
+        found[option.name] = option.metadata["check"](option.name, values[option.name])
+    config = Config(**found)
     _check_combination(config)
     return config
 
 
-def _settings(second_phase: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of this second phase; ValueError for those of another."""
-    for name, settings in given.items():
-        if name != second_phase and settings is not None:
-            raise ValueError(
-                f"{name}: expected None with second_phase={second_phase!r}, got {settings}"
-            )
-    if second_phase not in SETTINGS:
-        return {}
-    return {second_phase: SETTINGS[second_phase].of(second_phase, given[second_phase])}
+def differing(kind: str) -> list[str]:
+    """Fields in which branches of one first phase may differ: "own", or "features" theirs too."""
+    return [option.name for option in fields(Config) if option.metadata["branch"] == kind]
 
 
 def compile_options(value: Any, model: nn.Module) -> dict[str, Any] | None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
-from ..core.files import FolderLock
 from ..model.losses import ConvexLoss
 from ..model.network import Network
 from .batchnorm import batch_bounds
@@ -46,7 +46,7 @@ class Context:
     fixed: Agreement
     compiled: Mapping[str, Any] | None = None
     folder: Path | None = None
-    lock: FolderLock | None = None
+    lock: FileLock | None = None
 
     @property
     def device(self) -> torch.device:

@@ -113,7 +113,7 @@ class Loop:
             "val_accuracy": val_accuracy,
             "learning_rate": phase.learning_rate(),
             "seconds": seconds,
-            **phase.notes,
+            **phase.row,
         }
         stage = "second_phase" if phase is self.second else "first_phase"
         self.run.add_time(stage, seconds)
@@ -124,10 +124,10 @@ class Loop:
 
     def _prove_frozen(self) -> None:
         known = self.state.hidden_hash
-        self.state.unchanged = (
+        self.state.hidden_unchanged = (
             known is None or tensors_hash(self.second.frozen(self.context)) == known
         )
-        if not self.state.unchanged:
+        if not self.state.hidden_unchanged:
             raise RuntimeError(
                 "the hidden layers changed during the second phase: a callback, the optimizer or "
                 "another owner of the model wrote to them. The run's claim is void"

@@ -24,7 +24,7 @@ from .features.agreement import cache_disagreement
 from .features.cache import Features, plan_for
 from .freeze import samples_of
 from .optimizer.averaged import Averaged
-from .steps.head import HeadStep
+from .steps.last_layer import LastLayerStep
 
 _PAPER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5}  # section 7.2
 
@@ -131,7 +131,7 @@ def fit_last_layer(
         optimizer = optim.SGD([group])
     elif given:
         raise ValueError(f"{next(iter(given))}: expected None, the optimizer has its own")
-    head = HeadStep(layer, cache.loss, _holding(optimizer, layer))
+    step = LastLayerStep(layer, cache.loss, _holding(optimizer, layer))
     averaged, moving = Averaged(optimizer), dict(layer.named_parameters())
     losses: list[float] = []
     cache.samples.seed = seed
@@ -139,7 +139,7 @@ def fit_last_layer(
         for epoch in range(first_epoch, first_epoch + epochs):
             cache.samples.epoch = epoch
             with torch.no_grad(), averaged.within(moving, alone=True):
-                steps = head.run(cache, epoch_order(seed, epoch, cache.n), bounds)
+                steps = step.run(cache, epoch_order(seed, epoch, cache.n), bounds)
             sizes = [end - begin for begin, end in pairwise(bounds)]
             mean = sum(loss * size for loss, size in zip(steps, sizes, strict=True)) / cache.n
             losses.append(mean)

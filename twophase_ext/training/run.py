@@ -24,12 +24,12 @@ from .state import RunState, phase, unfixed
 class Run:
     """Context, state, and the caches of features.
 
-    shared: what branches with the same hidden layers share, features and verdicts.
+    branch_cache: what branches with the same hidden layers share, features and verdicts.
     """
 
     context: Context
     state: RunState
-    shared: dict[tuple[str | None, str], Any] | None = None
+    branch_cache: dict[tuple[str | None, str], Any] | None = None
     train_features: Features | None = None
     val_features: Features | None = None
 

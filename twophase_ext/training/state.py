@@ -48,7 +48,8 @@ class RunState:
     cache_mode: of the second phase's features. epoch, batch: the next mini-batch to train on. sums:
     loss times samples, and correct answers, of this epoch. rng: the generators' states, of a run
     that stands within an epoch. hidden_hash: set at tau, from when on the hidden layers are frozen.
-    unchanged: whether they were, from tau to the end; None before it. timings: seconds by stage.
+    hidden_unchanged: whether they were, from tau to the end; None before it. timings: seconds by
+    stage.
     """
 
     cache_mode: str
@@ -60,7 +61,7 @@ class RunState:
     history: list[dict[str, Any]] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     verdict: Verdict | None = None
-    unchanged: bool | None = None
+    hidden_unchanged: bool | None = None
     second: PhaseState = field(default_factory=PhaseState)
 
     def next_epoch(self) -> None:

@@ -42,48 +42,59 @@ from .steps.base import BaseStep, check_autocast
 class Trainer:
     """Two-phase training (Algorithm 1): base algorithm, perturbation at tau, last layer only.
 
-    model: any nn.Module whose output is an affine function of its last hidden layer.
-    loss: "cross_entropy" (integer labels), "squared_error" (the paper's ||q - y||^2, summed over
-        outputs, averaged over samples) or a `ConvexLoss`.
-    optimizer: callable list of parameters -> torch.optim.Optimizer; default the paper's SGD.
-    last_layer: module or its name; by default the last affine layer on the path to the output.
-    epochs, tau: the second phase begins at epoch round(tau * epochs), or at epoch tau if an int.
-    noise_std: sigma of the Gaussian noise, one number or {parameter name: sigma}, all > 0;
+    Args:
+        model: any nn.Module whose output is an affine function of its last hidden layer.
+        loss: "cross_entropy" (integer labels), "squared_error" (the paper's ||q - y||^2, summed
+            over outputs, averaged over samples) or a `ConvexLoss`.
+        optimizer: callable list of parameters -> torch.optim.Optimizer; default the paper's SGD.
+        last_layer: module or its name; by default the last affine layer on the path to the output.
+        epochs: epochs in all.
+        tau: the second phase begins at epoch round(tau * epochs), or at epoch tau if an int.
+        noise_std: sigma of the Gaussian noise on the hidden layers, one number or {parameter name:
+            sigma}, all > 0.
         noise_seed: of the noise alone, default `seed`.
-    second_phase: "base", the base algorithm's own hyper-parameters on the last layer only; "gd",
-        full gradient steps of 1 / L_H, and "sgd", eta_t = c / t^(1/2 + eps), on the last layer
-        (Theorem 1, with its bound); "lazy", full gradient steps on all layers under Theorem 3, one
-        an epoch, without momentum or weight decay, the rank verified again as it goes: the step is
-        halved, and in the end the run stopped (status "stopped"), where the rank cannot be shown;
-        "none", the base algorithm to the end, to compare with. result.guarantee tells what held.
-    gd, sgd, lazy: their settings, a `GradientDescent`, `StochasticDescent`, `Lazy`, or a dict.
-    batch_norm: "frozen" (statistics recomputed once after the perturbation over the training set in
-        index order, 256 samples at a time, then fixed) or "batch"
-        (batch statistics go on moving: nothing is cached and Theorem 1's premise fails).
-    feature_cache: "auto", "hidden", "backbone", "disk" or "none"; auto chooses by memory and says
-        what. "hidden-bfloat16": h rounded, half the memory, another function.
-    augment: callable (x [b, ...], torch.Generator) -> x of the same shape, on training batches;
-        its repr tells a run from another. BatchNorm's statistics at tau, the verification and the
-        measured losses are those of the data as given.
-    augment_copies: data transformed at random are visited so many times at tau and these copies
-        cached, an approximation of new transforms in every epoch.
-    batch_size: samples a step; accumulate: micro-batches that it goes through the model in, during
-        the first phase, for less memory: the same gradient, but for BatchNorm's statistics.
-    seed; device: "auto" (where the model is) or that same device.
-    precision: "float32" or "float64", to which model and data are converted; "bf16-mixed" and
-        "fp16-mixed": float32, the first phase under autocast (float16 with a gradient scaler).
-    compile: True, or a dict of torch.compile's arguments: the first phase runs the compiled model.
-    scheduler: callable optimizer -> LRScheduler, stepped after every epoch of the base algorithm,
-        or with scheduler_interval="step" after every update; ReduceLROnPlateau gets the epoch's
-        training loss. It goes on in second_phase "base" and stops at tau in "gd", "sgd", "lazy".
-    verify: method of `verify_expressivity` at w^tau ("auto", "separation", ...), or False.
-    run_dir: the run's folder; None makes a new one under runs/, False writes nothing.
-    checkpoint_every: epochs between checkpoints, or a text: "500 steps", "90 seconds", "10
-        minutes", within epochs too. Default: every epoch, and every ten minutes within one. There
-        is always one at tau, after the verification, and one at the end.
-    callbacks: `Callback` objects, or any with methods on_fit_start(run), on_perturb(run) or
-        on_epoch_end(run, record), run a `RunView` (docs/callbacks.md).
-    progress: False prints nothing.
+        second_phase: "base", the base algorithm's own hyper-parameters on the last layer only;
+            "gd", full gradient steps of 1 / L_H, and "sgd", eta_t = c / t^(1/2 + eps), on the last
+            layer (Theorem 1, with its bound); "lazy", full gradient steps on all layers under
+            Theorem 3, one an epoch, without momentum or weight decay, the rank verified again as
+            it goes: the step is halved, and in the end the run stopped (status "stopped"), where
+            the rank cannot be shown; "none", the base algorithm to the end, to compare with.
+            result.guarantee tells what held.
+        gd: settings of second_phase="gd", a `GradientDescent` or a dict.
+        sgd: settings of second_phase="sgd", a `StochasticDescent` or a dict.
+        lazy: settings of second_phase="lazy", a `Lazy` or a dict.
+        batch_norm: "frozen" (statistics recomputed once after the perturbation over the training
+            set in index order, 256 samples at a time, then fixed) or "batch" (batch statistics go
+            on moving: nothing is cached and Theorem 1's premise fails).
+        feature_cache: "auto", "hidden", "backbone", "disk" or "none"; auto chooses by memory and
+            says what. "hidden-bfloat16": h rounded, half the memory, another function.
+        augment: callable (x [b, ...], torch.Generator) -> x of the same shape, on training
+            batches; its repr tells a run from another. BatchNorm's statistics at tau, the
+            verification and the measured losses are those of the data as given.
+        augment_copies: data transformed at random are visited so many times at tau and these
+            copies cached, an approximation of new transforms in every epoch.
+        batch_size: samples a step.
+        accumulate: micro-batches that a step goes through the model in, during the first phase,
+            for less memory: the same gradient, but for BatchNorm's statistics.
+        seed: seed of every random stream.
+        device: "auto" (where the model is) or that same device.
+        precision: "float32" or "float64", to which model and data are converted; "bf16-mixed" and
+            "fp16-mixed": float32, the first phase under autocast (float16 with a gradient scaler).
+        compile: True, or a dict of torch.compile's arguments: the first phase runs the compiled
+            model.
+        scheduler: callable optimizer -> LRScheduler, stepped after every epoch of the base
+            algorithm; ReduceLROnPlateau gets the epoch's training loss. It goes on in second_phase
+            "base" and stops at tau in "gd", "sgd", "lazy".
+        scheduler_interval: "epoch", or "step": the scheduler is stepped after every update.
+        verify: method of `verify_expressivity` at w^tau ("auto", "separation", "certificate",
+            "svd"), or False.
+        run_dir: the run's folder; None makes a new one under runs/, False writes nothing.
+        checkpoint_every: epochs between checkpoints, or a text: "500 steps", "90 seconds", "10
+            minutes", within epochs too. Default: every epoch, and every ten minutes within one.
+            There is always one at tau, after the verification, and one at the end.
+        callbacks: `Callback` objects, or any with methods on_fit_start(run), on_perturb(run) or
+            on_epoch_end(run, record), run a `RunView` (docs/callbacks.md).
+        progress: False prints nothing.
 
     Wrong arguments raise ValueError or TypeError that name them.
     """
@@ -96,7 +107,7 @@ class Trainer:
         optimizer: OptimizerFactory | None = None,
         last_layer: nn.Module | str | None = None,
         epochs: int = 100,
-        tau: float | int = 0.6,
+        tau: int | float = 0.6,
         noise_std: float | dict[str, float] = 1e-3,
         noise_seed: int | None = None,
         second_phase: str = "base",
@@ -115,13 +126,14 @@ class Trainer:
         accumulate: int = 1,
         scheduler: SchedulerFactory | None = None,
         scheduler_interval: str = "epoch",
-        verify: str | bool = "auto",
+        verify: bool | str = "auto",
         run_dir: str | Path | bool | None = None,
         checkpoint_every: int | str | None = None,
         callbacks: Iterable[Any] = (),
         progress: bool = True,
     ) -> None:
         """See the class."""
+        given = {name: value for name, value in locals().items() if name not in ("self", "model")}
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         if optimizer is not None and not callable(optimizer):
@@ -129,27 +141,7 @@ class Trainer:
         if scheduler is not None and not callable(scheduler):
             raise TypeError("scheduler: expected a callable optimizer -> LRScheduler")
         self.loss = resolve_loss(loss)
-        settings: dict[str, Any] = {
-            "epochs": epochs,
-            "tau": tau,
-            "noise_std": noise_std,
-            "noise_seed": noise_seed,
-            "second_phase": second_phase,
-            "gd": gd,
-            "sgd": sgd,
-            "lazy": lazy,
-            "batch_norm": batch_norm,
-            "feature_cache": feature_cache,
-            "augment": augment,
-            "augment_copies": augment_copies,
-            "batch_size": batch_size,
-            "seed": seed,
-            "precision": precision,
-            "accumulate": accumulate,
-            "scheduler_interval": scheduler_interval,
-            "verify": verify,
-        }
-        self.config = resolve(second_phases=SECOND, loss=self.loss.name, **settings)
+        self.config = resolve(given, SECOND)
         self.model, self.last_layer = model, last_layer
         self.optimizer, self.scheduler = optimizer or paper_optimizer, scheduler
         self.compile = compile_options(compile, model)
@@ -166,19 +158,7 @@ class Trainer:
         # whether h is compared before training, and what a branch's trunk found of it
         self.compares = second_phase != "none" and batch_norm == "frozen"
         self.known: Agreement | None = None
-        self._arguments = {
-            **settings,
-            "loss": loss,
-            "optimizer": optimizer,
-            "scheduler": scheduler,
-            "compile": compile,
-            "last_layer": last_layer,
-            "device": device,
-            "run_dir": run_dir,
-            "checkpoint_every": checkpoint_every,
-            "callbacks": self.callbacks,
-            "progress": progress,
-        }
+        self._arguments = {**given, "callbacks": self.callbacks}
 
     def _clone(self, model: nn.Module, **changes: Any) -> "Trainer":
         """A Trainer of `model` with the same arguments but for `changes`."""
@@ -243,8 +223,8 @@ class Trainer:
         """Train a prepared run to its end, or to an epoch; see `fit`."""
         context, state, config = loop.context, loop.state, loop.context.config
         modes = {module: module.training for module in self.model.modules()}
-        if context.lock is not None and not context.lock.acquire():
-            raise RuntimeError(f"another run has taken the folder {context.folder} meanwhile")
+        if context.lock is not None:
+            runfolder.hold(context.lock)
         try:
             status = loop.execute(epochs)
             final = loop.run.measure_all() if status == "completed" else {}
@@ -255,7 +235,7 @@ class Trainer:
             if state.hidden_hash is not None and config.batch_norm == "frozen":
                 self.model.eval()
             if context.lock is not None:
-                context.lock.release()
+                context.lock.release(force=True)
         reported = context.ranks.broadcast_object(
             lambda: (state.history, state.timings, context.folder)
         )

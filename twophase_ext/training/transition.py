@@ -55,7 +55,7 @@ def _verify(run: Run, second: SecondPhase) -> None:
     """The condition at w^tau, or what a branch with the same hidden layers has found of it."""
     context, state, config = run.context, run.state, run.context.config
     key = (state.hidden_hash, f"verdict {config.verify} {config.batch_norm}")
-    known = {} if run.shared is None else run.shared
+    known = {} if run.branch_cache is None else run.branch_cache
     if key not in known:
         known[key] = context.ranks.broadcast_object(second.verify)
     verdict = state.verdict = known[key]

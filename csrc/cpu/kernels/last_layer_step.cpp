@@ -343,8 +343,7 @@ void last_layer_logits(Dtype dtype, Dtype h_dtype, const void* const* rows, cons
 
 void last_layer_update(Dtype dtype, Dtype h_dtype, const void* const* rows, const void* delta,
                        int64_t b, int64_t k, int64_t m, int64_t begin, int64_t end, void* weight,
-                       void* buffer, bool fresh, double lr, double momentum, double dampening,
-                       double weight_decay, bool nesterov) {
+                       void* buffer, bool is_first_step, const SgdRule& rule) {
   with_types(dtype, h_dtype, [&](auto t, auto h) {
     using T = decltype(t);
     Gradient<T, decltype(h)> gradient;
@@ -353,8 +352,7 @@ void last_layer_update(Dtype dtype, Dtype h_dtype, const void* const* rows, cons
             for (int64_t j = 0; j < count; ++j) {
               const int64_t at = (first + j) * m + c;
               sgd(dtype, static_cast<T*>(weight) + at, gradient.tile[j],
-                  buffer ? static_cast<T*>(buffer) + at : nullptr, n, fresh, lr, momentum,
-                  dampening, weight_decay, nesterov, false);
+                  buffer ? static_cast<T*>(buffer) + at : nullptr, n, is_first_step, rule);
             }
           });
   });

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../../math/dtype.h"
+#include "../../math/sgd.h"
 #include "../isa.h"
 
 // The two passes of a step of the last layer over a slice [begin, end) of its m features, for b
@@ -16,11 +17,11 @@ TP_KERNEL(void, last_layer_logits,
            int64_t k, int64_t m, int64_t begin, int64_t end, void* partial))
 
 // One SGD step of weight[:, begin : end] with the gradient delta^T rows; delta: [b, k]. buffer: the
-// momentum, laid out as the weight, or null; fresh: it holds nothing yet.
+// momentum, laid out as the weight, or null; is_first_step: it holds nothing yet.
 TP_KERNEL(void, last_layer_update,
           (Dtype dtype, Dtype h_dtype, const void* const* rows, const void* delta, int64_t b,
-           int64_t k, int64_t m, int64_t begin, int64_t end, void* weight, void* buffer, bool fresh,
-           double lr, double momentum, double dampening, double weight_decay, bool nesterov))
+           int64_t k, int64_t m, int64_t begin, int64_t end, void* weight, void* buffer,
+           bool is_first_step, const SgdRule& rule))
 
 // gradient[:, begin : end] += delta^T rows
 TP_KERNEL(void, last_layer_add_gradient,

@@ -35,8 +35,7 @@ struct EpochArguments {
   StepTarget<T> target;  // index: order
   const int64_t* bounds;
   const double* lr;
-  bool fresh;
-  SgdRule rule;
+  bool is_first_step;
   SgdScalars<T> scalars;  // but for the rate
   T* partial;             // [blocks, rows, k]
   double* logits;         // [rows, k]
@@ -140,7 +139,7 @@ TP_BODY void slice_logits(const Ctx& ctx, const EpochShared<T, H>& shared,
 // Gradient of the thread's features, and their update in shared memory.
 template <class T, class H, class Ctx>
 TP_BODY void slice_update(const Ctx& ctx, const EpochShared<T, H>& shared,
-                          const EpochArguments<T, H>& a, int64_t b, bool fresh,
+                          const EpochArguments<T, H>& a, int64_t b, bool is_first_step,
                           const SgdScalars<T>& scalars) {
   for (int64_t f = ctx.thread(); f < a.width; f += ctx.threads())
     for (int64_t output = 0; output < a.k; output += kEpochOutputs) {
@@ -156,7 +155,7 @@ TP_BODY void slice_update(const Ctx& ctx, const EpochShared<T, H>& shared,
         if (output + o < a.k) {
           const int64_t at = (output + o) * a.width + f;
           sgd_element(shared.weight + at, gradient[o],
-                      a.weight_buffer ? shared.buffer + at : nullptr, fresh, a.rule, scalars);
+                      a.weight_buffer ? shared.buffer + at : nullptr, is_first_step, scalars);
         }
     }
 }
@@ -209,16 +208,16 @@ TP_BODY void epoch_body(const Ctx& ctx, const EpochShared<T, H>& shared,
     ctx.sync();
     SgdScalars<T> scalars = a.scalars;
     scalars.step = static_cast<T>(-a.lr[s]);
-    const bool fresh = a.fresh && s == 0;
-    slice_update(ctx, shared, a, b, fresh, scalars);
+    const bool is_first_step = a.is_first_step && s == 0;
+    slice_update(ctx, shared, a, b, is_first_step, scalars);
     if (ctx.block() == 0) {
       const double mean = mean_of_rows(ctx, loss_shared.sums, a.row_loss, b);
       if (ctx.thread() == 0) a.losses[s] = mean;
       for (int64_t o = ctx.thread(); a.bias && o < a.k; o += kThreads) {
         T gradient = 0;
         for (int64_t r = 0; r < b; ++r) gradient += shared.delta[r * a.outputs() + o];
-        sgd_element(a.bias + o, gradient, a.bias_buffer ? a.bias_buffer + o : nullptr, fresh,
-                    a.rule, scalars);
+        sgd_element(a.bias + o, gradient, a.bias_buffer ? a.bias_buffer + o : nullptr,
+                    is_first_step, scalars);
       }
     }
     ctx.sync();  // tile and derivatives have been read

@@ -191,8 +191,7 @@ struct StepState {
   T* bias;    // [k], or null
   T* weight_buffer;
   T* bias_buffer;
-  bool fresh;
-  SgdRule rule;
+  bool is_first_step;
   SgdScalars<T> scalars;
 };
 
@@ -241,13 +240,13 @@ TP_BODY void update_body(const Ctx& ctx, UpdateShared<T>& shared, const T* h, co
       if (output + o < shape.k) {
         const int64_t at = (output + o) * shape.m + f;
         sgd_element(state.weight + at, gradient[o],
-                    state.weight_buffer ? state.weight_buffer + at : nullptr, state.fresh,
-                    state.rule, state.scalars);
+                    state.weight_buffer ? state.weight_buffer + at : nullptr, state.is_first_step,
+                    state.scalars);
       }
     const int64_t at = output + ctx.thread();
     if (has_bias && ctx.thread() < kStepOutputs && at < shape.k)
       sgd_element(state.bias + at, bias_gradient,
-                  state.bias_buffer ? state.bias_buffer + at : nullptr, state.fresh, state.rule,
+                  state.bias_buffer ? state.bias_buffer + at : nullptr, state.is_first_step,
                   state.scalars);
   }
 }

@@ -1,8 +1,9 @@
 """What a person sees while a run goes on: a bar on a terminal, one line of text elsewhere."""
 
-import sys
-import time
-from typing import Any
+from rich.progress import Progress as Bar
+from rich.progress import TaskID
+
+from ...core.bars import bar
 
 
 class Progress:
@@ -11,9 +12,8 @@ class Progress:
     def __init__(self, enabled: bool) -> None:
         """enabled: False prints nothing at all."""
         self.enabled = enabled
-        self._bar: Any = None
-        self._tasks: dict[str, Any] = {}
-        self._started = time.monotonic()
+        self._bar: Bar | None = None
+        self._tasks: dict[str, TaskID] = {}
 
     def say(self, text: str) -> None:
         """One line that stays."""
@@ -25,20 +25,10 @@ class Progress:
             print(text, flush=True)
 
     def __enter__(self) -> "Progress":
-        """Start the bar where standard output is a terminal and rich is installed."""
-        if self.enabled and sys.stdout.isatty():
-            try:
-                from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-                from rich.progress import Progress as Bar
-            except ImportError:
-                return self
-            self._bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-            )
+        """Start the bar where standard output is a terminal."""
+        if self.enabled:
+            self._bar = bar("{task.completed:.0f}/{task.total:.0f}", "{task.fields[note]}")
+        if self._bar is not None:
             self._bar.start()
         return self
 
@@ -56,8 +46,9 @@ class Progress:
     def advance(self, name: str, steps: int = 1, note: str | None = None) -> None:
         """`steps` more of the stage are done."""
         if self._bar is not None:
-            fields = {} if note is None else {"note": note}
-            self._bar.update(self._tasks[name], advance=steps, **fields)
+            self._bar.update(self._tasks[name], advance=steps)
+            if note is not None:
+                self._bar.update(self._tasks[name], note=note)
 
     def end(self, name: str) -> None:
         """The stage is over."""

@@ -17,7 +17,10 @@ from ...core.hashing import flat
 from ...core.messages import first_line
 from ..optimizer.groups import plain
 
-FORMAT = 4  # 3 had the optimizer's state by position
+FORMAT = 5
+# of older formats, read as well: names of then -> of now. 3 has the optimizer's state by position
+RENAMED: dict[Any, dict[str, str]] = {3: {"descent": "second", "unchanged": "hidden_unchanged"}}
+RENAMED[4] = RENAMED[3]
 _COLUMNS = 4096  # of the matrices whose sums are kept
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FRESH = CURRENT + ".new"  # complete, and newer than CURRENT: a kill came before its rename
@@ -149,11 +152,12 @@ def _read(path: Path) -> dict[str, Any]:
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
         raise ValueError("not a checkpoint of twophase_ext")
-    if (found := state.pop("format")) not in (FORMAT, FORMAT - 1):
+    if (found := state.pop("format")) not in (FORMAT, *RENAMED):
         raise ValueError(f"format {found}, this version reads {FORMAT}")
     if state.pop("checksum", None) != digest(state):
         raise ValueError("its contents do not match its checksum")
-    return state
+    names = RENAMED.get(found, {})
+    return {str(names.get(name, name)): value for name, value in state.items()}
 
 
 def load(path: Path) -> tuple[dict[str, Any], Path]:

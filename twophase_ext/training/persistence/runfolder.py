@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from ...core.environment import environment_of_run
-from ...core.files import FolderLock, write_csv, write_json
+from ...core.files import write_csv, write_json
 from ...expressivity import Verdict
 from ..context import Context
 from ..data.samples import BATCH
@@ -70,19 +71,30 @@ def create(run_dir: str | Path | None, *, resuming: bool) -> Path:
     return folder
 
 
-def lock(folder: Path) -> FolderLock:
-    """The folder's lock, held. Raises ValueError where another run holds it, or cannot be taken."""
-    held = FolderLock(folder)
+def lock(folder: Path) -> FileLock:
+    """The folder's lock, held: the file "lock" in it, which stays there empty.
+
+    A process that ends, however it does, holds no lock. Raises ValueError where another run holds
+    it, or it cannot be taken.
+    """
+    held = FileLock(folder / "lock", timeout=0)
+    hold(held)
+    return held
+
+
+def hold(lock: FileLock) -> None:
+    """Take the lock, or keep it; ValueError as from `lock`."""
+    folder = Path(lock.lock_file).parent
     try:
-        free = held.acquire()
-    except OSError as error:
-        raise ValueError(f"run_dir: {folder} cannot be written: {error.strerror}") from error
-    if not free:
+        if not lock.is_locked:
+            lock.acquire()
+    except Timeout as error:
         raise ValueError(
             f"run_dir: another run is writing into {folder}; wait for its end or take another "
             "folder"
-        )
-    return held
+        ) from error
+    except OSError as error:
+        raise ValueError(f"run_dir: {folder} cannot be written: {error.strerror}") from error
 
 
 def describe(

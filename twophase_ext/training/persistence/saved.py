@@ -30,7 +30,7 @@ def contents(context: Context, state: RunState) -> dict[str, Any]:
         "data": context.train.content,
         "layers": settings_of_layers(context.network.model),
         **{f.name: getattr(state, f.name) for f in fields(state) if f.name not in OWN_FORM},
-        "descent": state.second.as_dict(),
+        "second": state.second.as_dict(),
         "verdict": None if state.verdict is None else state.verdict.as_dict(),
     }
 
@@ -146,6 +146,6 @@ def restore(context: Context, frozen: dict[str, Tensor], saved: dict[str, Any]) 
     own = {f.name for f in fields(RunState)} - OWN_FORM
     return RunState(
         **{name: value for name, value in saved.items() if name in own},
-        second=PhaseState(**saved["descent"]),
+        second=PhaseState(**saved["second"]),
         verdict=Verdict(**saved["verdict"]) if saved["verdict"] else None,
     )

@@ -37,7 +37,7 @@ def _compare(run: Run) -> str | None:
     (a gate, a scale) may be another number now.
     """
     key = (run.state.hidden_hash, f"compared {run.state.cache_mode}")
-    shared = {} if run.shared is None else run.shared
+    shared = {} if run.branch_cache is None else run.branch_cache
     features, context, config = run.train_features, run.context, run.context.config
     # rounded features and copies are no claim; on several ranks no process has all columns
     other = run.state.cache_mode == "hidden-bfloat16" or config.augment_copies is not None
@@ -82,7 +82,7 @@ def _fill(run: Run) -> None:
 def _fill_in(run: Run, mode: str) -> None:
     """Fill the caches in this mode, or take a branch's with the same hidden layers."""
     config = run.context.config
-    shared = {} if run.shared is None else run.shared
+    shared = {} if run.branch_cache is None else run.branch_cache
     held_out = run.context.val if config.batch_norm == "frozen" else None
     total = run.context.train.n * (config.augment_copies or 1)
     run.context.progress.begin("features", total + (held_out.n if held_out is not None else 0))

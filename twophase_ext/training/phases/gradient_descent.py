@@ -46,9 +46,9 @@ class GradientDescentPhase(TheoremPhase):
                 self.save_within()
         if state.batch < steps:
             return False
-        self.notes = {"objective": state.second.begin}
+        self.row = {"objective": state.second.begin}
         if self.features.mode == "none":  # counting would be one more pass
-            self.notes["train_accuracy"] = None
+            self.row["train_accuracy"] = None
         return True
 
     def _objective(self, loss: float) -> float:

@@ -14,8 +14,8 @@ from ...core.seeds import epoch_order
 from ..control.interrupt import Interrupt
 from ..faults import Diverged
 from ..features.cache import Features
-from ..steps.head import HeadStep
-from ..steps.sharded import ColumnStep, OwnColumns
+from ..steps.last_layer import LastLayerStep
+from ..steps.sharded import OwnShard, ShardedStep
 from .phase import SecondPhase
 
 ONE_CALL = 0.1  # seconds of steps without a look at Ctrl-C
@@ -24,7 +24,7 @@ ONE_CALL = 0.1  # seconds of steps without a look at Ctrl-C
 class LastLayer(SecondPhase):
     """Mini-batch steps of the last layer, by the base algorithm's own optimizer."""
 
-    columns: OwnColumns | None = None  # of this epoch, on several ranks
+    columns: OwnShard | None = None  # of this epoch, on several ranks
 
     @property
     def features(self) -> Features:
@@ -52,10 +52,12 @@ class LastLayer(SecondPhase):
         """The rest of an epoch's steps; rates: a learning rate each, in place of the groups'."""
         layer, loss = self.context.network.last.module, self.context.loss
         if self.context.ranks.size == 1:
-            head = HeadStep(layer, loss, optimizer)
-            return self._steps(head, interrupt, order, offsets, rates)
-        with OwnColumns(layer, optimizer, self.context.ranks) as self.columns:
-            return self._steps(ColumnStep(layer, loss, optimizer), interrupt, order, offsets, rates)
+            step = LastLayerStep(layer, loss, optimizer)
+            return self._steps(step, interrupt, order, offsets, rates)
+        with OwnShard(layer, optimizer, self.context.ranks) as self.columns:
+            return self._steps(
+                ShardedStep(layer, loss, optimizer), interrupt, order, offsets, rates
+            )
 
     def save_within(self) -> None:
         """A checkpoint inside the epoch, of the whole last layer."""
@@ -64,7 +66,7 @@ class LastLayer(SecondPhase):
 
     def _steps(
         self,
-        head: HeadStep,
+        step: LastLayerStep,
         interrupt: Interrupt,
         order: Tensor,
         offsets: list[int],
@@ -85,7 +87,7 @@ class LastLayer(SecondPhase):
             steps = slice(state.batch, state.batch + now)
             part = offsets[steps.start : steps.stop + 1]
             with torch.no_grad():
-                losses = head.run(features, order, part, rates and rates[steps], count)
+                losses = step.run(features, order, part, rates and rates[steps], count)
             for loss, begin, end in zip(losses, part[:-1], part[1:], strict=True):
                 if not math.isfinite(loss):
                     raise Diverged(state.batch, loss, order[begin:end] % context.train.n)
@@ -93,7 +95,7 @@ class LastLayer(SecondPhase):
                 state.batch += 1
             if one_by_one and rates is None:
                 context.schedule.end_step()
-                head.look_again()  # the groups' rates may differ from now on
+                step.refresh_rule()  # the groups' rates may differ from now on
             if run.due(len(losses)) and state.batch < last:
                 self.save_within()
             context.progress.advance(f"epoch {state.epoch}", len(losses))

@@ -137,7 +137,7 @@ class LazyPhase(SecondPhase):
         self.context.train.epoch = self.state.epoch
         self.look_for_other_steps()
         steps = self.state.epoch - self.context.config.tau_epoch
-        self.notes = {"gradient_norm": None, "rank": None, "sigma_min": None, "checks": []}
+        self.row = {"gradient_norm": None, "rank": None, "sigma_min": None, "checks": []}
         if steps == 0:
             self._note(self.state.verdict, 0)
         if not rank_shown(self.state.verdict):
@@ -189,7 +189,7 @@ class LazyPhase(SecondPhase):
             (p, p.grad) for p in self.context.network.parameters().values() if p.grad is not None
         ]
         self.context.optimizer.zero_grad(set_to_none=True)
-        self.notes["gradient_norm"] = math.sqrt(
+        self.row["gradient_norm"] = math.sqrt(
             sum(float(grad.double().square().sum()) for _, grad in moved)
         )
         origin = [p.clone() for p, _ in moved] if check else []
@@ -228,11 +228,11 @@ class LazyPhase(SecondPhase):
         found = {name: getattr(verdict, name) for name in names}
         if shown:
             found["rank"] = self.context.train.n  # a certificate counts none
-        self.notes["checks"].append({"steps": steps, **found, "lemma7": bound})
+        self.row["checks"].append({"steps": steps, **found, "lemma7": bound})
         if steps:
             sigma = found["sigma_min"]
             sigma = found["sigma_min_lower"] if sigma is None else sigma
-            self.notes |= {"rank": found["rank"], "sigma_min": sigma}
+            self.row |= {"rank": found["rank"], "sigma_min": sigma}
 
     # --- what is known -----------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ class LazyPhase(SecondPhase):
             return None
         rows = self._rows()
         checks = [check for row in rows for check in row["checks"]]
-        checks += self.notes["checks"] if self.stopped else []
+        checks += self.row["checks"] if self.stopped else []
         at_tau = _rank_status([self.state.verdict.status])
         self.look_for_other_steps()
         shown = _rank_status([check["status"] for check in checks])

@@ -20,12 +20,12 @@ from .caches import fill
 
 
 class Phase:
-    """Part of a run; `epoch` makes its steps. notes: what it adds to this epoch's row."""
+    """Part of a run; `epoch` makes its steps. row: what it adds to this epoch's row."""
 
     def __init__(self, run: Run) -> None:
         """Nothing runs yet."""
         self.run, self.context, self.state = run, run.context, run.state
-        self.notes: dict[str, Any] = {}
+        self.row: dict[str, Any] = {}
 
     def steps(self) -> int:
         """Steps in an epoch."""

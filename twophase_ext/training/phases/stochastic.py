@@ -58,7 +58,7 @@ class StochasticPhase(TheoremPhase):
         if not self.mini_batches(optimizer, interrupt, order, offsets, rates):
             return False
         state.sums *= self.context.train.n / len(order)
-        self.notes = self._evaluate()
+        self.row = self._evaluate()
         return True
 
     @torch.no_grad()

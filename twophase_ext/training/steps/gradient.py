@@ -9,7 +9,7 @@ from ... import ops
 from ...model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
 from ..data.samples import BATCH
 from ..features.cache import Features
-from .sharded import Columns
+from .sharded import ShardedFeatures
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def full_gradient(
     by one call, anything else block by block.
     """
     weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-    if isinstance(features, Columns):
+    if isinstance(features, ShardedFeatures):
         return features.gradient(layer, loss)
     if features.hidden and loss in (CROSS_ENTROPY, SQUARED_ERROR):
         assert features.cache is not None and features.targets is not None

@@ -20,7 +20,7 @@ from ...model.network import Network
 from ..data.samples import BATCH, Samples
 from ..distributed.ranks import Ranks
 from ..features.cache import Features
-from .head import HeadStep
+from .last_layer import LastLayerStep
 
 # Their update of an element depends on nothing but that element's gradients.
 ELEMENTWISE = (
@@ -73,7 +73,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-class Columns(Features):
+class ShardedFeatures(Features):
     """This rank's columns of h, for all samples; with mode "backbone" z whole, as it is small.
 
     Each rank passes every size-th batch through the network. `batch` gives its own columns of h,
@@ -183,7 +183,7 @@ def cached(
     """The features of `samples`: whole in one process, columns on several."""
     if ranks.size == 1:
         return Features(samples, network, mode, on_batch, copies)
-    return Columns(samples, network, mode, on_batch, copies, ranks)
+    return ShardedFeatures(samples, network, mode, on_batch, copies, ranks)
 
 
 def _logits(weight: Tensor, h: Tensor, index: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def _loss_and_delta(loss: ConvexLoss, logits: Tensor, y: Tensor) -> tuple[Tensor
     return value.detach(), delta
 
 
-class OwnColumns:
+class OwnShard:
     """Within it the layer's weight, and what the optimizer keeps of it, are this rank's columns.
 
     Afterwards they are whole and the same everywhere; after an error, as they were before.
@@ -215,7 +215,7 @@ class OwnColumns:
         self.own = ranks.shard(self.whole_weight.shape[1])
         self.kept: dict[str, Tensor] = {}
 
-    def __enter__(self) -> "OwnColumns":
+    def __enter__(self) -> "OwnShard":
         """Keep the columns alone."""
         self.kept = self._state()
         self._set(
@@ -256,13 +256,13 @@ class OwnColumns:
             self.optimizer.state[self.weight].update(state)
 
 
-class ColumnStep(HeadStep):
-    """HeadStep on this rank's columns, within `OwnColumns`."""
+class ShardedStep(LastLayerStep):
+    """LastLayerStep on this rank's columns, within `OwnShard`."""
 
     def __init__(
         self, layer: nn.Linear, loss: ConvexLoss, optimizer: torch.optim.Optimizer
     ) -> None:
-        """As of HeadStep; ValueError for an optimizer that cannot."""
+        """As of LastLayerStep; ValueError for an optimizer that cannot."""
         check_hooks(optimizer)
         check_optimizer(optimizer)
         super().__init__(layer, loss, optimizer)
@@ -275,8 +275,8 @@ class ColumnStep(HeadStep):
         rates: Sequence[float] | None = None,
         on_batch: Any = None,
     ) -> list[float]:
-        """As of HeadStep; features: `Columns`."""
-        assert isinstance(features, Columns) and features.targets is not None
+        """As of LastLayerStep; features: `ShardedFeatures`."""
+        assert isinstance(features, ShardedFeatures) and features.targets is not None
         weight, losses = self.layer.weight.detach(), []
         fused = self.group is not None and not weight.is_cuda
         for s, (begin, end) in enumerate(pairwise(bounds)):

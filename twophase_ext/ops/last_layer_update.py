@@ -1,27 +1,14 @@
-"""A step of the last layer in two calls, for the holder of some columns of features and weight."""
+"""The second half of a step of the last layer: the update of some columns, from all logits."""
 
 import torch
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
 from ._arguments import number, require_last_layer
+from .last_layer_logits import require_rows
 from .last_layer_step import checked_loss
 
 _ops = torch.ops.twophase
-
-
-@torch.no_grad()
-def last_layer_logits(weight: Tensor, h: Tensor, index: Tensor) -> Tensor:
-    """h[index] @ weight^T, float64 [b, k]: what these columns add to the logits.
-
-    weight: [k, m], float32 or float64. h: [n, m] on the CPU, of weight's dtype, of any row stride,
-    or bfloat16 beside a float32 weight. index: int64 [b] on the CPU, b >= 1. The columns are summed
-    in slices, which are added up in float64: the same bits for any number of threads. Raises
-    TypeError for a wrong dtype, ValueError for a wrong shape or index.
-    """
-    require_last_layer(weight, None, None, None, h=h, index=index)
-    _check(weight, h, index)
-    return _ops.last_layer_logits(weight, h, index)
 
 
 @torch.no_grad()
@@ -41,7 +28,7 @@ def last_layer_update_(
     dampening: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
-    fresh: bool = False,
+    is_first_step: bool = False,
 ) -> Tensor:
     """`last_layer_step_` on the rows h[index], from logits that are known; returns the mean loss.
 
@@ -57,7 +44,7 @@ def last_layer_update_(
     require_last_layer(
         *(weight, bias, weight_buffer, bias_buffer), h=h, index=index, logits=logits, target=target
     )
-    _check(weight, h, index)
+    require_rows(weight, h, index)
     code = checked_loss(loss, weight, "weight", target)
     if logits.dtype != torch.float64:
         raise TypeError(f"logits: expected float64, got {logits.dtype}")
@@ -76,25 +63,11 @@ def last_layer_update_(
         number(dampening, "dampening"),
         number(weight_decay, "weight_decay"),
         nesterov,
-        fresh,
+        is_first_step,
     )
     changed = (weight, bias, weight_buffer, bias_buffer)
     torch.autograd.graph.increment_version([t for t in changed if t is not None])
     return result
-
-
-def _check(weight: Tensor, h: Tensor, index: Tensor) -> None:
-    if weight.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"weight: expected float32 or float64, got {weight.dtype}")
-    if h.dtype != weight.dtype and (h.dtype, weight.dtype) != (torch.bfloat16, torch.float32):
-        raise TypeError(f"h: expected {weight.dtype} or bfloat16 beside float32, got {h.dtype}")
-    if index.dtype != torch.int64:
-        raise TypeError(f"index: expected int64, got {index.dtype}")
-
-
-@torch.library.register_fake("twophase::last_layer_logits")
-def _(weight: Tensor, h: Tensor, index: Tensor) -> Tensor:
-    return weight.new_empty((index.shape[0], weight.shape[0]), dtype=torch.float64)
 
 
 @torch.library.register_fake("twophase::last_layer_update_")
@@ -113,6 +86,6 @@ def _(
     dampening: float,
     weight_decay: float,
     nesterov: bool,
-    fresh: bool,
+    is_first_step: bool,
 ) -> Tensor:
     return logits.new_empty(())

@@ -20,7 +20,7 @@ from ..training.data.samples import BATCH, Samples
 from ..training.freeze import Frozen, freeze, samples_of
 
 
-class Switch:
+class Transition:
     """Noise, frozen layers and verdict at tau, and what a checkpoint must remember of them."""
 
     def __init__(

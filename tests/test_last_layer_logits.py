@@ -69,7 +69,7 @@ def test_holders_together_do_the_step(shape, loss, rule, dtype, isa):
         for held in holders:
             found = last_layer_update_(
                 held.weight, held.bias, *held.buffers, held.h, index, logits, target,
-                loss=loss, fresh=i == 0, **rule,
+                loss=loss, is_first_step=i == 0, **rule,
             )  # fmt: skip
             torch.testing.assert_close(found, value, rtol=tolerance, atol=tolerance)
             assert torch.equal(held.bias, holders[0].bias)
@@ -103,11 +103,11 @@ def test_one_holder_of_all_has_the_bits_of_last_layer_step(threads, b, dtype, lo
     torch.set_num_threads(threads)
     for step in range(2):
         value = last_layer_step_(
-            *mine, *buffers, h[index], y[index], fresh=step == 0, loss=loss, **rule
+            *mine, *buffers, h[index], y[index], is_first_step=step == 0, loss=loss, **rule
         )
         logits = last_layer_logits(other[0], h, index)
         found = last_layer_update_(
-            *other, *others, h, index, logits, y[index], fresh=step == 0, loss=loss, **rule
+            *other, *others, h, index, logits, y[index], is_first_step=step == 0, loss=loss, **rule
         )
         assert value == found.to(dtype)
     assert all(torch.equal(a, b) for a, b in zip(mine + buffers, other + others, strict=True))

@@ -16,7 +16,7 @@ from ..optimizer.groups import Alone
 _HYPERPARAMETERS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
 
-class HeadStep:
+class LastLayerStep:
     """Steps under the base algorithm's optimizer and its state; losses are of before each update.
 
     SGD (torch's or ours) with a built-in loss runs as one fused kernel over the optimizer's own
@@ -29,10 +29,10 @@ class HeadStep:
     ) -> None:
         """layer: the last layer; optimizer: holds its parameters, state carried over at tau."""
         self.layer, self.loss, self.optimizer = layer, loss, optimizer
-        self.look_again()
-        self._fresh = False
+        self.refresh_rule()
+        self._first = False
 
-    def look_again(self) -> None:
+    def refresh_rule(self) -> None:
         """Choose the kernel anew, after the optimizer's groups have changed."""
         self.group = self._fused_group()
         self.alone = Alone(self.optimizer, self.layer.parameters())
@@ -118,8 +118,8 @@ class HeadStep:
         return ops.last_layer_step_(*self._state(), h, y, **self._rule(self.group["lr"]))
 
     def _state(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Weight, bias and their momentum buffers; `fresh` says that these hold nothing yet."""
-        layer, self._fresh = self.layer, False
+        """Weight, bias and their momentum buffers; `_first` says that these hold nothing yet."""
+        layer, self._first = self.layer, False
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
         assert self.group is not None
         if self.group["momentum"] == 0:
@@ -131,12 +131,12 @@ class HeadStep:
         assert self.group is not None
         names = ("momentum", "dampening", "weight_decay", "nesterov")
         rule = {name: self.group[name] for name in names}
-        return {"loss": self.loss.name, "lr": lr, "fresh": self._fresh, **rule}
+        return {"loss": self.loss.name, "lr": lr, "is_first_step": self._first, **rule}
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.optimizer.state[parameter]
         if state.get("momentum_buffer") is None:
-            self._fresh = True
+            self._first = True
             state["momentum_buffer"] = torch.zeros_like(parameter)
         return state["momentum_buffer"]
 
