@@ -1,6 +1,8 @@
 """Build the native libraries with CMake; everything else stands in pyproject.toml.
 
 Environment: TWOPHASE_CUDA=ON|OFF|AUTO, TWOPHASE_CUDA_ARCHS="90;100",
+TWOPHASE_PYTHONS="python3.12 python3.13" (other interpreters that the wheel is for, too: the
+operators need none, the module that loads them is compiled for each),
 TWOPHASE_SANITIZE=address,undefined (the CPU code, in a build folder of its own).
 """
 
@@ -15,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
 
@@ -67,6 +70,35 @@ def pybind11_include(torch: Path) -> str:
         return str(torch / "include")
 
 
+def pythons() -> list[list[str]]:
+    """[include folder, suffix of extension modules, wheel tag] of each Python that is built for."""
+    code = (
+        "import sys, sysconfig as s; print(s.get_path('include'), s.get_config_var('EXT_SUFFIX'), "
+        "'cp%d%d' % sys.version_info[:2], sep='\\n')"
+    )
+    found = []
+    for python in [sys.executable, *os.environ.get("TWOPHASE_PYTHONS", "").split()]:
+        try:
+            told = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            sys.exit(f"TWOPHASE_PYTHONS: {python} does not run: {error}")
+        include, suffix, tag = told.stdout.splitlines()
+        if not (Path(include) / "Python.h").is_file():
+            sys.exit(f"TWOPHASE_PYTHONS: {python} has no Python.h in {include}")
+        if [include, suffix, tag] not in found:
+            found.append([include, suffix, tag])
+    return found
+
+
+class Wheel(bdist_wheel):
+    """A wheel for every Python that was built for."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Their tags, and the platform's."""
+        tags = ".".join(tag for _, _, tag in pythons())
+        return tags, tags, super().get_tag()[2]
+
+
 class CMakeBuild(build_ext):
     """Runs CMake and ninja once for both libraries."""
 
@@ -84,8 +116,8 @@ class CMakeBuild(build_ext):
             "CMAKE_INSTALL_PREFIX": str(target.resolve()),
             "TORCH_DIR": str(torch),
             "PYBIND11_INCLUDE": pybind11_include(torch),
-            "PYTHON_INCLUDE": sysconfig.get_path("include"),
-            "MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            "PYTHON_INCLUDES": ";".join(include for include, _, _ in pythons()),
+            "MODULE_SUFFIXES": ";".join(suffix for _, suffix, _ in pythons()),
             "TWOPHASE_VERSION": version(),
             "TWOPHASE_SOURCES": digest(ROOT),
             "TWOPHASE_CUDA": os.environ.get("TWOPHASE_CUDA", "AUTO").upper(),
@@ -124,5 +156,5 @@ setup(
     package_dir={"twophase": "python/twophase"},
     package_data={"twophase_ext": ["py.typed"], "twophase.report": ["*.jinja"]},
     ext_modules=[Extension("twophase_ext._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "dist_info": NeedsTorch},
+    cmdclass={"bdist_wheel": Wheel, "build_ext": CMakeBuild, "dist_info": NeedsTorch},
 )

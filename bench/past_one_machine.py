@@ -125,7 +125,7 @@ def run_point(kind: str, path: Path) -> None:
         ranks.close()
         if ranks.rank:
             return
-    fields = certify_matrix(
+    found = certify_matrix(
         source,
         preactivation_error(source.z, error, source.weight, source.bias),
         factorization="gram",
@@ -135,7 +135,8 @@ def run_point(kind: str, path: Path) -> None:
         assumptions=[],
         gram=proof,
     )
-    exact = {k: fields[k] for k in ("status", "sigma_min_lower", "logabsdet_lower", "margin")}
+    names = ("status", "sigma_min_lower", "logabsdet_lower", "margin")
+    exact = {name: getattr(found, name) for name in names}
     memory = {"peak_bytes": proof.peak_bytes, "taken_bytes": taken}
     result = {"ranks": count, "seconds": seconds, "exact": exact} | memory
     stages = [{k: s[k] for k in ("name", "seconds")} for s in proof.stages]

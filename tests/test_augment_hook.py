@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from helpers import bits, quiet, same_bits, toy_convnet, toy_images, toy_mlp
+from interrupts import End
 from twophase.augment import Compose, RandomCrop, RandomHorizontalFlip
 
 SETTINGS = {"epochs": 6, "tau": 3}
@@ -53,16 +54,11 @@ def test_the_transform_is_that_of_the_seed_epoch_and_batch(tmp_path):
         )
         return bits(model)
 
-    class Stop:
-        def on_epoch_end(self, run, record):
-            if record["epoch"] == 1:
-                raise KeyboardInterrupt
-
     whole = trained()
     assert same_bits(whole, trained())
     assert not same_bits(whole, trained(seed=2))
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path, callbacks=[Stop()])
+        trained(tmp_path, callbacks=[End(1, by=KeyboardInterrupt)])
     assert same_bits(whole, trained(tmp_path, resume=True))
     with pytest.raises(ValueError, match="augment"):
         quiet(toy_convnet(), tmp_path, augment=Compose(RandomCrop(1)), **SETTINGS).fit(

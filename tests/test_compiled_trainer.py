@@ -8,6 +8,7 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
+from interrupts import End, Killed
 
 AOT = {"backend": "aot_eager"}
 
@@ -48,19 +49,6 @@ def test_a_wrapped_model_trains_as_the_model_itself(tmp_path, way):
     assert result.final["train_loss"] == pytest.approx(expected.final["train_loss"], rel=1e-6)
 
 
-class Killed(BaseException):
-    """What a kill leaves: the last checkpoint, nothing else."""
-
-
-class KillAfter:
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def on_epoch_end(self, run, record) -> None:
-        if record["epoch"] == self.epoch + 1:
-            raise Killed
-
-
 @pytest.mark.parametrize(
     ("first", "second", "killed"),
     [
@@ -82,7 +70,7 @@ def test_checkpoints_go_from_compiled_to_plain_and_back(tmp_path, first, second,
         return model, quiet(given, tmp_path, compile=options, **settings)
 
     with pytest.raises(Killed):
-        trainer(first, 0, callbacks=[KillAfter(killed)])[1].fit(data)
+        trainer(first, 0, callbacks=[End(killed + 1, by=Killed)])[1].fit(data)
     model, continued = trainer(second, 7)
     result = continued.fit(data, resume=True)
     assert result.status == "completed" and same_bits(bits(model), bits(whole))

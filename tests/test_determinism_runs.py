@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from determinism_cases import PHASES, SETTINGS, reference, trained
 from helpers import bits, quiet, same_bits, toy_convnet, toy_images
-from test_resume import StopAfter
+from interrupts import End
 from twophase_ext.expressivity import methods
 from twophase_ext.training.phases import Phase, SecondPhase
 
@@ -28,7 +28,7 @@ def test_the_same_run_again(name):
 @pytest.mark.parametrize("name", PHASES)
 def test_resumed_in_every_phase_and_cache(tmp_path, name):
     weights, history, result = reference(name)
-    trained(name, tmp_path, callbacks=[StopAfter(1)])
+    trained(name, tmp_path, callbacks=[End(1)])
     resumed = trained(name, tmp_path, seed=7, resume=True)
     assert same_bits(weights, resumed[0]) and history == resumed[1]
     curves = [getattr(r.guarantee, "curve", None) for r in (result, resumed[2])]
@@ -63,7 +63,7 @@ def test_resumed_with_every_other_setting(tmp_path, kind):
         data = Jitter(*data)
     whole, again = toy_convnet(), toy_convnet(seed=7)
     quiet(whole, **SETTINGS, **settings).fit(data)
-    stopped = quiet(toy_convnet(), tmp_path, callbacks=[StopAfter(stop)], **SETTINGS, **settings)
+    stopped = quiet(toy_convnet(), tmp_path, callbacks=[End(stop)], **SETTINGS, **settings)
     assert stopped.fit(data).status == "interrupted"
     state = np.random.get_state()
     np.random.seed(9)  # what the caller's generator holds must not enter

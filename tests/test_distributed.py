@@ -170,11 +170,11 @@ def test_a_wide_layer_and_its_exact_function():
     assert proof.proved and proof.ell == pytest.approx(single.ell, rel=1e-6)
     common = {"factorization": "gram", "folder": None, "stages": Stages(False, None)}
     common |= {"assumptions": [], "constants": {}}
-    fields = certify_matrix(source, 1e-6, gram=proof, **common)
-    assert fields["status"] == "proved" and fields["constants"]["gram"]["storage"] == proof.storage
-    assert fields["sigma_min_lower"] == pytest.approx(math.sqrt(proof.ell) - 1e-6, abs=1e-9)
-    assert "messages between ranks arrive unchanged" in fields["assumptions"]
-    assert certify_matrix(source, 1e9, gram=proof, **common)["status"] == "full rank"
+    found = certify_matrix(source, 1e-6, gram=proof, **common)
+    assert found.status == "proved" and found.constants["gram"]["storage"] == proof.storage
+    assert found.sigma_min_lower == pytest.approx(math.sqrt(proof.ell) - 1e-6, abs=1e-9)
+    assert "messages between ranks arrive unchanged" in found.assumptions
+    assert certify_matrix(source, 1e9, gram=proof, **common).status == "full rank"
 
 
 def test_each_entry_is_asked_for_once_and_none_keeps_them_all():

@@ -1,6 +1,5 @@
 """What is found before the first step, and what no longer ends a run that is otherwise fine."""
 
-import os
 import signal
 from collections import namedtuple
 
@@ -11,6 +10,7 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
+from interrupts import End
 
 Outputs = namedtuple("Outputs", ["logits", "aux"])
 
@@ -136,23 +136,14 @@ def test_a_bound_that_fails_ends_no_run(monkeypatch):
 # --- signals, modes ----------------------------------------------------------------------------
 
 
-class Terminate:
-    """SLURM and Kubernetes end a job so."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def on_epoch_end(self, run, record):
-        if run.epoch == self.epoch:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_sigterm_saves_as_ctrl_c_does(tmp_path, epoch):
     whole = quiet(toy_convnet()).fit(toy_images())
     handler = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the signal came through"))
     own = signal.getsignal(signal.SIGTERM)
-    cut = quiet(toy_convnet(), tmp_path, callbacks=[Terminate(epoch)]).fit(toy_images())
+    cut = quiet(toy_convnet(), tmp_path, callbacks=[End(epoch - 1, by=signal.SIGTERM)]).fit(
+        toy_images()
+    )
     assert cut.status == "interrupted" and len(cut.history) == epoch
     assert signal.signal(signal.SIGTERM, handler) is own
     resumed = quiet(toy_convnet(seed=1), tmp_path).fit(toy_images(), resume=True)
@@ -168,12 +159,12 @@ def test_after_tau_the_model_stays_in_evaluation_mode(tmp_path):
     losses = [F.cross_entropy(model(x), y).item() for _ in range(2)]
     assert losses == pytest.approx([result.final["train_loss"]] * 2, rel=1e-6)
     assert same_bits(bits(model), before)
-    cut = quiet(toy_convnet(), tmp_path, callbacks=[Terminate(3)]).fit((x, y))
+    cut = quiet(toy_convnet(), tmp_path, callbacks=[End(2, by=signal.SIGTERM)]).fit((x, y))
     assert cut.status == "interrupted" and not cut.model.training
     for settings in ({"second_phase": "none"}, {"batch_norm": "batch"}):
         result = quiet(toy_convnet(), **settings).fit((x, y))
         assert result.model.training and "in evaluation mode" not in str(result)
-    cut = quiet(toy_convnet(), callbacks=[Terminate(1)]).fit((x, y))
+    cut = quiet(toy_convnet(), callbacks=[End(0, by=signal.SIGTERM)]).fit((x, y))
     assert cut.status == "interrupted" and cut.model.training  # before tau
 
 

@@ -1,8 +1,6 @@
 """Mixed precision and accumulation in the first phase, against torch's own recipe written out."""
 
 import math
-import os
-import signal
 from contextlib import nullcontext
 
 import pytest
@@ -11,6 +9,7 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import Given, bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
+from interrupts import End, Killed
 from twophase_ext.core.seeds import epoch_order
 from twophase_ext.training.config import Config
 
@@ -161,31 +160,17 @@ def test_an_infinite_loss_is_divergence_and_no_overflow_of_the_scale(tmp_path):
         assert state["epoch"] == 2 and all(torch.isfinite(t).all() for t in state["model"].values())
 
 
-class Killed(BaseException):
-    pass
-
-
-class Stop:
-    """From a scale that grows soon; a kill behind an epoch, or Ctrl-C within it."""
+class Stop(End):
+    """From a scale that grows soon; a kill after an epoch, or Ctrl-C within it."""
 
     def __init__(self, epoch: int, batch: int | None = None) -> None:
-        self.epoch, self.batch = epoch, batch
+        end = {"by": Killed} if batch is None else {}
+        super().__init__(epoch + (batch is None), batch, **end)
 
     def on_fit_start(self, run) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17, growth_interval=4)
         run._run.context.base_step.scaler = scaler
-        own = run._run.correct
-
-        def correct(*arguments):
-            if (run.epoch, run.batch) == (self.epoch, self.batch):
-                os.kill(os.getpid(), signal.SIGINT)
-            return own(*arguments)
-
-        run._run.correct = correct
-
-    def on_epoch_end(self, run, record) -> None:
-        if self.batch is None and record["epoch"] == self.epoch + 1:
-            raise Killed
+        super().on_fit_start(run)
 
 
 @pytest.mark.parametrize("batch", [None, 0])

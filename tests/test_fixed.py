@@ -7,6 +7,7 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import Given, bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
+from interrupts import End
 from twophase_ext.model.network import Network
 from twophase_ext.training.data.samples import Samples
 from twophase_ext.training.features import agreement as fixed
@@ -237,13 +238,12 @@ def test_resumed_runs_remember_the_evidence(tmp_path):
 
     whole = quiet(net(KINDS["neighbours"]), batch_size=4, second_phase="gd").fit(toy_data(12))
 
-    class Stop:
-        def on_epoch_end(self, run, record):
-            if run.epoch == 3:
-                raise KeyboardInterrupt
-
     first = quiet(
-        net(KINDS["neighbours"]), tmp_path, batch_size=4, second_phase="gd", callbacks=[Stop()]
+        net(KINDS["neighbours"]),
+        tmp_path,
+        batch_size=4,
+        second_phase="gd",
+        callbacks=[End(2, by=KeyboardInterrupt)],
     )
     with pytest.raises(KeyboardInterrupt):
         first.fit(toy_data(12))

@@ -14,8 +14,8 @@ import yaml
 
 import twophase_ext as tp
 from helpers import quiet, toy_data, toy_mlp
+from interrupts import End
 from report_page import Page, report
-from test_resume import StopAfter
 from twophase.figures import run_figure
 from twophase.report import write_report
 from twophase.reproduce import cells
@@ -187,7 +187,7 @@ def test_a_figure_reads_nothing_outside(folder, outside, name):
 
 def test_a_checkpoint_that_is_a_link_is_not_read(tmp_path, outside):
     data, settings = toy_data(), {"epochs": 4, "tau": 2}
-    quiet(toy_mlp(), tmp_path / "other", callbacks=[StopAfter(1)], **settings).fit(data)
+    quiet(toy_mlp(), tmp_path / "other", callbacks=[End(1)], **settings).fit(data)
     folder = tmp_path / "run"
     folder.mkdir()
     for name in (checkpoint.CURRENT, checkpoint.PREVIOUS, checkpoint.FRESH):

@@ -1,8 +1,6 @@
 """The lazy second phase: its steps, its certificates along the way, its refusals and stops."""
 
 import json
-import os
-import signal
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -12,6 +10,7 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
+from interrupts import End
 from twophase_ext.model.losses import CROSS_ENTROPY, SQUARED_ERROR
 from twophase_ext.model.network import Network
 from twophase_ext.training.config import Lazy
@@ -297,27 +296,6 @@ def test_a_proof_of_existence_is_not_enough():
     assert not module.rank_shown(tp.Verdict("undecided", "at w", "svd", N, 30))
 
 
-class Stop:
-    """Ctrl-C at the end of an epoch, or (inside=True) while the next one's pass runs."""
-
-    def __init__(self, epoch: int, inside: bool = False) -> None:
-        self.epoch, self.inside = epoch, inside
-
-    def on_fit_start(self, run) -> None:
-        own = run._run.correct
-
-        def correct(*arguments):
-            if self.inside and run.epoch == self.epoch:
-                os.kill(os.getpid(), signal.SIGINT)
-            return own(*arguments)
-
-        run._run.correct = correct
-
-    def on_epoch_end(self, run, record) -> None:
-        if not self.inside and record["epoch"] == self.epoch:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 @pytest.mark.parametrize(("epoch", "inside"), [(1, False), (2, True), (4, False), (4, True)])
 def test_resumed_runs_end_with_the_same_bits(tmp_path, monkeypatch, epoch, inside):
     data = toy_images(N)
@@ -330,7 +308,7 @@ def test_resumed_runs_end_with_the_same_bits(tmp_path, monkeypatch, epoch, insid
     whole = toy_convnet()
     reference = lazily(whole, **settings).fit(data)
     folder = tmp_path / "cut"
-    stop = Stop(epoch, inside)
+    stop = End(epoch, 0 if inside else None)
     first = lazily(toy_convnet(), folder, callbacks=[stop], **settings).fit(data)
     assert first.status == "interrupted" and len(first.history) == epoch + (not inside)
     model = toy_convnet(seed=9)

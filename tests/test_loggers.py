@@ -8,6 +8,7 @@ import pytest
 
 import twophase.cli
 from helpers import quiet, toy_data, toy_mlp
+from interrupts import End
 from twophase.loggers import make_logger
 
 TRAIN = ["train", "--n", "60", "--width", "2", "--epochs", "4", "--tau", "2", "--progress", "false"]
@@ -50,11 +51,6 @@ def test_tensorboard_holds_the_csv_and_a_marker_at_tau(tmp_path):
 def test_tensorboard_hides_the_epochs_that_a_resumed_run_repeats(tmp_path):
     pytest.importorskip("tensorboard")
 
-    class Stop:
-        def on_epoch_end(self, run, record):
-            if record["epoch"] == 2:
-                raise RuntimeError("the machine went down")
-
     def fit(*callbacks, resume):
         logger = make_logger("tensorboard")
         settings = {"epochs": 5, "tau": 4, "checkpoint_every": 2}
@@ -65,7 +61,7 @@ def test_tensorboard_hides_the_epochs_that_a_resumed_run_repeats(tmp_path):
             logger.close()
 
     with pytest.raises(RuntimeError, match="went down"):
-        fit(Stop(), resume=False)
+        fit(End(2, by=RuntimeError("the machine went down")), resume=False)
     fit(resume=True)  # from epoch 2
     scalars, markers = events(tmp_path)
     assert [step for step, _ in scalars["train_loss"]] == [0, 1, 2, 3, 4]

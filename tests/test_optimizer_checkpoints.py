@@ -8,6 +8,7 @@ from torch import nn
 import optimizer_kinds as kinds
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
+from interrupts import End, Killed
 from test_optimizer_kinds import KINDS, several
 from twophase_ext.core.hashing import tensors_hash
 from twophase_ext.training.optimizer.groups import plain
@@ -17,44 +18,24 @@ O = torch.optim  # noqa: E741
 DATA = toy_data(20)
 
 
-class Killed(BaseException):
-    pass
+def kill(epoch, batch=None):
+    """After the checkpoint of a step, or at the end of an epoch."""
+    return End(epoch, batch, after_step=True, by=Killed)
 
 
-class Kill:
-    """A kill after the checkpoints within or at the end of an epoch."""
-
-    def __init__(self, epoch: int, batch: int | None) -> None:
-        self.epoch, self.batch = epoch, batch
-
-    def on_fit_start(self, run) -> None:
-        own = run._run.context.progress.advance
-
-        def advance(*arguments, **named):
-            if (run.epoch, run.batch) == (self.epoch, self.batch):
-                raise Killed
-            own(*arguments, **named)
-
-        run._run.context.progress.advance = advance
-
-    def on_epoch_end(self, run, record) -> None:
-        if self.batch is None and record["epoch"] == self.epoch:
-            raise Killed
-
-
-def cut(folder, kill, factory, build=toy_mlp, **settings) -> None:
+def cut(folder, end, factory, build=toy_mlp, **settings) -> None:
     with pytest.raises(Killed):
-        quiet(build(), folder, optimizer=factory, callbacks=[kill], **settings).fit(DATA)
+        quiet(build(), folder, optimizer=factory, callbacks=[end], **settings).fit(DATA)
 
 
 @pytest.mark.parametrize("name", [n for n in KINDS if n not in ("attributes", "addresses")])
-@pytest.mark.parametrize("kill", [(1, None), (3, None), (1, 2), (3, 2)])
-def test_resumed_with_the_same_bits(tmp_path, name, kill):
+@pytest.mark.parametrize("at", [(1, None), (3, None), (1, 2), (3, 2)])
+def test_resumed_with_the_same_bits(tmp_path, name, at):
     """checkpoint_every within epochs changes no bit of a run, of averages neither."""
     whole, again, factory = toy_mlp(), toy_mlp(seed=4), KINDS[name]
     reference = quiet(whole, optimizer=factory).fit(DATA)
-    settings = {} if kill[1] is None else {"checkpoint_every": "1 step"}
-    cut(tmp_path, Kill(*kill), factory, **settings)
+    settings = {} if at[1] is None else {"checkpoint_every": "1 step"}
+    cut(tmp_path, kill(*at), factory, **settings)
     result = quiet(again, tmp_path, optimizer=factory, **settings).fit(DATA, resume=True)
     assert same_bits(bits(whole), bits(again))
     losses = [[row["train_loss"] for row in r.history] for r in (reference, result)]
@@ -67,7 +48,7 @@ def test_what_torch_would_round_comes_back(tmp_path, factory):
     settings = {"optimizer": factory, "precision": "float64"}
     whole, again = (toy_mlp(dtype=torch.float64, seed=s) for s in (0, 4))
     quiet(whole, **settings).fit(DATA)
-    cut(tmp_path, Kill(2, None), factory, lambda: toy_mlp(dtype=torch.float64), precision="float64")
+    cut(tmp_path, kill(2), factory, lambda: toy_mlp(dtype=torch.float64), precision="float64")
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["state_dict"]
     dtypes = {t.dtype for t in state["state"]["0.weight"].values() if isinstance(t, torch.Tensor)}
     assert len(dtypes) > 1
@@ -82,7 +63,7 @@ def test_the_checkpoint_s_model_is_the_average(tmp_path):
         opts.append(kinds.Averaging(ps))
         return opts[-1]
 
-    cut(tmp_path, Kill(1, 2), factory, checkpoint_every="1 step")
+    cut(tmp_path, kill(1, 2), factory, checkpoint_every="1 step")
     # what ends the run within steps leaves the average, too
     assert not opts[0].param_groups[0]["train_mode"]
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
@@ -132,7 +113,7 @@ SETS = {  # as made from a set, whose order is another in each process
 def test_each_parameter_gets_its_own_state(tmp_path, name, swapped):
     whole, again = Twins(False), Twins(swapped)
     quiet(whole, optimizer=lambda ps: SETS[name](ps, False)).fit(DATA)
-    cut(tmp_path, Kill(1, None), lambda ps: SETS[name](ps, False), lambda: Twins(False))
+    cut(tmp_path, kill(1), lambda ps: SETS[name](ps, False), lambda: Twins(False))
     quiet(again, tmp_path, optimizer=lambda ps: SETS[name](ps, True)).fit(DATA, resume=True)
     assert same_bits(dict(sorted(bits(whole).items())), dict(sorted(bits(again).items())))
 
@@ -141,7 +122,7 @@ def test_another_grouping_is_refused_by_name(tmp_path):
     def split(at):
         return lambda ps: O.SGD([{"params": ps[:at]}, {"params": ps[at:]}], lr=0.1, momentum=0.9)
 
-    cut(tmp_path, Kill(1, None), split(2))
+    cut(tmp_path, kill(1), split(2))
     before = bits(model := toy_mlp(seed=3))
     message = r"resume: .*2.weight lies in this optimizer's group 0, but not in the other's"
     with pytest.raises(ValueError, match=message):
@@ -150,7 +131,7 @@ def test_another_grouping_is_refused_by_name(tmp_path):
 
 
 def test_a_state_dict_of_one_s_own_wants_the_order_as_it_was(tmp_path):
-    cut(tmp_path, Kill(1, None), several)
+    cut(tmp_path, kill(1), several)
     turned = lambda ps: several([*ps[:4][::-1], *ps[4:]])  # noqa: E731
     with pytest.raises(ValueError, match=r"groups have 0.weight where this one's have 2.weight"):
         quiet(toy_mlp(seed=3), tmp_path, optimizer=turned).fit(DATA, resume=True)
@@ -160,7 +141,7 @@ def test_a_checkpoint_of_format_3_is_read_by_position(tmp_path):
     factory = lambda ps: O.SGD(ps, lr=0.1, momentum=0.9)  # noqa: E731
     whole, again = toy_mlp(), toy_mlp(seed=4)
     quiet(whole, optimizer=factory).fit(DATA)
-    cut(tmp_path, Kill(1, None), factory)
+    cut(tmp_path, kill(1), factory)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     packed = state.pop("optimizer")["state_dict"]
     names = [n for g in packed["param_groups"] for n in g["params"]]
@@ -224,7 +205,7 @@ def test_numpy_s_numbers_are_read_back(tmp_path, name):
     whole, again = toy_mlp(), toy_mlp(seed=4)
     quiet(whole, **settings).fit(DATA)
     with pytest.raises(Killed):
-        changed = {**settings, "callbacks": [*own, Kill(2, None)]}
+        changed = {**settings, "callbacks": [*own, kill(2)]}
         quiet(toy_mlp(), tmp_path, **changed).fit(DATA)
     quiet(again, tmp_path, **settings).fit(DATA, resume=True)
     assert same_bits(bits(whole), bits(again))
@@ -268,7 +249,7 @@ def test_a_class_that_is_allowed_is_held(tmp_path):
     with pytest.raises(ValueError, match=r"keeps a .*checkpoints\.Projector"):
         quiet(toy_mlp(), tmp_path / "a", optimizer=Projecting).fit(DATA)
     with torch.serialization.safe_globals([Projector]):
-        cut(tmp_path / "b", Kill(1, None), Projecting)
+        cut(tmp_path / "b", kill(1), Projecting)
         result = quiet(toy_mlp(), tmp_path / "b", optimizer=Projecting).fit(DATA, resume=True)
     assert result.status == "completed"
 
@@ -337,7 +318,7 @@ def test_tensor_subclasses(tmp_path):
     whole, again = toy_mlp(), toy_mlp(seed=4)
     with torch.serialization.safe_globals([Packed]):
         quiet(whole, optimizer=Quantized).fit(DATA)
-        cut(tmp_path, Kill(2, None), Quantized)
+        cut(tmp_path, kill(2), Quantized)
         quiet(again, tmp_path, optimizer=Quantized).fit(DATA, resume=True)
         results = quiet(toy_mlp(), optimizer=Quantized).branch({"b": {}}, DATA)
     assert same_bits(bits(whole), bits(again))

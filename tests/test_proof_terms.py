@@ -44,15 +44,15 @@ def certify(source, spread, factorization="gram"):
 def test_the_error_of_the_features_is_taken_away(factorization):
     source = wide()
     none = certify(source, 0.0, factorization)
-    stored = none["constants"]["sigma_min_lower_stored"]
+    stored = none.constants["sigma_min_lower_stored"]
     spread = stored / 3
     found = certify(source, spread, factorization)
-    assert found["status"] == "proved" and found["feature_error"] >= spread
-    bound = Fraction(found["sigma_min_lower"])
-    assert 0 < bound <= Fraction(stored) - Fraction(found["feature_error"])
-    assert 1 < found["margin"] <= 3
-    assert certify(source, stored, factorization)["status"] == "full rank"
-    assert none["margin"] > 1e6
+    assert found.status == "proved" and found.feature_error >= spread
+    bound = Fraction(found.sigma_min_lower)
+    assert 0 < bound <= Fraction(stored) - Fraction(found.feature_error)
+    assert 1 < found.margin <= 3
+    assert certify(source, stored, factorization).status == "full rank"
+    assert none.margin > 1e6
 
 
 def test_the_evaluation_of_softplus_is_part_of_the_error():
@@ -60,7 +60,7 @@ def test_the_evaluation_of_softplus_is_part_of_the_error():
     h = source.panel(0, len(source.weight))
     least = 8 * U * (float(h.norm()) + math.sqrt(h.numel()) / 4.0)
     for factorization in ("gram", "preconditioned"):
-        assert certify(source, 0.0, factorization)["feature_error"] >= least
+        assert certify(source, 0.0, factorization).feature_error >= least
 
 
 def kinks(n=6):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from helpers import toy_mlp
+from interrupts import End
 from processes import assert_same, data, fit, results, start
 
 
@@ -33,17 +34,6 @@ class Signal:
         run.ranks.all_reduce_ = sum_
 
 
-class StopAfter:
-    """Ctrl-C at the end of an epoch."""
-
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_epoch_end(self, run, record):
-        if record["epoch"] == self.epoch:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 @pytest.mark.parametrize(
     ("at", "reached", "number"),
     [((0, 3), (0, 3), signal.SIGINT), ((2, 0), (2, 8), signal.SIGTERM)],
@@ -63,7 +53,7 @@ def test_one_rank_told_to_stop_stops_all_and_other_numbers_go_on(tmp_path, at, r
         model = partial(toy_mlp, seed=5)
         return fit(model, given, folder, resume=True, callbacks=callbacks, **settings)
 
-    assert go_on([StopAfter(2)])["status"] == "interrupted"  # in this process alone
+    assert go_on([End(2)])["status"] == "interrupted"  # in this process alone
     assert_same(one | {"run_dir": folder}, results(4, tmp_path / "4", go_on))
 
 

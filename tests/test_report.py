@@ -13,6 +13,7 @@ import torch
 import twophase.cli
 import twophase_ext as tp
 from helpers import quiet, toy_data, toy_images, toy_mlp
+from interrupts import End
 from report_page import report
 from twophase.pictures import culprit_picture
 from twophase.report import curves, page, words, write_report
@@ -214,13 +215,8 @@ def test_what_cannot_be_read_is_said(copied):
 
 
 def test_an_interrupted_run(tmp_path):
-    class Stop:
-        def on_epoch_end(self, run, record):
-            if record["epoch"] == 1:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "run", callbacks=(Stop(),))
+        fit(tmp_path / "run", callbacks=(End(1, by=KeyboardInterrupt),))
     found = report(tmp_path / "run")
     assert "metrics.csv has 2 of 6 epochs" in found.text
     assert "tau: not marked" in found.text and "tau" not in found.svg_text

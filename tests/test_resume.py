@@ -1,41 +1,12 @@
 """Checkpoints: exact resumption, damage, strangers, Ctrl-C."""
 
-import os
 import signal
 
 import pytest
 import torch
 
 from helpers import bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
-
-
-class StopAfter:
-    """Ctrl-C from within: at the end of an epoch, or while a given batch is fetched."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def on_epoch_end(self, run, record) -> None:
-        if record["epoch"] == self.epoch:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-class StopInside:
-    """Ctrl-C in the middle of an epoch: raised by the k-th call of the model or cache."""
-
-    def __init__(self, epoch: int, batch: int) -> None:
-        self.epoch, self.batch = epoch, batch
-
-    def on_fit_start(self, run) -> None:
-        own = run._run.correct
-
-        def correct(*arguments):
-            if (run.epoch, run.batch) == (self.epoch, self.batch):
-                os.kill(os.getpid(), signal.SIGINT)
-            return own(*arguments)
-
-        run._run.correct = correct
-
+from interrupts import End
 
 SETTINGS = {"epochs": 6, "tau": 3}
 
@@ -51,7 +22,7 @@ def test_resumed_at_an_epoch_boundary_ends_with_the_same_bits(tmp_path, stop):
     data = toy_images(33)
     whole, reference = uninterrupted(tmp_path, toy_convnet, data)
     folder = tmp_path / "cut"
-    first = quiet(toy_convnet(), folder, callbacks=[StopAfter(stop)], **SETTINGS).fit(data)
+    first = quiet(toy_convnet(), folder, callbacks=[End(stop)], **SETTINGS).fit(data)
     assert first.status == "interrupted" and len(first.history) == stop + 1
     model = toy_convnet(seed=9)  # its own weights must not matter
     second = quiet(model, folder, **SETTINGS).fit(data, resume=True)
@@ -71,7 +42,7 @@ def test_resumed_within_an_epoch_ends_with_the_same_bits(tmp_path, epoch):
     reference = quiet(model, tmp_path / "whole", **settings).fit(data)
     whole = bits(model)
     folder = tmp_path / "cut"
-    first = quiet(build(), folder, callbacks=[StopInside(epoch, 2)], **settings).fit(data)
+    first = quiet(build(), folder, callbacks=[End(epoch, 2)], **settings).fit(data)
     assert first.status == "interrupted" and len(first.history) == epoch
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert (state["epoch"], state["batch"]) == (epoch, 3)
@@ -87,7 +58,7 @@ def test_second_phase_resumes_with_every_cache(tmp_path):
         model = toy_mlp()
         quiet(model, tmp_path / f"{cache}-whole", feature_cache=cache, **SETTINGS).fit(data)
         folder = tmp_path / cache
-        stop = [StopAfter(4)]
+        stop = [End(4)]
         quiet(toy_mlp(), folder, feature_cache=cache, callbacks=stop, **SETTINGS).fit(data)
         other = toy_mlp(seed=3)
         quiet(other, folder, feature_cache=cache, **SETTINGS).fit(data, resume=True)
@@ -161,7 +132,7 @@ def ctrl_c():
 
 
 def test_the_second_ctrl_c_is_not_swallowed(tmp_path, ctrl_c):
-    class Twice(StopAfter):
+    class Twice(End):
         def on_epoch_end(self, run, record) -> None:
             super().on_epoch_end(run, record)
             super().on_epoch_end(run, record)

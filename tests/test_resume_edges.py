@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
-from test_resume import StopAfter
+from interrupts import End, Killed
 from twophase_ext.training.persistence import checkpoint
 
 OPTIMIZERS = {
@@ -23,7 +23,7 @@ def test_same_bits_under_any_optimizer(tmp_path, name, stop):
     data, settings = toy_data(40), {"epochs": 5, "tau": 3, "optimizer": OPTIMIZERS[name]}
     whole, again = toy_mlp(), toy_mlp(seed=4)
     quiet(whole, tmp_path / "whole", **settings).fit(data)
-    quiet(toy_mlp(), tmp_path / "cut", callbacks=[StopAfter(stop)], **settings).fit(data)
+    quiet(toy_mlp(), tmp_path / "cut", callbacks=[End(stop)], **settings).fit(data)
     quiet(again, tmp_path / "cut", **settings).fit(data, resume=True)
     assert same_bits(bits(whole), bits(again))
 
@@ -41,18 +41,15 @@ def test_a_rate_set_by_a_callback_survives_a_kill(tmp_path):
     whole, again = toy_mlp(), toy_mlp(seed=4)
     quiet(whole, tmp_path / "whole", callbacks=[Rate()], **settings).fit(data)
 
-    class Kill(Exception):
-        pass
-
     model = toy_mlp()
     trainer = quiet(model, tmp_path / "cut", callbacks=[Rate()], **settings)
 
     class Killer:
         def on_perturb(self, run) -> None:
-            raise Kill  # nothing after the last checkpoint is written
+            raise Killed  # nothing after the last checkpoint is written
 
     trainer.callbacks += (Killer(),)
-    with pytest.raises(Kill):
+    with pytest.raises(Killed):
         trainer.fit(data)
     result = quiet(again, tmp_path / "cut", callbacks=[Rate()], **settings).fit(data, resume=True)
     assert same_bits(bits(whole), bits(again)) and len(result.history) == 6
@@ -108,7 +105,7 @@ def test_what_cannot_be_resumed_is_refused_before_anything_changes(tmp_path):
 
 def test_a_checkpoint_continues_in_a_new_folder(tmp_path):
     data = toy_data(40)
-    quiet(toy_mlp(), tmp_path / "old", callbacks=[StopAfter(1)]).fit(data)
+    quiet(toy_mlp(), tmp_path / "old", callbacks=[End(1)]).fit(data)
     whole, again = toy_mlp(), toy_mlp(seed=2)
     quiet(whole).fit(data)
     quiet(again, tmp_path / "new").fit(data, resume=tmp_path / "old")
@@ -116,7 +113,7 @@ def test_a_checkpoint_continues_in_a_new_folder(tmp_path):
 
 
 def test_ctrl_c_returns_without_a_pass_over_the_data(tmp_path):
-    stop = StopAfter(1)
+    stop = End(1)
     result = quiet(toy_mlp(), tmp_path / "run", callbacks=[stop]).fit(toy_data())
     assert result.status == "interrupted" and result.final == {}
     assert "interrupted after 2 epochs" in str(result)

@@ -1,8 +1,5 @@
 """torch.optim.lr_scheduler in the Trainer: rates, tau, checkpoints, branches."""
 
-import os
-import signal
-
 import pytest
 import torch
 from torch import nn
@@ -10,6 +7,7 @@ from torch.optim import lr_scheduler as lrs
 
 import twophase_ext as tp
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
+from interrupts import End, Killed
 from twophase_ext.core.seeds import epoch_order
 
 DATA = toy_data(20)  # 3 steps an epoch
@@ -41,33 +39,6 @@ def rates(result) -> list[float]:
     return [row["learning_rate"] for row in result.history]
 
 
-class Killed(BaseException):
-    pass
-
-
-class Stop:
-    """A kill after an epoch's checkpoint; Ctrl-C, or a kill, within an epoch."""
-
-    def __init__(self, epoch: int, batch: int | None = None, kill: bool = False) -> None:
-        self.epoch, self.batch, self.kill = epoch, batch, kill
-
-    def on_fit_start(self, run) -> None:
-        own = run._run.context.progress.advance
-
-        def advance(*arguments, **named):
-            if (run.epoch, run.batch) == (self.epoch, self.batch):
-                if self.kill:
-                    raise Killed
-                os.kill(os.getpid(), signal.SIGINT)
-            own(*arguments, **named)
-
-        run._run.context.progress.advance = advance
-
-    def on_epoch_end(self, run, record) -> None:
-        if self.batch is None and record["epoch"] == self.epoch + 1:
-            raise Killed
-
-
 def run(scheduler, folder=False, stop=None, seed=0, **settings):
     model = toy_mlp(seed=seed)
     settings = {"optimizer": sgd, **SETTINGS, **settings}
@@ -91,7 +62,7 @@ def test_the_rates_are_torchs_and_survive_a_kill(tmp_path, name):
         scheduler.step(*([row["train_loss"]] if plateau else []))
     assert rates(result) == expected and len(set(expected)) > 1
     with pytest.raises(Killed):
-        run(factory, tmp_path, Stop(0))
+        run(factory, tmp_path, End(1, by=Killed))
     again, continued = run(factory, tmp_path, seed=4)
     assert same_bits(bits(model), bits(again)) and rates(continued) == expected
 
@@ -137,11 +108,11 @@ def test_after_every_step(tmp_path, name, epoch):
     assert rates(result) == seen
     for a, b in zip(model.parameters(), parameters, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
-    stopped = run(factories[name], tmp_path / "a", Stop(epoch, 2), **settings)[1]
+    stopped = run(factories[name], tmp_path / "a", End(epoch, 2, after_step=True), **settings)[1]
     assert stopped.status == "interrupted" and len(stopped.history) == epoch
     settings["checkpoint_every"] = "1 step"
     with pytest.raises(Killed):
-        run(factories[name], tmp_path / "b", Stop(epoch, 2, kill=True), **settings)
+        run(factories[name], tmp_path / "b", End(epoch, 2, after_step=True, by=Killed), **settings)
     for folder in ("a", "b"):
         again, _ = run(factories[name], tmp_path / folder, seed=4, **settings)
         assert same_bits(bits(model), bits(again))

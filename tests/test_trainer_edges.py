@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from helpers import Given, bits, quiet, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
-from test_resume import StopAfter
+from interrupts import End
 
 
 @pytest.mark.parametrize("n", [1, 2, 9])
@@ -58,9 +58,7 @@ def test_normed_hidden_layers(wrap, tmp_path):
     whole = build()
     result = quiet(whole, tmp_path / "whole", verify="auto", epochs=6).fit(toy_data())
     assert result.status == "completed" and result.verdict.status == "full rank"
-    quiet(build(), tmp_path / "cut", verify="auto", epochs=6, callbacks=[StopAfter(3)]).fit(
-        toy_data()
-    )
+    quiet(build(), tmp_path / "cut", verify="auto", epochs=6, callbacks=[End(3)]).fit(toy_data())
     again = build(seed=5)
     quiet(again, tmp_path / "cut", verify="auto", epochs=6).fit(toy_data(), resume=True)
     assert same_bits(bits(whole), bits(again))

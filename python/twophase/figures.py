@@ -1,7 +1,5 @@
 """Figures of runs: the loss curve with tau, and the guaranteed loss beside the measured one."""
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,25 +8,12 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from twophase_ext.core.files import inside, write_atomically
+from twophase_ext.core.files import write_atomically
+from twophase_ext.training.persistence.runfolder import RunFolder
 
 # Okabe and Ito's colours, told apart by colour-blind readers and, with the dashes, in print
 MEASURED, BOUND, BASE, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "0"}
-
-
-def read_rows(path: Path) -> list[dict[str, float]]:
-    """Rows of a CSV file, numbers as floats, every other cell left out. FileNotFoundError."""
-    found = []
-    for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
-        numbers = {}
-        for key, value in row.items():
-            try:
-                numbers[key] = float(value)
-            except (TypeError, ValueError):  # TypeError: more or fewer cells than columns
-                continue
-        found.append(numbers)
-    return found
 
 
 def read_run(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]], dict[str, Any]]:
@@ -37,10 +22,13 @@ def read_run(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float
     Numbers as floats, what is not measured or not a number left out. Raises FileNotFoundError, and
     ValueError where the name of a file leads out of the folder.
     """
-    curve = inside(folder, "guarantee.csv")
-    result = json.loads(inside(folder, "result.json").read_text(encoding="utf-8"))
-    history = read_rows(inside(folder, "metrics.csv"))
-    return history, read_rows(curve) if curve.exists() else [], result
+    kept = RunFolder(folder)
+    result = kept.result()[0]
+    try:
+        curve = kept.curve()
+    except FileNotFoundError:
+        curve = []
+    return kept.history(), curve, result
 
 
 def run_figure(folder: str | Path) -> list[Path]:

@@ -11,26 +11,23 @@ from ..core.memory import available_memory
 from ..core.messages import first_line, type_and_line
 from ..linalg.plan import plan
 from .bounded import Unbounded
+from .evidence import Evidence
 
 
 class _Attempt(Protocol):
     folder: Path | None
 
 
-Fields = dict[str, Any]
-
-
-def kept(method: Callable[[Any], Fields]) -> Callable[[Any], Fields]:
+def kept(method: Callable[[Any], Evidence]) -> Callable[[Any], Evidence]:
     """The method, but that an exception becomes an "undecided" with the reason."""
 
     @wraps(method)
-    def run(self: _Attempt) -> Fields:
+    def run(self: _Attempt) -> Evidence:
         try:
             return method(self)
         except Exception as error:
             reason = f"{method.__name__}: {failure(error, self.folder)}"
-            name = method.__name__
-            return {"status": "undecided", "claim": "exists", "method": name, "reason": reason}
+            return Evidence(method.__name__, reason=reason)
 
     return run
 
@@ -52,9 +49,9 @@ def require_memory(
         plan(n, columns, folder=folder, device=device, rate=1.0)
 
 
-def reasons(*parts: Fields | str) -> str:
+def reasons(*parts: Evidence | str | None) -> str:
     """What each attempt came to, without repetition."""
-    said = [p if isinstance(p, str) else str(p.get("reason", "")) for p in parts]
+    said = [p if isinstance(p, str) else p.reason for p in parts if p is not None]
     return "; ".join(dict.fromkeys(part for part in said if part))
 
 

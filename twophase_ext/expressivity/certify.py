@@ -25,6 +25,7 @@ from ..linalg.progress import Stages
 from ..ops import softplus_
 from .attempts import failure
 from .culprits import Culprit, describe, find_culprits
+from .evidence import Evidence
 from .problem import Problem
 from .triangular import certify_triangular, preactivation_error, promoted_log_det
 from .witness import local_kinks, spread_kinks, whiten
@@ -91,8 +92,8 @@ def certify_witness(
     seed: int,
     folder: Path | None,
     stages: Stages,
-) -> dict[str, Any]:
-    """Verdict fields for a witness: kinks at samples (triangular), else spread kinks (Gram)."""
+) -> Evidence:
+    """What is found of a witness: kinks at samples (triangular), else spread kinks (Gram)."""
     assert problem.wide is not None
     with stages.stage("choice of a backbone", 0, "samples") as stage:
         chosen = problem.choose_backbone(stage)
@@ -107,7 +108,7 @@ def certify_witness(
         "directions": len(whitening.map),
         "largest_feature_error": float(error.max()),
     }
-    common: dict[str, Any] = {"assumptions": found.assumptions, "constants": constants}
+    evidence = Evidence("certificate", assumptions=found.assumptions, constants=constants)
     reason = ""
     if factorization in ("auto", "triangular") and m >= n:
         with stages.stage("kinks at the samples", n * n * len(whitening.map)) as stage:
@@ -135,25 +136,25 @@ def certify_witness(
         }
         if proof.proved:
             _load_witness(problem, kinks.weight, kinks.bias)
-            return common | {
-                "status": "proved",
-                "claim": "exists",
-                "factorization": "triangular",
-                "sigma_min_lower": proof.sigma_min_lower,
-                "logabsdet_lower": _finite(proof.logdet_lower),
-                "margin": below(below(1 / proof.inverse_norm) / proof.distance),
-                "feature_error": proof.preactivation,
-                "witness": dict(problem.changes),
-            }
+            return evidence.but(
+                status="proved",
+                factorization="triangular",
+                sigma_min_lower=proof.sigma_min_lower,
+                logabsdet_lower=_finite(proof.logdet_lower),
+                margin=below(below(1 / proof.inverse_norm) / proof.distance),
+                feature_error=proof.preactivation,
+                witness=dict(problem.changes),
+            )
         reason = f"triangular: {proof.reason}"
         if proof.offending is not None:
             groups = find_culprits(z, error)
-            pair = [sorted(proof.offending)]
-            common["culprits"] = [sorted(c.samples) for c in groups] or pair
-            common["explanation"] = describe(groups)
+            evidence = evidence.but(
+                culprits=[sorted(c.samples) for c in groups] or [sorted(proof.offending)],
+                explanation=describe(groups),
+            )
     if factorization == "triangular":
         reason = reason or f"triangular: one neuron a sample needs m_H >= n, got {m} < {n}"
-        return common | {"status": "undecided", "claim": "exists", "reason": reason}
+        return evidence.but(reason=reason)
     generator = torch.Generator().manual_seed(seed)
     weight, bias = spread_kinks(whitening, m, problem.dtype, generator)
     source = WideSource(z, weight, bias, problem.beta, problem.ones)
@@ -166,22 +167,22 @@ def certify_witness(
         constants=constants,
         assumptions=found.assumptions,
     )
-    if dense["status"] == "proved":
+    if dense.status == "proved":
         _load_witness(problem, weight, bias)
         # what stood in the triangular certificate's way is settled
-        return dense | {"claim": "exists", "witness": dict(problem.changes)}
-    dense["reason"] = "; ".join(part for part in (reason, dense["reason"]) if part)
-    return (
-        dense
-        | {k: v for k, v in common.items() if k in ("culprits", "explanation") and v}
-        | {"claim": "exists"}
+        return dense.but(claim="exists", witness=dict(problem.changes))
+    return dense.but(
+        claim="exists",
+        reason="; ".join(part for part in (reason, dense.reason) if part),
+        culprits=evidence.culprits or dense.culprits,
+        explanation=evidence.explanation or dense.explanation,
     )
 
 
 def certify_given(
     problem: Problem, *, factorization: str, folder: Path | None, stages: Stages
-) -> dict[str, Any]:
-    """Verdict fields for the weights that the problem holds (w = "current" or "init")."""
+) -> Evidence:
+    """What is found of the weights that the problem holds (w = "current" or "init")."""
     constants: dict[str, Any] = {}
     if problem.wide is not None:
         with stages.stage("backbone features", problem.n, "samples") as stage:
@@ -220,8 +221,8 @@ def certify_matrix(
     constants: dict[str, Any],
     assumptions: list[str],
     gram: GramCertificate | None = None,
-) -> dict[str, Any]:
-    """Verdict fields for M from a source: Gram + Cholesky, preconditioned where that is too weak.
+) -> Evidence:
+    """What is found of M from a source: Gram + Cholesky, preconditioned where that is too weak.
 
     gram: what was proved of M elsewhere, such as over MPI ranks (`certify_distributed`).
     spread: upper bound of the stored features' error before softplus is evaluated (in the Frobenius
@@ -268,14 +269,15 @@ def certify_matrix(
     elif factorization == "auto" and not enough:
         size_needed = f"{bytes_needed / 2**30:.3g} GiB"
         tried.append(f"preconditioned: not tried for n = {n}, which takes {size_needed} in memory")
-    fields: dict[str, Any] = {
-        "factorization": used,
-        "assumptions": assumptions,
-        "constants": constants | {"sigma_min_lower_stored": sigma},
-        "logabsdet": estimate,
-        "feature_error": error,
-        "claim": "at w",
-    }
+    found = Evidence(
+        "certificate",
+        "at w",
+        factorization=used,
+        assumptions=assumptions,
+        constants=constants | {"sigma_min_lower_stored": sigma},
+        logabsdet=estimate,
+        feature_error=error,
+    )
     exact = 0.0 if error is None else minus(sigma, error)
     margin = 0.0 if not exact > 0 else below(sigma / error) if error else math.inf
     if margin > 1:
@@ -283,24 +285,23 @@ def certify_matrix(
             # On the row space of the stored M, exact = (I + X) stored, ||X||_F <= error / sigma;
             # what lies outside adds to det(M M^T). Then as in triangular.py.
             e = 0.0 if not error else error / sigma * SLACK
-            fields["logabsdet_lower"] = _finite(promoted_log_det(lower, n, e))
-        return fields | {"status": "proved", "sigma_min_lower": exact, "margin": margin}
+            found = found.but(logabsdet_lower=_finite(promoted_log_det(lower, n, e)))
+        return found.but(status="proved", sigma_min_lower=exact, margin=margin)
     if sigma > 0:
         why = (
             "no error bound of the features" if error is None else f"their error bound {error:.1e}"
         )
-        return fields | {
-            "status": "full rank",
-            "reason": f"the stored features have sigma_min >= {bound_text(sigma)} (certified), "
+        return found.but(
+            status="full rank",
+            reason=f"the stored features have sigma_min >= {bound_text(sigma)} (certified), "
             f"which {why} does not let carry over to the exact function",
-        }
+        )
     groups = _dependent_rows(source)
-    return fields | {
-        "status": "undecided",
-        "reason": "; ".join(tried),
-        "culprits": [c.samples for c in groups],
-        "explanation": describe(groups),
-    }
+    return found.but(
+        reason="; ".join(tried),
+        culprits=[c.samples for c in groups],
+        explanation=describe(groups),
+    )
 
 
 def _stored(sigma: float) -> str:

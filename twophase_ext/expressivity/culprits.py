@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ..core.arrays import require_finite
@@ -174,6 +172,9 @@ def _near_identical(z: Tensor, error: Tensor, samples: Tensor) -> list[Culprit]:
 
 def _chains(pairs: list[tuple[float, int, int]]) -> list[Culprit]:
     """Connected components of the pairs (distance, i, j), which are sorted."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     if not pairs:
         return []
     samples, ends = np.unique([pair[1:] for pair in pairs], return_inverse=True)

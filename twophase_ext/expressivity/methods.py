@@ -17,6 +17,7 @@ from .attempts import kept, reasons, require_memory
 from .bounded import Disagrees
 from .certify import certify_given, certify_matrix, certify_witness
 from .culprits import describe, find_culprits
+from .evidence import Evidence
 from .forward_error import Unbounded
 from .problem import Problem
 from .separation import separate
@@ -33,7 +34,7 @@ AUTO_TRAINING = 4e9
 
 @dataclass
 class Attempt:
-    """The methods, each returning fields of a Verdict."""
+    """The methods, each with what it came to."""
 
     problem: Problem
     w: str
@@ -49,48 +50,47 @@ class Attempt:
             self.problem.reinitialise(self.seed)
 
     @kept
-    def separation(self) -> dict[str, Any]:
+    def separation(self) -> Evidence:
         """Distinct backbone features: some weights of the wide layer have rank n."""
-        problem = self.problem
-        fields: dict[str, Any] = {"method": "separation", "claim": "exists", "status": "undecided"}
-        if constraint := problem.constraint():
-            return fields | {"reason": f"separation needs free weights: {constraint}"}
-        with problem.restored():  # "auto" goes on with the weights asked for
-            return self._separation(fields)
+        if constraint := self.problem.constraint():
+            return Evidence("separation", reason=f"separation needs free weights: {constraint}")
+        with self.problem.restored():  # "auto" goes on with the weights asked for
+            return self._separation()
 
-    def _separation(self, fields: dict[str, Any]) -> dict[str, Any]:
+    def _separation(self) -> Evidence:
         problem = self.problem
         assert problem.wide is not None
         try:
             with self.stages.stage("choice of a backbone", 0, "samples") as stage:
                 chosen = problem.choose_backbone(stage)
             with self.stages.stage("backbone features", problem.n, "samples") as stage:
-                found = problem.features(problem.wide, stage, folder=self.folder)
+                features = problem.features(problem.wide, stage, folder=self.folder)
         except Unbounded as error:
-            return fields | {"reason": f"no error bound: {error}"}
-        with self.stages.stage("separation", 2 * found.z.numel()):
-            separation = separate(found.z, found.error, seed=self.seed)
-        fields |= {
-            "margin": separation.margin,
-            "feature_error": float(found.error.max()),
-            "assumptions": found.assumptions,
-            "constants": {"backbone": chosen},
-        }
+            return Evidence("separation", reason=f"no error bound: {error}")
+        with self.stages.stage("separation", 2 * features.z.numel()):
+            separation = separate(features.z, features.error, seed=self.seed)
+        found = Evidence(
+            "separation",
+            margin=separation.margin,
+            feature_error=float(features.error.max()),
+            assumptions=features.assumptions,
+            constants={"backbone": chosen},
+        )
         if separation.proved:
             with self._compared(4) as stage:
                 require_free_wide_layer(problem, stage)
-            return fields | {"status": "proved", "witness": dict(problem.changes)}
-        groups = find_culprits(found.z, found.error)
+            return found.but(status="proved", witness=dict(problem.changes))
+        groups = find_culprits(features.z, features.error)
         pairs = [sorted((i, j)) for i, j, _, _ in separation.closest]
-        return fields | {
-            "reason": "these backbone features are not apart beyond their error bounds",
-            "culprits": [sorted(c.samples) for c in groups] or pairs,
-            "explanation": describe(groups)
+        return found.but(
+            reason="these backbone features are not apart beyond their error bounds",
+            culprits=[sorted(c.samples) for c in groups] or pairs,
+            explanation=describe(groups)
             or [
                 f"samples {i} and {j}: distance {distance:.2e}, needed {needed:.2e}"
                 for i, j, distance, needed in separation.closest[:5]
             ],
-        }
+        )
 
     def _compared(self, passes: int) -> AbstractContextManager[Stage]:
         """The stage in which the model itself is run beside what was bounded."""
@@ -98,14 +98,13 @@ class Attempt:
         return self.stages.stage(f"{passes} passes of the model itself", count, "samples")
 
     @kept
-    def certificate(self) -> dict[str, Any]:
+    def certificate(self) -> Evidence:
         """A lower bound of sigma_min."""
         arguments: dict[str, Any] = {
             "factorization": self.factorization,
             "folder": self.folder,
             "stages": self.stages,
         }
-        fields: dict[str, Any] = {"method": "certificate"}
         problem = self.problem
         if self.factorization == "gram" or (self.w != "witness" and self.factorization == "auto"):
             # before the features are paid for
@@ -113,18 +112,17 @@ class Attempt:
             require_memory("certificate", problem.n, problem.columns, device, self.folder)
         try:
             if self.w == "witness":
-                if constraint := self.problem.constraint():
+                if constraint := problem.constraint():
                     reason = f"a witness needs free weights: {constraint}"
-                    return fields | {"status": "undecided", "claim": "exists", "reason": reason}
+                    return Evidence("certificate", reason=reason)
                 found = certify_witness(problem, seed=self.seed, **arguments)
-                if found["status"] != "undecided":
-                    with self._compared(2) as stage:
-                        require_agreement(problem, Reference(problem), stage)
-                return fields | found
-            found = certify_given(problem, **arguments)
-            if found["status"] != "undecided":
+            else:
+                found = certify_given(problem, **arguments)
+            if found.status != "undecided":
                 with self._compared(2) as stage:
                     require_agreement(problem, Reference(problem), stage)
+            if self.w == "witness":
+                return found
         except Disagrees:
             raise
         except Unbounded as error:
@@ -134,10 +132,10 @@ class Attempt:
                     f"{error}; the model computes in less than float64 ({problem.narrowed}), whose "
                     "rounding fills up the rank of stored features"
                 ) from error
-            h = self.problem.plain_features()
+            h = problem.plain_features()
             with self._compared(2) as stage:
                 require_agreement(problem, Stored(h, problem.eps), stage)
-            matrix = torch.cat([h, h.new_ones(len(h), int(self.problem.ones))], 1)
+            matrix = torch.cat([h, h.new_ones(len(h), int(problem.ones))], 1)
             found = certify_matrix(
                 MatrixSource(matrix),
                 None,
@@ -146,23 +144,18 @@ class Attempt:
                 **arguments,
             )
         claim = "exists" if self.w == "init" else "at w"
-        witness = dict(self.problem.changes) or None
-        return fields | found | {"claim": claim, "witness": witness}
+        return found.but(claim=claim, witness=dict(problem.changes) or None)
 
     @kept
-    def svd(self) -> dict[str, Any]:
+    def svd(self) -> Evidence:
         """Singular values in float64, counted by numpy's rule."""
         problem = self.problem
         require_memory("svd", problem.n, problem.columns, problem.inputs[0].device)
         h = problem.plain_features()
         matrix = torch.cat([h, h.new_ones(len(h), int(problem.ones))], 1)
-        fields: dict[str, Any] = {
-            "method": "svd",
-            "claim": "exists" if self.w != "current" else "at w",
-            "status": "undecided",
-        }
+        found = Evidence("svd", "exists" if self.w != "current" else "at w")
         if not bool(torch.isfinite(matrix).all()):
-            return fields | {"reason": "svd: the features hold NaN or infinity"}
+            return found.but(reason="svd: the features hold NaN or infinity")
         with self._compared(2) as stage:
             require_agreement(problem, Stored(h, problem.eps), stage)
         with self.stages.stage("svd", SVD_FLOPS * problem.n**2 * problem.columns):
@@ -170,35 +163,34 @@ class Attempt:
         # numpy's rule, with the precision that the numbers passed through
         tolerance = float(sigma[0]) * problem.columns * problem.eps
         if problem.narrowed:
-            fields["dtype"] = f"float64, but for {problem.narrowed} within the model"
+            found = found.but(dtype=f"float64, but for {problem.narrowed} within the model")
         rank, smallest = int((sigma > tolerance).sum()), float(sigma[-1])
-        low = "numerically low rank, which is no proof of a low one"
-        if rank < problem.n:
-            groups = find_culprits(matrix, None, matrix)
-            fields |= {
-                "culprits": [c.samples for c in groups],
-                "explanation": describe(groups),
-            }
-        return fields | {
-            "status": "full rank" if rank == problem.n else "undecided",
-            "rank": rank,
-            "logabsdet": 2 * float(sigma.log().sum()),
-            "sigma_min": smallest,
-            "condition": float(sigma[0]) / smallest if smallest > 0 else None,
-            "reason": "" if rank == problem.n else low,
-        }
+        found = found.but(
+            rank=rank,
+            logabsdet=2 * float(sigma.log().sum()),
+            sigma_min=smallest,
+            condition=float(sigma[0]) / smallest if smallest > 0 else None,
+        )
+        if rank == problem.n:
+            return found.but(status="full rank")
+        groups = find_culprits(matrix, None, matrix)
+        return found.but(
+            reason="numerically low rank, which is no proof of a low one",
+            culprits=[c.samples for c in groups],
+            explanation=describe(groups),
+        )
 
-    def auto(self) -> dict[str, Any]:
+    def auto(self) -> Evidence:
         """Separation, then what says more about these weights where memory and time allow."""
         n, columns = self.problem.n, self.problem.columns
         say = self.stages.say
         if self.w == "witness":
             return self._witness()
         found = self.separation()
-        if self.training and found["status"] == "proved" and n * n * columns > AUTO_TRAINING:
+        if self.training and found.status == "proved" and n * n * columns > AUTO_TRAINING:
             return found
-        at_w: dict[str, Any] = {}
-        certified: dict[str, Any] = {}
+        at_w: Evidence | None = None
+        certified: Evidence | None = None
         allowed, plan = self._affordable("svd", SVD_FLOPS * n * n * columns, 3 * 8 * n * columns)
         if allowed:
             at_w = self.svd()
@@ -206,24 +198,23 @@ class Attempt:
         allowed, plan = self._affordable(
             "certificate", n * n * (columns + n / 3), 8 * n * (n + 2 * min(columns, 2048))
         )
-        if allowed and at_w.get("rank", n) == n:
+        if allowed and (at_w is None or at_w.rank in (None, n)):
             say(plan)
             certified = self.certificate()
-            if certified["status"] == "proved":
-                estimate = at_w.get("logabsdet", certified["logabsdet"])  # the SVD's is the better
-                return at_w | certified | {"logabsdet": estimate}
-        estimates = {k: at_w.get(k) for k in ("rank", "sigma_min", "condition", "logabsdet")}
-        if found["status"] == "proved":
-            return estimates | found | {"reason": "" if at_w else f"at these weights {left}"}
-        if at_w:
-            more = {k: found[k] for k in ("culprits", "explanation") if k in found}
-            return more | at_w | {"reason": reasons(at_w, found, certified)}
-        reason = reasons(found, certified, left)
-        return (
-            {"status": "undecided", "claim": "at w", "method": "none"} | found | {"reason": reason}
+            if certified.status == "proved":
+                return _with_estimates(certified, at_w)
+        if found.status == "proved":
+            reason = "" if at_w else f"at these weights {left}"
+            return _with_estimates(found, at_w).but(reason=reason)
+        if at_w is None:
+            return found.but(reason=reasons(found, certified, left))
+        return at_w.but(
+            culprits=at_w.culprits or found.culprits,
+            explanation=at_w.explanation or found.explanation,
+            reason=reasons(at_w, found, certified),
         )
 
-    def _witness(self) -> dict[str, Any]:
+    def _witness(self) -> Evidence:
         n, wide = self.problem.n, self.problem.wide
         if wide is None:
             return self.certificate()
@@ -232,12 +223,11 @@ class Attempt:
         )
         self.stages.say(plan)
         with self.problem.restored():
-            found = self.certificate() if allowed else {"status": "undecided", "reason": plan}
-        if found["status"] == "proved":
+            found = self.certificate() if allowed else Evidence("certificate", reason=plan)
+        if found.status == "proved":
             return found
         other = self.separation()
-        reason = "" if other["status"] == "proved" else reasons(found, other)
-        return other | {"reason": reason}
+        return other.but(reason="" if other.status == "proved" else reasons(found, other))
 
     def _affordable(self, what: str, flops: float, size: float) -> tuple[bool, str]:
         """Whether "auto" may do it, and the plan in words."""
@@ -250,3 +240,16 @@ class Attempt:
         )
         fits = size <= AUTO_SHARE * available_memory(device)
         return fits and seconds <= AUTO_SECONDS[self.w], plan
+
+
+def _with_estimates(proved: Evidence, at_w: Evidence | None) -> Evidence:
+    """A proof beside what the singular values, where they were computed, say of these weights."""
+    if at_w is None or at_w.rank is None:
+        return proved
+    return proved.but(
+        rank=at_w.rank,
+        sigma_min=at_w.sigma_min,
+        condition=at_w.condition,
+        logabsdet=at_w.logabsdet,  # the better estimate
+        dtype=at_w.dtype,
+    )

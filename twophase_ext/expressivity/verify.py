@@ -21,6 +21,7 @@ from ..model.network import Network
 from ..model.probing import eager, untouched, unwrap
 from .agreement import require_equal_rows
 from .attempts import failure
+from .evidence import Evidence
 from .methods import Attempt
 from .outcome import IDENTICAL_INPUTS, Outcome
 from .problem import Problem
@@ -133,52 +134,48 @@ def verify_samples(
         "last_layer": network.last.name,
     }
 
-    def verdict(**fields: Any) -> Outcome:
+    def verdict(found: Evidence) -> Outcome:
         return Outcome(
-            **(common | fields),
+            **common,
+            **found.as_fields(),
             seconds=time.perf_counter() - started,
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             stages=stages.done,
             environment=environment(),
         )
 
+    def undecided(reason: str) -> Outcome:
+        return verdict(Evidence("none", "at w", reason=reason))
+
+    def deficient(method: str, reason: str, **more: Any) -> Outcome:
+        return verdict(Evidence(method, status="deficient", reason=reason, **more))
+
     moving = any(
         isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
         for m in network.model.modules()
     )
     if batch_norm == "batch" or moving:
-        return verdict(
-            status="undecided",
-            claim="at w",
-            method="none",
-            reason="mini-batch statistics hide dependent samples: use batch_norm='frozen'",
+        return undecided(
+            "mini-batch statistics hide dependent samples: use batch_norm='frozen'",
         )
     if _flushes_subnormals():
-        return verdict(
-            status="undecided",
-            claim="at w",
-            method="none",
-            reason="flush-to-zero is on, the bounds need subnormal numbers: call "
+        return undecided(
+            "flush-to-zero is on, the bounds need subnormal numbers: call "
             "torch.set_flush_denormal(False) first",
         )
     if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
-        return verdict(
-            status="undecided",
-            claim="at w",
-            method="none",
-            reason="torch.autocast is on: what the model computes under it is not what is bounded",
+        return undecided(
+            "torch.autocast is on: what the model computes under it is not what is bounded",
         )
     inputs = [x for x, _ in samples]
     common["hashes"] = _hashes(network, inputs)
     columns = network.width + ones
     if n > columns and (why := _narrower_than_told(network, inputs)):
-        return verdict(status="undecided", claim="exists", method="none", reason=why)
+        return verdict(Evidence("none", reason=why))
     if n > columns:
-        return verdict(
-            status="deficient",
-            claim="exists",
-            method="dimension",
-            reason=f"n = {n} > m_H{' + 1' if ones else ''} = {columns}: no weights reach rank n; "
+        return deficient(
+            "dimension",
+            f"n = {n} > m_H{' + 1' if ones else ''} = {columns}: no weights reach rank n; "
             "tp.nn.widen(model, n) adds a wide enough layer",
         )
     culprits = identical_rows(torch.cat([x.cpu().flatten(1) for x in inputs]))
@@ -186,11 +183,9 @@ def verify_samples(
         problem = Problem(network, inputs, n, ones)
         if culprits:
             require_equal_rows(problem, culprits)
-            return verdict(
-                status="deficient",
-                claim="exists",
-                method="identical inputs",
-                reason=f"{len(culprits)} groups of identical inputs: their rows of h_X agree for "
+            return deficient(
+                "identical inputs",
+                f"{len(culprits)} groups of identical inputs: their rows of h_X agree for "
                 "every w; remove all but one of each group",
                 culprits=culprits,
                 explanation=_named(culprits, "have identical inputs"),
@@ -198,17 +193,14 @@ def verify_samples(
             )
         names = {canonical_name(name): name for name in network.model.state_dict()}
         attempt = Attempt(problem, w, seed, factorization, folder, stages, training)
-        found = getattr(attempt, method)()
-        if found.get("witness"):  # under the names of the model as it was given, wrapped or not
-            found["witness"] = {
-                names[canonical_name(name)]: value for name, value in found["witness"].items()
-            }
-        return verdict(**found)
+        found: Evidence = getattr(attempt, method)()
+        if found.witness:  # under the names of the model as it was given, wrapped or not
+            own = {names[canonical_name(name)]: value for name, value in found.witness.items()}
+            found = found.but(witness=own)
+        return verdict(found)
     except Exception as error:
         reason = failure(error, folder)
-        return verdict(
-            status="undecided", claim="exists", method="none", reason=reason, culprits=culprits
-        )
+        return verdict(Evidence("none", reason=reason, culprits=culprits))
 
 
 def _narrower_than_told(network: Network, inputs: list[Tensor]) -> str:

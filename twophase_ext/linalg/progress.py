@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import Progress
-
 from ..core.bars import bar
 
 # Lines of text: at the beginning of a stage of so much, at the end of one that took so long.
@@ -78,7 +76,7 @@ class Stages:
             self.say(f"{name}: done in {seconds:.1f} s{rate}")
 
     @contextmanager
-    def _showing(self, shown: Progress, stage: Stage, total: float) -> Iterator[None]:
+    def _showing(self, shown: Any, stage: Stage, total: float) -> Iterator[None]:
         with shown:
             task = shown.add_task(stage.name, total=total, rate="")
 

@@ -6,10 +6,10 @@ loop.py is Algorithm 1; trainer.py builds what it works with (context.py) and wh
 
 from ..core.seeds import EpochSampler, stream_seed
 from ..model.losses import ConvexLoss
+from ..theory.lazy_guarantee import LazyGuarantee
 from .callbacks import Callback, RunView
 from .freeze import Frozen, freeze
 from .own_loop import FeatureCache, fit_last_layer
-from .phases.lazy import LazyGuarantee
 from .result import Result
 from .settings import GradientDescent, Lazy, StochasticDescent
 from .trainer import Trainer

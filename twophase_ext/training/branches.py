@@ -63,12 +63,12 @@ def branch(
         t.get("batch_norm", trainer.config.batch_norm) == "frozen" for t in branches.values()
     )
     loop = first._prepare(train, val, _checkpoint(first, resume))
-    lock = loop.context.lock
+    folder = loop.context.folder
     try:
         return _grow(trainer, branches, first, loop, train, val, resume, root)
     finally:
-        if lock is not None:
-            lock.release(force=True)
+        if folder is not None:
+            folder.release()
 
 
 def _grow(

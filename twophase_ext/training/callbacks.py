@@ -67,7 +67,8 @@ class RunView:
     @property
     def folder(self) -> Path | None:
         """The run's folder, where one is kept and this process writes it."""
-        return self._run.context.folder
+        folder = self._run.context.folder
+        return None if folder is None else folder.path
 
     @property
     def epoch(self) -> int:

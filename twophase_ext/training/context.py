@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from ..model.losses import ConvexLoss
 from ..model.network import Network
@@ -19,6 +17,7 @@ from .distributed.ranks import Ranks
 from .features.agreement import Agreement
 from .optimizer.averaged import Averaged
 from .optimizer.schedule import Schedule
+from .persistence.runfolder import RunFolder
 from .steps.base import BaseStep
 
 
@@ -27,7 +26,7 @@ class Context:
     """Model, data, settings and tools of one run.
 
     fixed: whether h is the same in every batch, as found before training. folder: the run's, where
-    one is kept, and the lock on it. compiled: torch.compile's arguments, None without.
+    one is kept. compiled: torch.compile's arguments, None without.
     """
 
     network: Network
@@ -45,8 +44,7 @@ class Context:
     averaged: Averaged
     fixed: Agreement
     compiled: Mapping[str, Any] | None = None
-    folder: Path | None = None
-    lock: FileLock | None = None
+    folder: RunFolder | None = None
 
     @property
     def device(self) -> torch.device:
@@ -65,3 +63,8 @@ class Context:
             "optimizer": type(self.optimizer).__name__,
             "scheduler": self.schedule.name,
         }
+
+    def withdraw(self) -> None:
+        """Take the folder's first files back: the first step was refused."""
+        if self.folder is not None:
+            self.folder.withdraw()

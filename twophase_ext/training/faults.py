@@ -73,8 +73,8 @@ def describe(context: Context, state: RunState, fault: Diverged) -> dict[str, An
     if not math.isfinite(fault.loss):
         broken = f"the loss is {fault.loss}"
     kept = ""
-    if context.folder is not None and checkpoint.exists(context.folder):
-        kept = f" {context.folder} keeps the last good checkpoint."
+    if context.folder is not None and checkpoint.exists(context.folder.path):
+        kept = f" {context.folder.path} keeps the last good checkpoint."
     advice = "Lower the learning rate and start again in another folder"
     if inputs:
         advice = f"The inputs of samples {inputs} are not finite: mend their transform"

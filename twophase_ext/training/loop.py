@@ -16,7 +16,6 @@ from . import faults
 from .callbacks import call
 from .control.interrupt import Interrupt
 from .faults import Diverged, Stopped
-from .persistence import runfolder
 from .phases import SECOND, FirstPhase, Phase
 from .run import Run, all_finite
 from .transition import enter_second_phase
@@ -119,7 +118,7 @@ class Loop:
         self.run.add_time(stage, seconds)
         self.state.history.append(record)
         if self.context.folder is not None:
-            runfolder.write_metrics(self.context.folder, self.state.history)
+            self.context.folder.write_metrics(self.state.history)
         return record
 
     def _prove_frozen(self) -> None:

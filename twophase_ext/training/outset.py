@@ -6,18 +6,22 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..core.environment import environment_of_run
+from ..expressivity import Verdict
 from ..model.losses import ConvexLoss
 from ..model.network import Network
+from ..model.probing import unwrap
 from .batchnorm import batch_bounds
 from .checks import check_single, check_trains
 from .config import Config
+from .context import Context
 from .control.progress import Progress
-from .data.samples import Samples
+from .data.samples import BATCH, Samples
 from .declared import check_loss
 from .distributed.ranks import Ranks
 from .features.agreement import Agreement, agreement
 from .features.cache import plan_for
-from .persistence import runfolder
+from .persistence.runfolder import create, describe_optimizer
 from .steps.sharded import check_model
 
 
@@ -104,4 +108,26 @@ def open_folder(
     if folder is None and source is not None:
         folder = source.parent
     same = source is not None and source.parent.resolve() == Path(str(folder)).resolve()
-    return runfolder.create(folder, resuming=same or (reopen and source is None))
+    return create(folder, resuming=same or (reopen and source is None))
+
+
+def begin_folder(context: Context, verdict: Verdict | None, *, new: bool) -> None:
+    """What the run folder, where there is one, tells before the first epoch."""
+    folder, network = context.folder, context.network
+    if folder is None:
+        return
+    if new or not folder.begun:
+        resolved = {
+            **context.identity(),
+            "model": type(unwrap(network.model)).__name__,
+            "last_layer": network.last.name,
+            "width": network.width,
+            "outputs": network.outputs,
+            "optimizer": describe_optimizer(context.optimizer),
+            "statistics_batch": BATCH,
+            "compile": context.compiled is not None,
+        }
+        folder.begin(resolved, environment_of_run(context.device, context.config.seed))
+    if verdict is not None:
+        folder.write_verdict(verdict)
+    context.progress.say(f"run folder: {folder.path}")

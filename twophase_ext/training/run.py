@@ -12,11 +12,11 @@ from torch import Tensor
 from ..core import seeds
 from ..core.seeds import stream_seed
 from ..model.losses import CROSS_ENTROPY
+from . import saved
 from .context import Context
 from .data.samples import Samples
 from .features.cache import Features
 from .measure import measure
-from .persistence import saved
 from .state import RunState, phase, unfixed
 
 
@@ -96,7 +96,7 @@ class Run:
         """Write a checkpoint, where a folder is kept."""
         if self.context.folder is not None:
             with self.timed("checkpoint"):
-                saved.store(self.context, self.state, self.context.folder)
+                saved.store(self.context, self.state, self.context.folder.path)
         self.context.cadence.saved()
 
     def save_within(self, moving: Iterable[Tensor]) -> None:

@@ -13,8 +13,7 @@ from torch import nn
 from ..expressivity.attempts import require_memory
 from ..model.losses import ConvexLoss, resolve_loss
 from ..model.network import Network
-from ..model.probing import unwrap
-from . import batchnorm, outset
+from . import batchnorm, outset, saved
 from .branches import branch
 from .callbacks import EVENTS, misspelt
 from .checks import check_runs, model_device, unchanged_on_error
@@ -29,7 +28,8 @@ from .loop import Loop
 from .optimizer.averaged import Averaged
 from .optimizer.factory import OptimizerFactory, make_optimizer, paper_optimizer
 from .optimizer.schedule import SchedulerFactory, make_schedule
-from .persistence import checkpoint, runfolder, saved
+from .persistence import checkpoint
+from .persistence.runfolder import RunFolder
 from .phases import SECOND
 from .result import Result
 from .run import Run
@@ -223,8 +223,8 @@ class Trainer:
         """Train a prepared run to its end, or to an epoch; see `fit`."""
         context, state, config = loop.context, loop.state, loop.context.config
         modes = {module: module.training for module in self.model.modules()}
-        if context.lock is not None:
-            runfolder.hold(context.lock)
+        if context.folder is not None:
+            context.folder.hold()
         try:
             status = loop.execute(epochs)
             final = loop.run.measure_all() if status == "completed" else {}
@@ -234,11 +234,10 @@ class Trainer:
                 module.training = mode
             if state.hidden_hash is not None and config.batch_norm == "frozen":
                 self.model.eval()
-            if context.lock is not None:
-                context.lock.release(force=True)
-        reported = context.ranks.broadcast_object(
-            lambda: (state.history, state.timings, context.folder)
-        )
+            if context.folder is not None:
+                context.folder.release()
+        path = None if context.folder is None else context.folder.path
+        reported = context.ranks.broadcast_object(lambda: (state.history, state.timings, path))
         state.history, state.timings, folder = reported
         result = Result(
             model=self.model,
@@ -255,7 +254,7 @@ class Trainer:
             feature_cache=state.cache_mode if state.hidden_hash else None,
         )
         if context.folder is not None:
-            runfolder.write_result(context.folder, result, state.epoch)
+            context.folder.write_result(result, state.epoch)
         return result
 
     # --- parts of fit ------------------------------------------------------------------------
@@ -338,19 +337,18 @@ class Trainer:
         )
         with ExitStack() as on_error:  # a kept traceback would keep the lock
             if folder is not None and ranks.rank == 0:
-                lock = runfolder.lock(folder)
-                on_error.callback(lock.release)
-                context = replace(context, folder=folder, lock=lock)
+                kept = RunFolder(folder)
+                kept.hold()
+                on_error.callback(kept.release)
+                context = replace(context, folder=kept)
             if found is not None:
                 state = saved.restore(context, second.frozen(context), found)
                 state.second.unfixed = context.fixed.evidence or state.second.unfixed
             loop = Loop(Run(context, state))
             context.base_step.after_first = lambda: saved.check_holds(context)
-            context.base_step.withdraw = lambda: runfolder.withdraw(context.folder)
+            context.base_step.withdraw = context.withdraw
             ranks.where = lambda: f"epoch {state.epoch}, step {state.batch}"
-            if context.folder is not None:
-                name = type(unwrap(self.model)).__name__
-                runfolder.describe(context.folder, context, state.verdict, name, new=found is None)
+            outset.begin_folder(context, state.verdict, new=found is None)
             on_error.pop_all()
         if source is not None:
             context.progress.say(f"resumed from {source}: {state.epoch} epochs done")

@@ -61,4 +61,4 @@ def _verify(run: Run, second: SecondPhase) -> None:
     verdict = state.verdict = known[key]
     context.progress.say(str(verdict).splitlines()[0])  # whole in the result's summary
     if context.folder is not None:
-        verdict.save(context.folder / "verdict.json")
+        context.folder.write_verdict(verdict)

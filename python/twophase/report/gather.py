@@ -1,6 +1,5 @@
 """What a run folder holds, read and not changed."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +8,12 @@ from typing import Any, TypeVar
 import yaml
 
 from twophase_ext import Verdict
-from twophase_ext.core.files import inside
 from twophase_ext.theory.guarantee import Guarantee
-from twophase_ext.training.phases.lazy import LazyGuarantee
-
-from ..figures import read_rows
+from twophase_ext.theory.lazy_guarantee import LazyGuarantee
+from twophase_ext.training.persistence.runfolder import RunFolder
 
 T = TypeVar("T")
 PNG = b"\x89PNG\r\n\x1a\n"
-REQUIRED = ("model", "n", "width", "loss", "epochs", "tau_epoch", "second_phase")
 
 
 @dataclass(frozen=True)
@@ -61,85 +57,47 @@ def read_folder(folder: Path) -> RunRecord:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"runs: {folder} is no folder")
-    config_path = folder / "config.json"
-    if not config_path.exists():
+    kept = RunFolder(folder)
+    if not kept.begun:
         raise FileNotFoundError(
             f"runs: {folder} is no run folder: it holds no config.json, which every run writes "
             "before its first epoch"
         )
     try:
-        config = _json(inside(folder, config_path.name))
+        config = kept.config()
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"runs: {config_path} cannot be read: {error}") from error
-    missing = [key for key in REQUIRED if key not in config]
-    if missing:
-        raise ValueError(f"runs: {config_path} is not of a run: it lacks {', '.join(missing)}")
+        raise ValueError(f"runs: {folder / 'config.json'} cannot be read: {error}") from error
     problems: dict[str, str] = {}
 
-    def read(name: str, reader: Callable[[Path], T]) -> T | None:
-        path = folder / name
-        if not path.exists():
-            return None
+    def read(name: str, reader: Callable[[], T]) -> T | None:
         try:
-            return reader(inside(folder, name))
+            return reader() if (folder / name).exists() else None
         except Exception as error:  # a damaged file makes yaml and csv raise types of their own
             problems[name] = str(error) or type(error).__name__
             return None
 
-    result = read("result.json", _result)
+    result = read("result.json", kept.result)
     return RunRecord(
         folder=folder,
         name=folder.resolve().name,
         config=config,
-        options=read("options.yaml", _yaml),
-        environment=read("environment.json", _json),
+        options=read("options.yaml", lambda: _yaml(kept.file("options.yaml"))),
+        environment=read("environment.json", kept.environment),
         result=None if result is None else result[0],
         guarantee=None if result is None else result[1],
-        history=read("metrics.csv", _history) or [],
-        curve=read("guarantee.csv", _curve) or [],
-        verdict=read("verdict.json", Verdict.load),
-        picture=read("culprits.png", _png),
+        history=read("metrics.csv", kept.history) or [],
+        curve=read("guarantee.csv", kept.curve) or [],
+        verdict=read("verdict.json", kept.verdict),
+        picture=read("culprits.png", lambda: _png(kept.file("culprits.png"))),
         problems=problems,
     )
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a mapping, got {type(value).__name__}")
-    return value
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return _mapping(json.loads(path.read_text(encoding="utf-8")))
-
-
 def _yaml(path: Path) -> dict[str, Any]:
-    return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
-
-
-def _result(path: Path) -> tuple[dict[str, Any], Guarantee | LazyGuarantee | None]:
-    result = _json(path)
-    if not isinstance(result.get("status"), str):
-        raise ValueError("expected a status")
-    found = result.get("guarantee")
-    if found is None:
-        return result, None
-    return result, (LazyGuarantee if "checks" in _mapping(found) else Guarantee)(**found)
-
-
-def _rows(path: Path, *columns: str) -> list[dict[str, float]]:
-    rows = read_rows(path)
-    if not all(column in row for row in rows for column in columns):
-        raise ValueError(f"expected numbers in the columns {', '.join(columns)} of every row")
-    return rows
-
-
-def _history(path: Path) -> list[dict[str, float]]:
-    return _rows(path, "epoch", "phase", "train_loss", "seconds")
-
-
-def _curve(path: Path) -> list[dict[str, float]]:
-    return _rows(path, "steps", "bound")
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a mapping, got {type(found).__name__}")
+    return found
 
 
 def _png(path: Path) -> bytes:

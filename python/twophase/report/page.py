@@ -6,7 +6,7 @@ from typing import Any
 
 from twophase_ext import Verdict, build_info
 from twophase_ext.linalg.bounds import bound_text
-from twophase_ext.training.phases.lazy import LazyGuarantee
+from twophase_ext.theory.lazy_guarantee import LazyGuarantee
 
 from . import words
 from .curves import Chart, Line, chart

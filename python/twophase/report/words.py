@@ -5,7 +5,7 @@ from typing import Any
 
 from twophase_ext.linalg.bounds import bound_text
 from twophase_ext.theory.guarantee import Guarantee
-from twophase_ext.training.phases.lazy import LazyGuarantee
+from twophase_ext.theory.lazy_guarantee import LazyGuarantee
 
 from .gather import RunRecord
 

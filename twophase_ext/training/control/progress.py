@@ -1,7 +1,6 @@
 """What a person sees while a run goes on: a bar on a terminal, one line of text elsewhere."""
 
-from rich.progress import Progress as Bar
-from rich.progress import TaskID
+from typing import Any
 
 from ...core.bars import bar
 
@@ -12,8 +11,8 @@ class Progress:
     def __init__(self, enabled: bool) -> None:
         """enabled: False prints nothing at all."""
         self.enabled = enabled
-        self._bar: Bar | None = None
-        self._tasks: dict[str, TaskID] = {}
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
 
     def say(self, text: str) -> None:
         """One line that stays."""

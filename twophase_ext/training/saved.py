@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...core.hashing import tensors_hash
-from ...core.names import canonical_name
-from ...expressivity import Verdict
-from ..context import Context
-from ..state import PhaseState, RunState
-from . import checkpoint, optimizer_state
+from ..core.hashing import tensors_hash
+from ..core.names import canonical_name
+from ..expressivity import Verdict
+from .context import Context
+from .persistence import checkpoint, optimizer_state
+from .state import PhaseState, RunState
 
 OWN_FORM = {"second", "verdict"}  # fields of RunState that the file holds in another form
 
