@@ -173,6 +173,24 @@ def test_import_needs_torch_and_numpy_alone(tmp_path):
     assert declared.isdisjoint(result.stdout.split())
 
 
+def test_a_wheel_is_for_every_python_that_is_named():
+    code = (
+        "import setuptools, runpy; setuptools.setup = lambda **_: None\n"
+        "found = runpy.run_path('setup.py')['pythons']()\n"
+        "print(*(part for python in found for part in python))"
+    )
+    command = [sys.executable, "-c", code]
+    own = run(command, cwd=ROOT, env=environment(TWOPHASE_PYTHONS=""))
+    include, suffix, tag = own.stdout.split()
+    assert (Path(include) / "Python.h").is_file() and suffix.endswith(".so")
+    assert tag == f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    twice = run(command, cwd=ROOT, env=environment(TWOPHASE_PYTHONS=f"{sys.executable} python3"))
+    assert twice.stdout.startswith(own.stdout.strip()) and twice.returncode == 0
+    assert twice.stdout.split().count(tag) == 1
+    missing = run(command, cwd=ROOT, env=environment(TWOPHASE_PYTHONS="python9"))
+    assert missing.returncode == 1 and "TWOPHASE_PYTHONS: python9 does not run" in missing.stderr
+
+
 def test_a_source_distribution_has_what_it_is_built_from(tmp_path):
     tree = tmp_path / "tree"  # setuptools puts a copy beside setup.py for a while
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
