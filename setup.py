@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from importlib import import_module
+from importlib import import_module  # noqa: TID251  of one name
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup

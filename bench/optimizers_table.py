@@ -93,7 +93,7 @@ def install(folder: Path) -> None:
 def load(module: str) -> types.ModuleType:
     """Import it; a package whose own __init__ needs more than is there is stepped over."""
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(module)  # noqa: TID251  of its own list
     except Exception:
         name, _, rest = module.partition(".")
         spec = importlib.util.find_spec(name)
@@ -105,7 +105,7 @@ def load(module: str) -> types.ModuleType:
         bare.__path__ = list(spec.submodule_search_locations)
         models = sys.modules[f"{name}.models"] = types.ModuleType(f"{name}.models")
         models.group_parameters = None  # type: ignore[attr-defined]  # timm's, for its schedules
-        return importlib.import_module(module)
+        return importlib.import_module(module)  # noqa: TID251  of its own list
 
 
 def optimizers(module: types.ModuleType) -> dict[str, type]:

@@ -151,7 +151,7 @@ def main() -> None:
     """Print the numbers as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fit", action="store_true", help="count what a small fit enters")
-    parser.add_argument("--map", action="store_true", help="print the map at the end of docs/architecture.md")
+    parser.add_argument("--map", action="store_true", help="the map of docs/architecture.md")
     arguments = parser.parse_args()
     if arguments.map:
         print(map_of_the_tree(), end="")

@@ -33,7 +33,7 @@ def load(here: Path) -> ModuleType:
     """
     sources = digest(here.parent)
     try:
-        module = importlib.import_module("twophase_ext._C")
+        module = importlib.import_module("twophase_ext._C")  # noqa: TID251  this name alone
     except ModuleNotFoundError as error:
         if error.name != _NAME:
             raise

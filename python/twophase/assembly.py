@@ -48,7 +48,7 @@ def build_model(
                 f"got {name!r}"
             )
         sys.path.insert(0, str(Path.cwd()))
-        model = getattr(importlib.import_module(module), attribute)()
+        model = getattr(importlib.import_module(module), attribute)()  # noqa: TID251  the user's
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: {name} returned {type(model).__name__}, not an nn.Module")
         if wide:

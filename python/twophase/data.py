@@ -8,7 +8,7 @@ import gzip
 import io
 import math
 import os
-import pickle
+import pickle  # noqa: TID251  read by an Unpickler that knows arrays alone
 import tarfile
 import warnings
 import zlib
@@ -153,7 +153,7 @@ def _find(
 
     try:
         return Path(
-            pooch.retrieve(
+            pooch.retrieve(  # noqa: TID251  with its hash
                 url + names[0],
                 known_hash=f"sha256:{sha256}",
                 fname=names[0],

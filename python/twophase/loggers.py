@@ -1,7 +1,7 @@
 """Each epoch's record to TensorBoard or Weights & Biases, as a callback of the Trainer."""
 
 import os
-from importlib import import_module
+from importlib import import_module  # noqa: TID251  of two names below
 from pathlib import Path
 from types import ModuleType
 from typing import Any

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from torch import Tensor, nn
 
 import twophase_ext as tp
-from twophase_ext.core.files import inside
+from twophase_ext.core.files import inside, read_tensors
 from twophase_ext.training.persistence import checkpoint
 
 from .assembly import DataName, build_model, load_inputs
@@ -154,7 +153,7 @@ def _problem(source: dict[str, Any], trusted: str) -> tuple[nn.Module, Tensor]:
         network.load_state_dict(checkpoint.load(Path(run))[0]["model"])
     elif source.get("weights"):
         try:
-            state = torch.load(source["weights"], map_location="cpu", weights_only=True)
+            state = read_tensors(source["weights"], "cpu")
         except Exception as error:  # torch raises many types for a damaged file
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"weights: {source['weights']} cannot be read: {reason}") from error

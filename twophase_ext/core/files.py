@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Call write(file) on a temporary file beside `path`, flush it to disk, and rename it.
@@ -73,3 +75,12 @@ def read_numbers(path: Path) -> list[dict[str, float]]:
                 continue
         found.append(numbers)
     return found
+
+
+def read_tensors(source: Any, device: Any = None) -> Any:
+    """What torch.save wrote of tensors and plain data, on `device` or where it was.
+
+    Nothing that the file brings is run: torch.load's weights_only. Raises errors of many types for
+    what is damaged.
+    """
+    return torch.load(source, map_location=device, weights_only=True)  # noqa: TID251  this place

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core.files import inside, write_atomically
+from ..core.files import inside, read_tensors, write_atomically
 from ..core.hashing import describe_model, hash_tensors
 from ..core.messages import first_line, type_and_line
 from ..core.seeds import stream_seed
@@ -359,7 +359,7 @@ def _checksum(found: BoundedFeatures) -> str:
 def _read_features(path: Path, key: str, device: torch.device) -> BoundedFeatures:
     """A file of `Problem.features`; ValueError where it is damaged or of another problem."""
     try:
-        state = torch.load(path, weights_only=True, map_location=device)
+        state = read_tensors(path, device)
         theirs, checksum = state.pop("key"), state.pop("checksum")
         found = BoundedFeatures(**state)
         intact = checksum == _checksum(found)

@@ -198,7 +198,7 @@ def _tried_on_made_up(loss: ConvexLoss) -> str:
                 reason = counterexample(loss, outputs, targets)
             if reason:
                 return reason
-        except Exception:  # not its kind of targets: what it is given in earnest is tried then
+        except Exception:  # noqa: S112  not its kind of targets: its own are tried later
             continue
     return ""
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ...core.files import read_tensors
 from ...core.messages import first_line
 from .groups import first_settings, plain, plain_groups
 
@@ -139,7 +140,7 @@ def make_schedule(
     written = io.BytesIO()
     try:
         torch.save(schedule.state(), written)
-        torch.load(io.BytesIO(written.getvalue()), weights_only=True)
+        read_tensors(io.BytesIO(written.getvalue()))
     except Exception as error:  # of pickle or torch, of many types
         raise ValueError(
             f"scheduler: {schedule.name} keeps what a checkpoint cannot hold, expected tensors and "

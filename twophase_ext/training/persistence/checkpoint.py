@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ...core.files import inside, write_atomically
+from ...core.files import inside, read_tensors, write_atomically
 from ...core.hashing import flat
 from ...core.messages import first_line
 from ..optimizer.groups import plain
@@ -96,12 +96,12 @@ def not_held(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _comes_back(value: Any) -> bool:
-    """Whether torch.load(weights_only=True) reads what torch.save wrote of it."""
+    """Whether read_tensors reads what torch.save wrote of it."""
     written = io.BytesIO()
     try:
         torch.save(value, written)
         written.seek(0)
-        return digest(torch.load(written, weights_only=True)) == digest(value)
+        return digest(read_tensors(written)) == digest(value)
     except Exception:  # of pickle, torch or the class itself, of many types
         return False
 
@@ -149,7 +149,7 @@ def exists(folder: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_tensors(path, "cpu")
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
         raise ValueError("not a checkpoint of twophase_ext")
     if (found := state.pop("format")) not in (FORMAT, *RENAMED):

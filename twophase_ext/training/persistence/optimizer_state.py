@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.files import read_tensors
 from ..optimizer.groups import by_id, order, parts, plain
 from .checkpoint import digest
 
@@ -150,7 +151,7 @@ def _copied(state: Any) -> Any:
         written = io.BytesIO()
         torch.save(state, written)
         written.seek(0)
-        return torch.load(written, weights_only=True)
+        return read_tensors(written)
 
 
 def _unrounded(loaded: Any, saved: Any) -> Any:
