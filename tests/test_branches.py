@@ -173,19 +173,19 @@ def test_augmented_copies(mode):
     cache = Cache()
     settings = {"augment_copies": 3, "second_phase": mode, "callbacks": [cache], **SETTINGS}
     result = quiet(toy_mlp(width=130), precision="float64", **settings).fit(Jittered())
-    stored = cache.features
-    assert stored.n == 120 and len(stored.cache) == 120 and result.feature_cache == "hidden"
-    copies = stored.cache.view(3, 40, -1)
+    held = cache.features
+    assert held.n == 120 and len(held.stored.rows) == 120 and result.feature_cache == "hidden"
+    copies = held.stored.rows.view(3, 40, -1)
     assert not torch.equal(copies[0], copies[1]) and not torch.equal(copies[1], copies[2])
-    assert torch.equal(stored.targets, torch.cat([Jittered().y] * 3))
+    assert torch.equal(held.stored.targets, torch.cat([Jittered().y] * 3))
     # copy k is the visit of epoch tau + k, as feature_cache="none" would make it
-    stored.samples.epoch = 4
-    x = torch.cat([x for x, _ in stored.samples.in_order(features.BATCH)])
-    torch.testing.assert_close(copies[1], stored.network.hidden(x))
+    held.samples.epoch = 4
+    x = torch.cat([x for x, _ in held.samples.in_order(features.BATCH)])
+    torch.testing.assert_close(copies[1], held.network.hidden(x))
     premise = next(p for p in result.guarantee.premises if p[0] == "fixed features")
     assert premise[1] == "failed" and "3 augmented copies" in premise[2]
-    outputs = stored.network.logits(stored.cache).detach()
-    loss = torch.nn.functional.cross_entropy(outputs, stored.targets)
+    outputs = held.network.logits(held.stored.rows).detach()
+    loss = torch.nn.functional.cross_entropy(outputs, held.stored.targets)
     assert result.final["train_loss"] == pytest.approx(float(loss), rel=1e-12)
     if mode != "base":
         assert result.guarantee.curve[-1]["loss"] == pytest.approx(float(loss), rel=1e-12)

@@ -18,6 +18,7 @@ def run(*arguments: str) -> int:
     return twophase.cli.main(list(arguments))
 
 
+@pytest.mark.slow
 def test_demo_leaves_a_run_folder_and_a_summary(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("TWOPHASE_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no-cache"))
@@ -137,6 +138,7 @@ def test_print_config_round_trip(capsys):
     assert stop.value.code == 0 and "noise_std: 0.001" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_with_130_and_resumes(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "twophase.cli", "train", "--n", "200", "--width", "2"]

@@ -89,6 +89,7 @@ def run(program: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.slow
 def test_no_race_with_1_2_and_4_threads(program):
     done = run(program)
     assert done.returncode == 0, done.stdout

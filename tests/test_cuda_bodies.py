@@ -81,6 +81,7 @@ def run(executable: Path, *ops: str, **environment: str) -> subprocess.Completed
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bodies(variant, executables):
     done = run(executables[variant])
@@ -93,6 +94,7 @@ def test_barriers_are_found():
     assert {name.split(".")[0] for name in BARRIERS} == SHOWN_BY.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("barrier", BARRIERS)
 def test_a_missing_barrier_is_reported(barrier, executables):
     """The harness can fail: without this barrier ThreadSanitizer sees a race."""
@@ -113,6 +115,7 @@ def ptxas(monkeypatch):
     return ptxas
 
 
+@pytest.mark.slow
 def test_no_kernel_spills(ptxas):
     kernels = ptxas.all_kernels()
     sources = {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")}

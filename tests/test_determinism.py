@@ -276,11 +276,13 @@ def child(command: str, folder: Path, isa: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_another_process(tmp_path):
     (line,) = child("report", tmp_path, ISA)
     assert json.loads(line) == report()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [isa for isa in ISAS if isa != ISA])
 def test_another_instruction_set(tmp_path, other):
     """Another process has this one's bits on that set; and those of this one's set, perturb_ and

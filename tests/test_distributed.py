@@ -365,6 +365,7 @@ def mpirun(tmp_path, m, *more, ranks=4):
     return done.returncode, result, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_four_ranks(tmp_path):
     m = normal(300, 330)
     code, result, output = mpirun(tmp_path, m.numpy(), "--block", "32", "--panel", "50")
@@ -377,6 +378,7 @@ def test_four_ranks(tmp_path):
     assert output.count("proved: sigma_min >= ") == 1
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_them_all(tmp_path):
     code, _, output = mpirun(tmp_path, normal(6, 9).numpy().astype(np.float32), ranks=2)
     assert code != 0 and "features: expected float64 [n, m], got float32 [6, 9]" in output

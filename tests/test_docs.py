@@ -21,6 +21,7 @@ FENCE = re.compile(r"^```(?:bash|sh)?\n(.*?)^```$", FENCED)
 EXCERPT = re.compile(r"^```(?:cpp|py)\n(?://|#) (\S+)\n(.*?)^```$", FENCED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=lambda p: p.name
 )

@@ -188,6 +188,7 @@ CASES = {"crash": (crash, 1), "hang": (hang, 1), "fail": (fail, 1), "fine": (fin
 """
 
 
+@pytest.mark.slow
 def test_the_long_run_counts_crashes_hangs_and_failures(tmp_path, monkeypatch):
     (tmp_path / "planted.py").write_text(PLANTED)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{':'.join(sys.path)}")

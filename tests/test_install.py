@@ -60,6 +60,7 @@ def test_the_tests_import_what_was_installed():
     assert installed.resolve() / "twophase_ext" == PACKAGE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [["-c", f"import twophase\n{SHOW}"], ["-m", "twophase.cli", "--help"]], ids=["-c", "-m"]
 )

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import kill_harness
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     # not from the source folder, whose package need not have been compiled

@@ -38,6 +38,7 @@ def measure(model, images, labels):
     return float(F.cross_entropy(outputs, labels)), float(accuracy)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_two_phases_keep_the_accuracy_and_lower_the_training_loss(data_dir):
     images, labels = (part[:N] for part in data.load("mnist", "train", data_dir))

@@ -137,6 +137,29 @@ def test_a_state_dict_of_one_s_own_wants_the_order_as_it_was(tmp_path):
         quiet(toy_mlp(seed=3), tmp_path, optimizer=turned).fit(DATA, resume=True)
 
 
+def write_as(number, state, folder):
+    """The checkpoint under the names that an older format has."""
+    old = {new: then for then, new in checkpoint.RENAMED[number].items()}
+    state = {old.get(name, name): v for name, v in state.items()}
+    del state["format"], state["checksum"]
+    digest = checkpoint.digest(state)
+    torch.save({"format": number, "checksum": digest, **state}, folder / "checkpoint.pt")
+
+
+def test_a_checkpoint_of_format_4_is_read(tmp_path):
+    whole, again = toy_mlp(), toy_mlp(seed=4)
+    settings = {"second_phase": "gd", "epochs": 7, "tau": 3}
+    reference = quiet(whole, **settings).fit(DATA)
+    with pytest.raises(Killed):
+        quiet(toy_mlp(), tmp_path, callbacks=[End(4, by=Killed)], **settings).fit(DATA)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["second"]["smoothness"] and "hidden_unchanged" in state
+    write_as(4, state, tmp_path)
+    result = quiet(again, tmp_path, **settings).fit(DATA, resume=True)
+    assert same_bits(bits(whole), bits(again))
+    assert result.guarantee.curve == reference.guarantee.curve
+
+
 def test_a_checkpoint_of_format_3_is_read_by_position(tmp_path):
     factory = lambda ps: O.SGD(ps, lr=0.1, momentum=0.9)  # noqa: E731
     whole, again = toy_mlp(), toy_mlp(seed=4)
@@ -149,11 +172,8 @@ def test_a_checkpoint_of_format_3_is_read_by_position(tmp_path):
               packed["param_groups"]]  # fmt: skip
     positions = {names.index(n): s for n, s in packed["state"].items()}
     old = {"state": positions, "param_groups": groups}
-    for name in ("averaged", "format", "checksum"):
-        state.pop(name)
-    state = {**state, "optimizer": old}
-    digest = checkpoint.digest(state)
-    torch.save({"format": 3, "checksum": digest, **state}, tmp_path / "checkpoint.pt")
+    del state["averaged"]
+    write_as(3, {**state, "optimizer": old}, tmp_path)
     quiet(again, tmp_path, optimizer=factory).fit(DATA, resume=True)
     assert same_bits(bits(whole), bits(again))
 

@@ -301,6 +301,7 @@ def test_bad_arguments():
         tp.fit_last_layer(model, cache, epochs=1)
 
 
+@pytest.mark.slow
 def test_the_package_imports_no_other_trainer(tmp_path):
     code = (
         "import sys, twophase_ext, twophase_ext.integrations;"

@@ -57,6 +57,7 @@ def test_one_rank_told_to_stop_stops_all_and_other_numbers_go_on(tmp_path, at, r
     assert_same(one | {"run_dir": folder}, results(4, tmp_path / "4", go_on))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at", "number"), [((1, 2), signal.SIGKILL), ((3, 2), signal.SIGSTOP)])
 def test_a_lost_rank_ends_the_run_and_it_resumes(tmp_path, at, number):
     given, folder = data(), tmp_path / "run"
@@ -87,6 +88,7 @@ def test_a_lost_rank_ends_the_run_and_it_resumes(tmp_path, at, number):
     assert_same(one, [fit(toy_mlp, given, folder, resume=True, **settings)])
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path):
     """The Trainer joins by itself; a killed process ends all with the cause told."""
     script = tmp_path / "train.py"

@@ -47,6 +47,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_table1_holds_what_the_runs_reached(finished):
     table = ResultTable.from_json((finished / "table1-smoke.json").read_text())
     runs = read(finished)
@@ -149,6 +150,7 @@ def test_sigma_min_is_that_of_the_features(tmp_path):
     assert last.found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [("trunk", 2), ("two-phase", 4)])
 def test_a_killed_sweep_continues(tmp_path, monkeypatch, stop, capsys):
     arguments = ["table1", *DIGITS, "--augmentation", "no"]
@@ -169,6 +171,7 @@ def test_a_killed_sweep_continues(tmp_path, monkeypatch, stop, capsys):
     assert read(tmp_path / "part") == read(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_table2_is_a_grid_over_one_first_phase(tmp_path, monkeypatch):
     epochs, own = [], FirstPhase.epoch
 
@@ -205,6 +208,7 @@ def test_figure2_against_mpmath(tmp_path):
     assert all(float(row["torch_softplus_minus_relu"]) > 1e-11 for row in below)
 
 
+@pytest.mark.slow
 def test_missing_data_are_named_with_their_command(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("TWOPHASE_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no-cache"))

@@ -74,7 +74,7 @@ def test_each_epoch_reads_its_own_augmented_copy():
                 held = run._run.train_features
                 first = held.batch(torch.arange(N))[0]
                 rows = slice(held.copy * N, (held.copy + 1) * N)
-                seen.append((held.copy, torch.equal(first, held.cache[rows])))
+                seen.append((held.copy, torch.equal(first, held.stored.rows[rows])))
                 copies.append(first)
 
     seen, copies = [], []

@@ -143,7 +143,7 @@ def test_a_rise_of_the_loss_ends_the_claim():
     class Push:
         def on_epoch_end(self, run, record):
             if record["epoch"] == 7:
-                run._run.train_features.cache.mul_(-1)
+                run._run.train_features.stored.rows.mul_(-1)
 
     for precision in ("float32", "float64"):
         with pytest.warns(UserWarning, match="nothing is claimed: the objective rose in epoch 8"):

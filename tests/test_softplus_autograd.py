@@ -273,6 +273,7 @@ def compiled():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_compile_by_inductor(compiled):
     def forward(z):
         w = z * 2  # the in-place form overwrites an intermediate

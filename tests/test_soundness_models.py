@@ -51,6 +51,7 @@ def test_certificates_at_w_never_claim_too_much():
     assert found == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["certificate", "separation"])
 def test_a_witness_is_never_claimed_for_equal_rows(method):
     proved = 0

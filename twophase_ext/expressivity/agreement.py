@@ -145,9 +145,8 @@ def require_free_wide_layer(problem: Problem, stage: Stage | None = None) -> Non
 
     The claim "some weights of the wide layer" is about weights that the model does not hold.
     """
-    assert problem.wide is not None
     for scale in SCALES:
-        with drawn(list(problem.wide.parameters()), scale):
+        with drawn(list(problem.wide_linear.parameters()), scale):
             _require_copy(problem, Reference(problem), stage)
     require_agreement(problem, Reference(problem), stage)
 

@@ -94,14 +94,14 @@ def certify_witness(
     stages: Stages,
 ) -> Evidence:
     """What is found of a witness: kinks at samples (triangular), else spread kinks (Gram)."""
-    assert problem.wide is not None
+    wide = problem.wide_linear
     with stages.stage("choice of a backbone", 0, "samples") as stage:
         chosen = problem.choose_backbone(stage)
     stages.say(f"backbone: {chosen}")
     with stages.stage("backbone features", problem.n, "samples") as stage:
-        found = problem.features(problem.wide, stage, folder=folder)
+        found = problem.features(wide, stage, folder=folder)
     z, error = found.z, found.error
-    n, d, m = problem.n, z.shape[1], problem.wide.out_features
+    n, d, m = problem.n, z.shape[1], wide.out_features
     whitening = whiten(z, error, problem.dtype)
     constants: dict[str, Any] = {
         "backbone": chosen,
@@ -339,10 +339,8 @@ def _feature_error(source: Source, spread: float | None, size: float | None) -> 
 
 def _load_witness(problem: Problem, weight: Tensor, bias: Tensor) -> None:
     """The wide layer's rows of the witness; neurons beyond them keep their weights."""
-    assert problem.wide is not None
-    name = problem.wide_name
-    full_weight = problem.wide.weight.detach().clone()
-    full_bias = problem.wide.bias.detach().clone()
+    name, wide = problem.wide_name, problem.wide_linear
+    full_weight, full_bias = wide.weight.detach().clone(), wide.bias.detach().clone()
     full_weight[: len(weight)], full_bias[: len(bias)] = weight, bias
     problem.load(
         {

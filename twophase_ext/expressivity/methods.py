@@ -59,12 +59,11 @@ class Attempt:
 
     def _separation(self) -> Evidence:
         problem = self.problem
-        assert problem.wide is not None
         try:
             with self.stages.stage("choice of a backbone", 0, "samples") as stage:
                 chosen = problem.choose_backbone(stage)
             with self.stages.stage("backbone features", problem.n, "samples") as stage:
-                features = problem.features(problem.wide, stage, folder=self.folder)
+                features = problem.features(problem.wide_linear, stage, folder=self.folder)
         except Unbounded as error:
             return Evidence("separation", reason=f"no error bound: {error}")
         with self.stages.stage("separation", 2 * features.z.numel()):

@@ -105,16 +105,21 @@ class Problem:
         return self.network.width + self.ones
 
     @property
+    def wide_linear(self) -> nn.Linear:
+        """`wide`; Unbounded where the model has no wide softplus layer."""
+        if self.wide is None:
+            raise Unbounded("the last hidden layer is not affine + exact softplus")
+        return self.wide
+
+    @property
     def wide_name(self) -> str:
         """The wide layer's name in the model's own state dict."""
-        assert self.network.wide is not None
-        return self._names[self.network.wide.linear]
+        return self._names[self.network.wide_layer.linear]
 
     @property
     def beta(self) -> float:
         """Of the wide layer's softplus."""
-        assert self.network.wide is not None
-        return self.network.wide.beta
+        return self.network.wide_layer.beta
 
     def constraint(self) -> str:
         """Why the wide layer's weights cannot be chosen at will, "" where they can.
@@ -313,7 +318,8 @@ class Problem:
             h = rows.new_empty(self.n, rows.shape[1]) if h is None else h
             h[done : done + len(rows)] = rows
             done += len(rows)
-        assert h is not None
+        if h is None:
+            raise ValueError("x: expected at least one sample")
         self._plain = h
         return h
 
@@ -324,9 +330,8 @@ class Problem:
         choose a tamer one. Tried on the first PILOT samples; what resolves most wins, the model's
         own backbone on a tie. Returns what was chosen, for a person. Raises Unbounded.
         """
-        assert self.wide is not None
         own = {name: value.clone() for name, value in self.model.state_dict().items()}
-        best: tuple[int, str, dict[str, Tensor]] | None = None
+        best: tuple[int, str, dict[str, Tensor]] = (-1, "", {})
         for factors in DAMPINGS:
             changes = damped(self.model, *factors)  # of trainable weights alone
             if factors != (1.0, 1.0) and not changes:
@@ -334,18 +339,17 @@ class Problem:
             with torch.no_grad():
                 for name, value in changes.items():
                     self.model.state_dict()[name].copy_(value)
-            found = self.features(self.wide, stage, PILOT)
+            found = self.features(self.wide_linear, stage, PILOT)
             resolved = len(whiten(found.z, found.error, self.dtype).map)
             with torch.no_grad():
                 for name in changes:
                     self.model.state_dict()[name].copy_(own[name])
-            if best is None or resolved > best[0]:
+            if resolved > best[0]:
                 what = "residual branches times {:g} (beside an identity: {:g})".format(*factors)
                 best = (resolved, what if changes else "the model's own", changes)
             if resolved >= min(len(found.z) - 1, found.z.shape[1]):
                 break
-        assert best is not None
-        resolved, what, changes = best
+        _, what, changes = best
         self.load({name: value.to(self.dtype) for name, value in changes.items()})
         self.damped = self.damped or bool(changes)
         return f"{what} ({resolved} directions resolved on {min(PILOT, self.n)} samples)"

@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import ops
 from ..core.arguments import integer
-from ..core.seeds import stream_seed
 from ..expressivity import Verdict, verify_network
 from ..expressivity.verify import METHODS
 from ..model import layers
@@ -18,6 +16,7 @@ from ..training import batchnorm
 from ..training.config import resolve_noise, resolve_tau
 from ..training.data.samples import BATCH, Samples
 from ..training.freeze import Frozen, freeze, samples_of
+from ..training.tau import perturb
 
 
 class Transition:
@@ -81,7 +80,7 @@ class Transition:
             network = self._network(model, samples)
             last = network.last
         hidden = layers.hidden_parameters(model, last)
-        ops.perturb_(hidden, self.noise_std, seed=stream_seed(self.seed, "noise"))
+        perturb(hidden, self.noise_std, self.seed)
         self.frozen = freeze(model, train=data, last_layer=last.module)
         self.hash, self.name = self.frozen.hash, last.name
         if network is not None and self.verify:

@@ -172,9 +172,8 @@ class _Run:
             spans = [(start, min(start + b, p)) for start in range(base, min(base + Q * b, p), b)]
             mine = self._panel(*spans[q]) if q < len(spans) else None
             for root, (start, end) in enumerate(spans):
-                own = mine is not None and root == q
-                left = mine if own else self.gram.local.new_empty(kept, end - start)
-                assert left is not None
+                own = mine if root == q else None
+                left = self.gram.local.new_empty(kept, end - start) if own is None else own
                 self.ranks.broadcast("Row", left, root)
                 self.gram.add_products(left, 0, 1)
 

@@ -166,8 +166,7 @@ class GramRun:
         kept = None if self.file is None else FileTiles(self.file, region, device)
         keep_on = device if place == "device" else torch.device("cpu")
         store: Tiles
-        if place == "file":
-            assert kept is not None
+        if place == "file" and kept is not None:
             store = kept
         else:
             store = MemoryTiles(self.grid, device, keep_on)

@@ -64,8 +64,15 @@ class Network:
     @torch.no_grad()
     def widen(self, z: Tensor) -> Tensor:
         """h from z by the wide layer."""
-        assert self.wide is not None
-        return ops.softplus_(self.wide.linear(z), self.wide.beta)
+        wide = self.wide_layer
+        return ops.softplus_(wide.linear(z), wide.beta)
+
+    @property
+    def wide_layer(self) -> layers.WideLayer:
+        """`wide`; ValueError where the model has none."""
+        if self.wide is None:
+            raise ValueError("model: the last hidden layer is not affine + exact softplus")
+        return self.wide
 
     def logits(self, h: Tensor) -> Tensor:
         """The outputs from h."""

@@ -78,14 +78,14 @@ def batch_bounds(model: nn.Module, n: int, size: int) -> list[int]:
 
 
 def _mean_of_all(layer: _BatchNorm, ranks: Ranks) -> None:
-    count, statistics = layer.num_batches_tracked, (layer.running_mean, layer.running_var)
-    assert count is not None
+    statistics = [t for t in (layer.running_mean, layer.running_var) if t is not None]
+    count = layer.num_batches_tracked
+    if count is None:
+        return
     for statistic in statistics:
-        assert statistic is not None
         ranks.all_reduce_(statistic.mul_(count))
     ranks.all_reduce_(count)
     for statistic in statistics:
-        assert statistic is not None
         statistic.div_(count)
 
 

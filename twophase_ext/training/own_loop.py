@@ -121,7 +121,7 @@ def fit_last_layer(
     epochs, first_epoch = integer("epochs", epochs, 1), integer("first_epoch", first_epoch, 0)
     seed = integer("seed", seed, -(2**63))
     bounds = batch_bounds(cache.network.model, cache.n, integer("batch_size", batch_size, 1))
-    if cache.cache is None:
+    if cache.stored is None:
         require_eval(cache.network.model)
     layer = _layer(model, cache)
     rule = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}

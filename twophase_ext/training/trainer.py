@@ -270,14 +270,9 @@ class Trainer:
         ranks = joined()
         progress = Progress(self.progress and ranks.rank == 0)
         self.model.to(config.dtype)
-        data = [(train, "train"), (val, "val")]
-        samples, held_out = (
-            None
-            if source is None and name == "val"
-            else Samples.of(source, name=name, device=self.device, dtype=config.dtype)
-            for source, name in data
-        )
-        assert samples is not None
+        form: dict[str, Any] = {"device": self.device, "dtype": config.dtype}
+        samples = Samples.of(train, name="train", **form)
+        held_out = None if val is None else Samples.of(val, name="val", **form)
         if samples.batch_size is not None and samples.batch_size != config.batch_size:
             progress.say(f"batch_size: {samples.batch_size}, the DataLoader's")
             config = replace(config, batch_size=samples.batch_size)

@@ -2,13 +2,11 @@
 
 from contextlib import nullcontext
 
-from .. import ops
 from ..core.hashing import tensors_hash
-from ..core.seeds import stream_seed
-from . import batchnorm
 from .callbacks import call
 from .phases import SecondPhase
 from .run import Run
+from .tau import fix_statistics, perturb
 
 
 def enter_second_phase(run: Run, second: SecondPhase) -> None:
@@ -30,14 +28,11 @@ def _perturb(run: Run, second: SecondPhase) -> None:
     network, config = context.network, context.config
     hidden = network.hidden_parameters()
     with run.timed("perturbation"):
-        if hidden:
-            own = config.noise_seed
-            seed = stream_seed(config.seed if own is None else own, "noise")
-            ops.perturb_(hidden, config.noise_std, seed=seed)
+        seed = config.seed if config.noise_seed is None else config.noise_seed
+        perturb(hidden, config.noise_std, seed)
     if config.batch_norm == "frozen":
         with run.timed("batch_norm"):
-            batchnorm.recalibrate_over(network, context.train, context.ranks)
-        network.model.eval()
+            fix_statistics(network, context.train, context.ranks)
     context.optimizer.zero_grad(set_to_none=True)  # no stale hidden gradient survives tau
     context.averaged.forget(hidden)
     state.hidden_hash = tensors_hash(second.frozen(context))

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,6 +167,13 @@ def free_disk(device: torch.device) -> int:
     return shutil.disk_usage(tempfile.gettempdir()).free if device.type == "cpu" else 0
 
 
+class Stored(NamedTuple):
+    """What a cache holds: rows of h or z [n, ...], targets [n, ...]."""
+
+    rows: Tensor
+    targets: Tensor
+
+
 class Features:
     """h(x_i) and y_i of samples under a frozen network, from the cache or recomputed.
 
@@ -188,20 +195,21 @@ class Features:
         self.samples, self.network, self.mode = samples, network, mode
         self.copies, self.copy = copies or 1, 0
         self.n = samples.n * self.copies
-        self.cache: Tensor | None = None
-        self.targets: Tensor | None = None
-        if mode == "none":
-            return
-        done, targets = 0, []
+        self.stored = None if mode == "none" else self._fill(copies, on_batch)
+
+    def _fill(self, copies: int | None, on_batch: Any) -> Stored:
+        kept: Tensor | None = None
+        done, targets = 0, list[Tensor]()
         for rows, y in self._computed(copies):
-            if self.cache is None:
-                self.cache = self._empty(rows)
-            self.cache[done : done + len(rows)] = rows
+            kept = self._empty(rows) if kept is None else kept
+            kept[done : done + len(rows)] = rows
             targets.append(y)
             done += len(rows)
             if on_batch is not None:
                 on_batch(len(rows))
-        self.targets = torch.cat(targets)
+        if kept is None:
+            raise ValueError("samples: expected at least one")
+        return Stored(kept, torch.cat(targets))
 
     def _computed(self, copies: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """The rows to keep and their targets, batch by batch."""
@@ -248,14 +256,14 @@ class Features:
             yield x, self.batch(torch.arange(start, end, device="cpu"))[0]
 
     @property
-    def hidden(self) -> bool:
-        """Whether the cache holds h itself, in whatever precision."""
-        return self.cache is not None and self.mode != "backbone"
+    def hidden(self) -> Stored | None:
+        """What is stored, where that is h itself, in whatever precision."""
+        return None if self.mode == "backbone" else self.stored
 
     @property
     def bytes(self) -> int:
         """Memory, or disk, held by the cache."""
-        return 0 if self.cache is None else self.cache.numel() * self.cache.element_size()
+        return 0 if self.stored is None else self.stored.rows.nbytes
 
     def rows(self, index: Tensor) -> Tensor:
         """The cache's rows of the samples `index` in this copy."""
@@ -263,21 +271,23 @@ class Features:
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """(h [b, m_H], y) of the samples `index` (int64 on the CPU)."""
-        if self.cache is None or self.targets is None:
+        if self.stored is None:
             x, y = self.samples.fetch(index)
             return self.network.hidden(x), y
-        index = self.rows(index).to(self.cache.device)
-        return self._h(self.cache.index_select(0, index)), self.targets.index_select(0, index)
+        kept, targets = self.stored
+        index = self.rows(index).to(kept.device)
+        return self._h(kept.index_select(0, index)), targets.index_select(0, index)
 
     def in_order(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches (h, y) of `size` in index order, of all copies; without a cache not augmented."""
         for start in range(0, self.n, size):
             end = min(start + size, self.n)
-            if self.cache is None or self.targets is None:
+            if self.stored is None:
                 x, y = self.samples.fetch(torch.arange(start, end, device="cpu"), augmented=False)
                 yield self.network.hidden(x), y
             else:
-                yield self._h(self.cache[start:end]), self.targets[start:end]
+                kept, targets = self.stored
+                yield self._h(kept[start:end]), targets[start:end]
 
     @torch.no_grad()
     def outputs(self, network: Network, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -57,19 +57,18 @@ class Schedule:
 
     def end_step(self) -> None:
         """An update was made."""
-        if self.per_step:
-            self._advance(None)
+        if self.scheduler is not None and self.per_step:
+            self._advance(self.scheduler, None)
 
     def end_epoch(self, phase: int, train_loss: float) -> None:
         """An epoch of this phase is over; ReduceLROnPlateau looks at its training loss."""
         if self.scheduler is not None and not self.per_step and (phase == 1 or self.goes_on):
-            self._advance(train_loss)
+            self._advance(self.scheduler, train_loss)
 
-    def _advance(self, train_loss: float | None) -> None:
-        plateau = isinstance(self.scheduler, ReduceLROnPlateau)
-        assert self.scheduler is not None
-        self.scheduler.step(*([train_loss] if plateau else []))  # type: ignore[arg-type]
-        plain_groups(self.scheduler.optimizer)
+    def _advance(self, scheduler: LRScheduler, train_loss: float | None) -> None:
+        plateau = isinstance(scheduler, ReduceLROnPlateau)
+        scheduler.step(*([train_loss] if plateau else []))  # type: ignore[arg-type]
+        plain_groups(scheduler.optimizer)
         self.count += 1
 
     def follow(self, other: "Schedule", history: list[dict[str, Any]]) -> None:
@@ -79,7 +78,8 @@ class Schedule:
         with warnings.catch_warnings():  # torch: this optimizer has made no step yet
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             for k in range(other.count):
-                self._advance(None if self.per_step else history[k]["train_loss"])
+                loss = None if self.per_step else history[k]["train_loss"]
+                self._advance(self.scheduler, loss)
 
     def state(self) -> dict[str, Any] | None:
         """Tensors and plain data for a checkpoint."""

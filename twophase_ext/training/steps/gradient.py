@@ -24,10 +24,9 @@ def full_gradient(
     weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
     if isinstance(features, ShardedFeatures):
         return features.gradient(layer, loss)
-    if features.hidden and loss in (CROSS_ENTROPY, SQUARED_ERROR):
-        assert features.cache is not None and features.targets is not None
+    if features.hidden is not None and loss in (CROSS_ENTROPY, SQUARED_ERROR):
         value, by_weight, by_bias = ops.last_layer_gradient(
-            weight, bias, features.cache, features.targets, loss=loss.name
+            weight, bias, *features.hidden, loss=loss.name
         )
         return float(value), by_weight, by_bias
     values = []

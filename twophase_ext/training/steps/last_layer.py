@@ -88,17 +88,15 @@ class LastLayerStep:
         """
         order = order[bounds[0] : bounds[-1]]
         bounds = [bound - bounds[0] for bound in bounds]
-        if self.group is not None and features.hidden:
-            assert features.cache is not None and features.targets is not None
+        if self.group is not None and features.hidden is not None:
             lr = self.group["lr"] if rates is None else list(rates)
             return ops.last_layer_epoch_(
-                *self._state(),
-                features.cache,
-                features.targets,
+                *self._state(self.group),
+                *features.hidden,
                 features.rows(order),
                 bounds=bounds,
                 mapped=features.mode == "disk",
-                **self._rule(lr),
+                **self._rule(self.group, lr),
             ).tolist()
         losses = []
         for s, (begin, end) in enumerate(pairwise(bounds)):
@@ -106,7 +104,7 @@ class LastLayerStep:
                 for group in self.optimizer.param_groups:
                     group["lr"] = rates[s]
             h, y = features.batch(order[begin:end])
-            if on_batch is not None and features.cache is None:
+            if on_batch is not None and features.stored is None:
                 on_batch(h, y)
             losses.append(self(h, y))
         return torch.stack(losses).double().tolist()
@@ -115,22 +113,23 @@ class LastLayerStep:
         """One step on features h [b, m_H] and targets y; a 0-d loss."""
         if self.group is None:
             return self._plain(h, y)
-        return ops.last_layer_step_(*self._state(), h, y, **self._rule(self.group["lr"]))
+        state, rule = self._state(self.group), self._rule(self.group, self.group["lr"])
+        return ops.last_layer_step_(*state, h, y, **rule)
 
-    def _state(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def _state(
+        self, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Weight, bias and their momentum buffers; `_first` says that these hold nothing yet."""
         layer, self._first = self.layer, False
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-        assert self.group is not None
-        if self.group["momentum"] == 0:
+        if group["momentum"] == 0:
             return weight, bias, None, None
         buffer = self._buffer(layer.weight)
         return weight, bias, buffer, None if layer.bias is None else self._buffer(layer.bias)
 
-    def _rule(self, lr: Any) -> dict[str, Any]:
-        assert self.group is not None
+    def _rule(self, group: dict[str, Any], lr: Any) -> dict[str, Any]:
         names = ("momentum", "dampening", "weight_decay", "nesterov")
-        rule = {name: self.group[name] for name in names}
+        rule = {name: group[name] for name in names}
         return {"loss": self.loss.name, "lr": lr, "is_first_step": self._first, **rule}
 
     def _buffer(self, parameter: Tensor) -> Tensor:

@@ -122,8 +122,7 @@ class ShardedFeatures(Features):
 
     def _widen(self, z: Tensor) -> Tensor:
         """This rank's columns of h from z."""
-        wide = self.network.wide
-        assert wide is not None
+        wide = self.network.wide_layer
         linear = wide.linear
         bias = None if linear.bias is None else linear.bias.detach()[self.own]
         return ops.softplus_(F.linear(z, linear.weight.detach()[self.own], bias), wide.beta)
@@ -162,14 +161,14 @@ class ShardedFeatures(Features):
         """(mean loss, its gradient by the weight [k, m_H], by the bias [k]) over all rows."""
         weight = layer.weight.detach()[:, self.own].contiguous()
         bias = None if layer.bias is None else layer.bias.detach()
-        assert self.targets is not None
+        targets = torch.cat([y for _, y in self.own_blocks(BATCH)])
         partial = [
             _logits(weight, h, torch.arange(len(h), device="cpu"))
             for h, _ in self.own_blocks(BATCH)
         ]
         logits = self.ranks.all_reduce_(torch.cat(partial))
         logits = logits if bias is None else logits + bias
-        value, delta = _loss_and_delta(loss, logits, self.targets)
+        value, delta = _loss_and_delta(loss, logits, targets)
         total = weight.new_zeros(weight.shape, dtype=torch.float64)
         for (h, _), part in zip(self.own_blocks(BATCH), delta.split(BATCH), strict=True):
             total += part.to(weight.dtype).T @ h
@@ -276,31 +275,27 @@ class ShardedStep(LastLayerStep):
         on_batch: Any = None,
     ) -> list[float]:
         """As of LastLayerStep; features: `ShardedFeatures`."""
-        assert isinstance(features, ShardedFeatures) and features.targets is not None
+        if not isinstance(features, ShardedFeatures):
+            raise TypeError(f"features: expected a rank's columns, got {type(features).__name__}")
         weight, losses = self.layer.weight.detach(), []
-        fused = self.group is not None and not weight.is_cuda
+        group = None if weight.is_cuda else self.group
         for s, (begin, end) in enumerate(pairwise(bounds)):
             index, rate = order[begin:end], None if rates is None else rates[s]
-            if features.hidden and fused:
-                assert features.cache is not None
+            if features.hidden is not None and group is not None:
                 rows = features.rows(index)
-                h, y = features.cache, features.targets.index_select(0, rows)
+                h, targets = features.hidden
+                y = targets.index_select(0, rows)
             else:
                 h, y = features.batch(index)
                 rows = torch.arange(len(y), device="cpu")
             logits = features.logits(weight, None, h, rows)
-            if fused:
-                losses.append(self._fused(h, rows, logits, y, rate))
+            if group is not None:
+                state = self._state(group)
+                rule = self._rule(group, group["lr"] if rate is None else rate)
+                losses.append(ops.last_layer_update_(*state, h, rows, logits, y, **rule))
             else:
                 losses.append(self._by_gradient(h, logits, y, rate))
         return torch.stack(losses).tolist()
-
-    def _fused(
-        self, h: Tensor, rows: Tensor, logits: Tensor, y: Tensor, rate: float | None
-    ) -> Tensor:
-        assert self.group is not None
-        state, lr = self._state(), self.group["lr"] if rate is None else rate
-        return ops.last_layer_update_(*state, h, rows, logits, y, **self._rule(lr))
 
     def _by_gradient(self, h: Tensor, logits: Tensor, y: Tensor, rate: float | None) -> Tensor:
         weight, bias = self.layer.weight, self.layer.bias
