@@ -125,6 +125,18 @@ def test_model_is_restored_where_its_forward_fails():
     assert hook_count(model) == 0
 
 
+def test_layers_under_vmap_are_refused_by_name():
+    model = Given(
+        lambda m, x: torch.func.vmap(lambda row: m.out(m.hidden(row)))(x),
+        hidden=nn.Linear(4, 6),
+        out=nn.Linear(6, 3),
+    )
+    with pytest.raises(
+        ValueError, match=r"model: torch\.func \(vmap, grad\) runs its Linear layer"
+    ):
+        layers.find_last_layer(model, rows())
+
+
 NOT_THE_OUTPUT = {
     "softmax": lambda m, x: F.softmax(m.out(m.hidden(x)), -1),
     "scaled": lambda m, x: 2 * m.out(m.hidden(x)),

@@ -176,7 +176,7 @@ def test_table2_is_a_grid_over_one_first_phase(tmp_path, monkeypatch):
     epochs, own = [], FirstPhase.epoch
 
     def counted(phase, interrupt):
-        epochs.append(phase.context.folder.name)
+        epochs.append(phase.context.folder.path.name)
         return own(phase, interrupt)
 
     monkeypatch.setattr(FirstPhase, "epoch", counted)

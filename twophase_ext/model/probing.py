@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parameter import is_lazy
 
 from ..core.messages import first_line
@@ -187,7 +188,10 @@ def _require_runnable(model: nn.Module, example: Any) -> None:
 
 
 def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], Any]:
-    """Run the model once: the calls of `wanted` modules in order of completion, and its output."""
+    """Run the model once: the calls of `wanted` modules in order of completion, and its output.
+
+    Raises ValueError where torch.func runs one of them.
+    """
     _require_runnable(model, example)
     calls: list[Call] = []
     inputs: dict[nn.Module, list[tuple[Any, int]]] = {}
@@ -197,6 +201,11 @@ def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], 
         inputs.setdefault(module, []).append((value, _version(value)))
 
     def after(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and is_functorch_wrapped_tensor(output):
+            raise ValueError(
+                f"model: torch.func (vmap, grad) runs its {type(module).__name__} layer, whose "
+                "values cannot be seen then; expected a forward that calls it on batches"
+            )
         calls.append(Call(module, *inputs[module].pop(), output, _version(output)))
 
     handles = []
