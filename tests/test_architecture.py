@@ -32,7 +32,9 @@ def test_files_named_on_the_page_exist():
     page = (ROOT / "docs" / "architecture.md").read_text().split("## Map")[0]
     names = {word for word in page.replace("`", " ").replace(",", " ").split() if ".py" in word}
     files = [
-        str(path) for part in ("twophase_ext", "python") for path in (ROOT / part).rglob("*.py")
+        str(path)
+        for part in ("twophase_ext", "python", "tests")
+        for path in (ROOT / part).rglob("*.py")
     ]
     for name in names:
         name = name.strip("():;.")

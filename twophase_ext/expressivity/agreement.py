@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
 from ..core.messages import type_and_line
 from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
 from ..linalg.norms import frobenius_upper, norm_upper
 from ..linalg.progress import Stage
+from ..model.activations import SLOPE
 from ..model.drawn import drawn
 from ..model.holding import trainable
 from ..model.probing import State, compiled, cuda_devices, rows_into
@@ -63,16 +63,19 @@ class Expected:
 class Reference:
     """What the bounded features say that the model computes."""
 
-    def __init__(self, problem: Problem) -> None:
-        """Of the weights as they are in the copy."""
+    def __init__(self, problem: Problem, wide: nn.Linear | None) -> None:
+        """Of the weights as they are in the copy. wide: the layer whose input is bounded.
+
+        None: the bounded features are h itself.
+        """
         found = problem.bounded
-        assert found is not None
+        if found is None:
+            raise ValueError("problem: expected bounded features, got none yet")
+        self.problem, self.wide = problem, wide
         self.z, self.error = found.z, found.error
-        self.wide = problem.wide
-        if self.wide is not None:
-            self.beta = problem.beta
-            self.weight = self.wide.weight.detach()
-            own = self.wide.bias
+        if wide is not None:
+            self.weight = wide.weight.detach()
+            own = wide.bias
             self.bias = self.weight.new_zeros(len(self.weight)) if own is None else own.detach()
             self.norm, self.sizes = norm_upper(self.weight), frobenius_upper(self.weight)
             self.shift = frobenius_upper(self.bias)
@@ -82,13 +85,15 @@ class Reference:
         z, error = self.z[index], self.error[index]
         norms = z.norm(dim=1)
         allowed = ERRORS * error + 64 * UNIT_ROUNDOFF * norms
-        if self.wide is None:  # the bounded features are h itself
+        if self.wide is None:
             return Expected(None, None, z, allowed, norms)
         d, m = z.shape[1], len(self.weight)
-        h = ops.softplus(torch.addmm(self.bias, z, self.weight.T), self.beta)
+        h = self.problem.activation(torch.addmm(self.bias, z, self.weight.T))
         rounding = gamma(d + 2) * (self.sizes * norms + self.shift)
-        evaluation = 8 * UNIT_ROUNDOFF * (h.norm(dim=1) + math.sqrt(m) / self.beta)
-        h_allowed = ERRORS * SLACK * (self.norm * error + rounding + evaluation)
+        # near its kink softplus errs by the size of its bend
+        bend = 1 / self.problem.beta if self.problem.wide is not None else 1.0
+        evaluation = 8 * UNIT_ROUNDOFF * (h.norm(dim=1) + math.sqrt(m) * bend)
+        h_allowed = ERRORS * SLACK * SLOPE * (self.norm * error + rounding + evaluation)
         size = h.norm(dim=1) + self.sizes * norms + self.shift
         return Expected(z, allowed, h, h_allowed, size)
 
@@ -141,14 +146,15 @@ def _require_copy(problem: Problem, expected: Reference | Stored, stage: Stage |
 
 @torch.no_grad()
 def require_free_wide_layer(problem: Problem, stage: Stage | None = None) -> None:
-    """Raise Disagrees where h is not softplus(z W^T + b) at other W and b, or z is another one.
+    """Raise Disagrees where h is not activation(z W^T + b) at other W and b, or z is another one.
 
     The claim "some weights of the wide layer" is about weights that the model does not hold.
     """
+    wide = problem.analytic_linear
     for scale in SCALES:
-        with drawn(list(problem.wide_linear.parameters()), scale):
-            _require_copy(problem, Reference(problem), stage)
-    require_agreement(problem, Reference(problem), stage)
+        with drawn(list(wide.parameters()), scale):
+            _require_copy(problem, Reference(problem, wide), stage)
+    require_agreement(problem, Reference(problem, wide), stage)
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ def certify_witness(
     """What is found of a witness: kinks at samples (triangular), else spread kinks (Gram)."""
     wide = problem.wide_linear
     with stages.stage("choice of a backbone", 0, "samples") as stage:
-        chosen = problem.choose_backbone(stage)
+        chosen = problem.choose_backbone(stage, wide)
     stages.say(f"backbone: {chosen}")
     with stages.stage("backbone features", problem.n, "samples") as stage:
         found = problem.features(wide, stage, folder=folder)

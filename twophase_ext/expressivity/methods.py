@@ -52,7 +52,7 @@ class Attempt:
     @kept
     def separation(self) -> Evidence:
         """Distinct backbone features: some weights of the wide layer have rank n."""
-        if constraint := self.problem.constraint():
+        if constraint := self.problem.constraint(softplus=False):
             return Evidence("separation", reason=f"separation needs free weights: {constraint}")
         with self.problem.restored():  # "auto" goes on with the weights asked for
             return self._separation()
@@ -60,10 +60,11 @@ class Attempt:
     def _separation(self) -> Evidence:
         problem = self.problem
         try:
+            wide = problem.analytic_linear
             with self.stages.stage("choice of a backbone", 0, "samples") as stage:
-                chosen = problem.choose_backbone(stage)
+                chosen = problem.choose_backbone(stage, wide)
             with self.stages.stage("backbone features", problem.n, "samples") as stage:
-                features = problem.features(problem.wide_linear, stage, folder=self.folder)
+                features = problem.features(wide, stage, folder=self.folder)
         except Unbounded as error:
             return Evidence("separation", reason=f"no error bound: {error}")
         with self.stages.stage("separation", 2 * features.z.numel()):
@@ -111,7 +112,7 @@ class Attempt:
             require_memory("certificate", problem.n, problem.columns, device, self.folder)
         try:
             if self.w == "witness":
-                if constraint := problem.constraint():
+                if constraint := problem.constraint(softplus=True):
                     reason = f"a witness needs free weights: {constraint}"
                     return Evidence("certificate", reason=reason)
                 found = certify_witness(problem, seed=self.seed, **arguments)
@@ -119,7 +120,7 @@ class Attempt:
                 found = certify_given(problem, **arguments)
             if found.status != "undecided":
                 with self._compared(2) as stage:
-                    require_agreement(problem, Reference(problem), stage)
+                    require_agreement(problem, Reference(problem, problem.wide), stage)
             if self.w == "witness":
                 return found
         except Disagrees:
@@ -215,12 +216,12 @@ class Attempt:
 
     def _witness(self) -> Evidence:
         n, wide = self.problem.n, self.problem.wide
-        if wide is None:
-            return self.certificate()
-        allowed, plan = self._affordable(
-            "certificate", 4 * n * n * wide.in_features, 8 * n * (6 * wide.in_features + 2048)
-        )
-        self.stages.say(plan)
+        allowed, plan = True, ""
+        if wide is not None:
+            allowed, plan = self._affordable(
+                "certificate", 4 * n * n * wide.in_features, 8 * n * (6 * wide.in_features + 2048)
+            )
+            self.stages.say(plan)
         with self.problem.restored():
             found = self.certificate() if allowed else Evidence("certificate", reason=plan)
         if found.status == "proved":

@@ -16,6 +16,7 @@ from ..core.hashing import describe_model, hash_tensors
 from ..core.messages import first_line, type_and_line
 from ..core.seeds import stream_seed
 from ..linalg.progress import Stage
+from ..model.activations import ANALYTIC
 from ..model.gate import Narrowed, Readers, overlap
 from ..model.holding import trainable
 from ..model.inputs import first_parameter
@@ -61,8 +62,9 @@ class Problem:
                 f"the model cannot be copied in float64 ({type_and_line(error)})"
             ) from error
         self.last = self._twin(self.network.last.module)
-        wide = self.network.wide
+        wide, analytic = self.network.wide, self.network.analytic
         self.wide = None if wide is None else self._twin(wide.linear)
+        self.analytic = None if analytic is None else self._twin(analytic.linear)
         self.eps, self.narrowed = self._precision()
         self._plain: Tensor | None = None
 
@@ -112,6 +114,20 @@ class Problem:
         return self.wide
 
     @property
+    def analytic_linear(self) -> nn.Linear:
+        """`analytic`; Unbounded where the last hidden layer is no affine and analytic one."""
+        if self.analytic is None:
+            raise Unbounded("the last hidden layer is not affine, then an analytic activation")
+        return self.analytic
+
+    def activation(self, preactivations: Tensor) -> Tensor:
+        """Of the last hidden layer, by its formula; Unbounded where there is none."""
+        analytic = self.network.analytic
+        if analytic is None:
+            raise Unbounded("the last hidden layer is not affine, then an analytic activation")
+        return ANALYTIC[type(analytic.activation)](analytic.activation, preactivations)
+
+    @property
     def wide_name(self) -> str:
         """The wide layer's name in the model's own state dict."""
         return self._names[self.network.wide_layer.linear]
@@ -121,18 +137,21 @@ class Problem:
         """Of the wide layer's softplus."""
         return self.network.wide_layer.beta
 
-    def constraint(self) -> str:
+    def constraint(self, *, softplus: bool) -> str:
         """Why the wide layer's weights cannot be chosen at will, "" where they can.
 
         A witness chooses them, and separation says that a choice exists: neither would be true of
-        weights that are shared, frozen or without bias.
+        weights that are shared, frozen or without bias. softplus: whether no other activation will
+        do.
         """
-        if self.wide is None or self.network.wide is None:
+        own_wide = self.wide if softplus else self.analytic
+        if own_wide is None or self.network.analytic is None:
+            kind = "exact softplus" if softplus else "a real analytic activation"
             return (
-                "there is no wide layer (affine + exact softplus, neither parametrized nor with "
+                f"there is no wide layer (affine + {kind}, neither parametrized nor with "
                 "hooks or a replaced forward); tp.nn.widen(model, n) adds one"
             )
-        wide = self.network.wide.linear
+        wide = self.network.analytic.linear
         if wide.bias is None:
             return "the wide layer has no bias"
         own = [wide.weight, wide.bias]
@@ -144,8 +163,8 @@ class Problem:
             return "the wide layer shares its weights with another layer"
         if not (trainable(wide, "weight") and trainable(wide, "bias")):
             return "the wide layer is frozen (requires_grad=False)"
-        with torch.no_grad(), eager(), Readers(self.wide.parameters()) as readers:
-            input_of(self.model, self.wide, self.batches(2)[0])
+        with torch.no_grad(), eager(), Readers(own_wide.parameters()) as readers:
+            input_of(self.model, own_wide, self.batches(2)[0])
         x = self.inputs[0][:2]
         x = x.to(self.dtype) if x.is_floating_point() else x
         with untouched(self.source), Readers([wide.weight, wide.bias]) as source_readers:
@@ -156,8 +175,8 @@ class Problem:
         return ""
 
     def chain_in(self, model: nn.Module) -> list[nn.Module]:
-        """The wide layer, its softplus and the last layer, or the last alone, in a model's copy."""
-        last, wide = self.network.last, self.network.wide
+        """The wide layer, its activation and the last one, or the last alone, in a model's copy."""
+        last, wide = self.network.last, self.network.analytic
         chain = [last.module] if wide is None else wide_chain(self.source, wide, last)
         named = dict(model.named_modules())
         return [named[self._names[module]] for module in chain]
@@ -323,12 +342,13 @@ class Problem:
         self._plain = h
         return h
 
-    def choose_backbone(self, stage: Stage) -> str:
+    def choose_backbone(self, stage: Stage, wide: nn.Linear) -> str:
         """Damp residual branches where that resolves more directions of the features.
 
         A deep network's error bounds may exceed the spread of its features; a witness is free to
         choose a tamer one. Tried on the first PILOT samples; what resolves most wins, the model's
-        own backbone on a tie. Returns what was chosen, for a person. Raises Unbounded.
+        own backbone on a tie. wide: the layer that the features enter. Returns what was chosen, for
+        a person. Raises Unbounded.
         """
         own = {name: value.clone() for name, value in self.model.state_dict().items()}
         best: tuple[int, str, dict[str, Tensor]] = (-1, "", {})
@@ -339,7 +359,7 @@ class Problem:
             with torch.no_grad():
                 for name, value in changes.items():
                     self.model.state_dict()[name].copy_(value)
-            found = self.features(self.wide_linear, stage, PILOT)
+            found = self.features(wide, stage, PILOT)
             resolved = len(whiten(found.z, found.error, self.dtype).map)
             with torch.no_grad():
                 for name in changes:

@@ -1,12 +1,17 @@
 """Assumption 1 from distinct features, in O(n d + n log n).
 
-Theorem (a corollary of known results: Zhang et al. 2017, Pinkus 1999, Nguyen & Hein 2018). Let z_i
-be the input of the wide softplus layer and m_H >= n - 1. If all z_i are distinct at some backbone
-parameters, then some weights of the wide layer give rank [h_X, 1_n] = n.
-Proof. Take u with distinct p_i = u . z_i, increasing after reordering. Neurons j = 1..n-1 with
-weight a u and bias -a (p_j + p_(j+1)) / 2: column j over a tends, as a grows, to
-max(p_i - (p_j + p_(j+1)) / 2, 0), so [1, h / a] tends to a lower triangular matrix with the
-diagonal 1, g_1 / 2, ..., g_(n-1) / 2, g the gaps. Its determinant is positive. QED
+Theorem (a corollary of known results: Pinkus, Acta Numerica 8, 1999, Theorem 5.1; Zhang et al.
+2017; Nguyen & Hein 2018). Let the last hidden layer be h = a(W z + b), a real analytic on R and no
+polynomial, z_i its input and m_H >= n - 1. If all z_i are distinct at some backbone parameters,
+then some weights of that layer give rank [h_X, 1_n] = n.
+Proof. Let V be the span of the vectors (a(w . z_i + b))_i over all w and b. If V is not R^n, some
+c != 0 has sum_i c_i a(w . z_i + b) = 0 for all w and b. Take u with distinct p_i = u . z_i and
+w = t u: the k-th derivative by t at t = 0 is a^(k)(b) sum_i c_i p_i^k = 0. No a^(k) vanishes
+identically (a is no polynomial), so some b leaves sum_i c_i p_i^k = 0, for each k = 0..n-1; the
+Vandermonde matrix of distinct p_i is regular and c = 0. So V = R^n, and 1_n is extended to a basis
+by n - 1 of its vectors: neurons. (Without the column 1_n, n of them.) QED
+For softplus the neurons can be named: j = 1..n-1 with weight s u and bias -s (p_j + p_(j+1)) / 2, p
+increasing; [1, h / s] tends, as s grows, to a lower triangular matrix with positive diagonal.
 
 What is proved here: with computed z_i and bounds e_i of their errors, all exact z_i are distinct.
 The exact v . z_i lies within r_i = |v| e_i + gamma_d |v| |z_i| of the computed one: disjoint

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..core.names import WRAPPERS, canonical_name
+from .activations import ANALYTIC
 from .gate import Readers, intercepted, is_affine, overlap
 from .probing import Call, input_of, record, rows_into, unchanged, untouched, unwrap
 from .softplus import Softplus
@@ -32,6 +33,14 @@ class WideLayer(NamedTuple):
     linear: nn.Linear
     activation_name: str
     beta: float
+
+
+class AnalyticLayer(NamedTuple):
+    """The last hidden layer where it is h = activation(linear(z)), one of ANALYTIC."""
+
+    linear: nn.Linear
+    activation_name: str
+    activation: nn.Module
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,10 @@ class Split:
         return rows_into(self.model, wide_chain(self.model, self.wide, self.last), x)
 
 
-def wide_chain(model: nn.Module, wide: WideLayer, last: LastLayer) -> list[nn.Module]:
-    """The wide layer, its softplus and the last layer, as they follow each other."""
+def wide_chain(
+    model: nn.Module, wide: WideLayer | AnalyticLayer, last: LastLayer
+) -> list[nn.Module]:
+    """The last hidden layer, its activation and the last layer, as they follow each other."""
     named = {canonical_name(name): module for name, module in model.named_modules()}
     return [wide.linear, named[wide.activation_name], last.module]
 
@@ -171,21 +182,22 @@ def named_last_layer(model: nn.Module, last_layer: nn.Module | str) -> LastLayer
     return LastLayer(names[module], module)
 
 
-def find_wide_layer(model: nn.Module, example_input: Tensor, last: LastLayer) -> WideLayer | None:
-    """The last hidden layer, if it is an nn.Linear whose exact softplus is the last layer's input.
+def find_analytic_layer(
+    model: nn.Module, example_input: Tensor, last: LastLayer
+) -> AnalyticLayer | None:
+    """The last hidden layer, if it is an nn.Linear and one of ANALYTIC gives the last one's input.
 
     Nothing may happen between the three, the linear layer must run once, and neither it nor the
-    softplus may have hooks, a replaced forward or a parametrization; None otherwise. Runs the model
-    once, as `find_last_layer` does.
+    activation may have hooks, a replaced forward or a parametrization; None otherwise. Runs the
+    model once, as `find_last_layer` does.
     """
     model = unwrap(model)
-    calls, _ = record(model, example_input, nn.Linear | Softplus)
-    names = _names(model)
+    calls, _ = record(model, example_input, (nn.Linear, *ANALYTIC))
     h = next((c for c in calls if c.module is last.module), None)
     if h is None:
         return None
     for activation in calls:
-        exact = type(activation.module) is Softplus and not intercepted(activation.module)
+        exact = type(activation.module) in ANALYTIC and not intercepted(activation.module)
         if not exact or not unchanged(
             activation.output, activation.output_version, h.input, h.input_version
         ):
@@ -197,12 +209,25 @@ def find_wide_layer(model: nn.Module, example_input: Tensor, last: LastLayer) ->
                 runs = sum(c.module is call.module for c in calls)
                 if runs > 1 or intercepted(call.module) or not is_affine(call.module):
                     return None
-                beta: object = activation.module.beta  # anything may have been assigned
+                beta: object = getattr(activation.module, "beta", 1.0)
                 if isinstance(beta, bool) or not isinstance(beta, Real):
-                    return None
-                activation_name = names[activation.module]
-                return WideLayer(names[call.module], call.module, activation_name, float(beta))
+                    return None  # anything may have been assigned
+                name = _names(model)[activation.module]
+                return AnalyticLayer(call.module, name, activation.module)
     return None
+
+
+def find_wide_layer(model: nn.Module, example_input: Tensor, last: LastLayer) -> WideLayer | None:
+    """`find_analytic_layer`, where its activation is the exact softplus; None otherwise."""
+    return as_wide(model, find_analytic_layer(model, example_input, last))
+
+
+def as_wide(model: nn.Module, layer: AnalyticLayer | None) -> WideLayer | None:
+    """The layer as a wide layer, where its activation is the exact softplus."""
+    if layer is None or not isinstance(layer.activation, Softplus):
+        return None
+    name = _names(unwrap(model))[layer.linear]
+    return WideLayer(name, layer.linear, layer.activation_name, float(layer.activation.beta))
 
 
 def split(model: nn.Module, last: LastLayer, wide: WideLayer | None = None) -> Split:

@@ -15,6 +15,7 @@ from .probing import require_pure, wraps
 class Network:
     """The user's model with its last layer and, where it has one, its wide softplus layer named.
 
+    analytic: the last hidden layer where it is affine and then one of layers.ANALYTIC.
     h = hidden(x) is the input of the last layer, z = backbone(x) the input of the wide layer,
     widen(z) = h. These three run without gradients, in whatever mode the model is.
     """
@@ -37,7 +38,8 @@ class Network:
             wrapper = next(iter(wrapper.children()))
         require_pure(model, example)
         self.last = layers.find_last_layer(model, example, last_layer)
-        self.wide = layers.find_wide_layer(model, example, self.last)
+        self.analytic = layers.find_analytic_layer(model, example, self.last)
+        self.wide = layers.as_wide(model, self.analytic)
         self._split = layers.split(model, self.last, self.wide)
         layers.check_hidden_layers(model, example, self.last)
 

@@ -14,7 +14,6 @@ from ..model.probing import require_module
 from . import batchnorm
 from .checks import check_runs, model_device
 from .data.samples import Samples
-from .tau import fix_statistics
 
 
 def samples_of(model: nn.Module, source: Any, name: str) -> Samples:
@@ -111,5 +110,5 @@ def freeze(
         return Frozen(model, layers.named_last_layer(model, last_layer))
     samples = samples_of(model, train, "train")
     network = Network(model, next(samples.in_order(2))[0][:2], last_layer)
-    fix_statistics(network, samples)
+    batchnorm.recalibrate_over(network, samples)
     return Frozen(model, network.last)

@@ -64,8 +64,11 @@ def describe(network: Network, samples: Samples, progress: Progress) -> None:
     """Say which layers were found; warn where Theorem 1 cannot apply."""
     last = network.last
     progress.say(f"last layer: {last.name} (affine, {network.width} -> {network.outputs})")
-    if network.wide is None:
+    if network.analytic is None:
         progress.say("the last hidden layer is not affine + exact softplus")
+    elif network.wide is None:
+        kind = type(network.analytic.activation).__name__
+        progress.say(f"the last hidden layer is affine + {kind}: separation can prove Assumption 1")
     if network.width < samples.n:
         warnings.warn(
             f"the last hidden layer has {network.width} units for n = {samples.n} samples: "

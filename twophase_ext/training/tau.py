@@ -1,4 +1,4 @@
-"""What happens to a model at tau, whoever trains it: noise, then statistics that move no more."""
+"""The noise of tau, whoever trains the model; batchnorm.py has what follows it."""
 
 from collections.abc import Mapping
 
@@ -6,10 +6,6 @@ from torch import Tensor
 
 from .. import ops
 from ..core.seeds import stream_seed
-from ..model.network import Network
-from . import batchnorm
-from .data.samples import Samples
-from .distributed.ranks import Ranks
 
 
 def perturb(hidden: Mapping[str, Tensor], noise_std: float | dict[str, float], seed: int) -> None:
@@ -19,9 +15,3 @@ def perturb(hidden: Mapping[str, Tensor], noise_std: float | dict[str, float], s
     """
     if hidden:
         ops.perturb_(dict(hidden), noise_std, seed=stream_seed(seed, "noise"))
-
-
-def fix_statistics(network: Network, samples: Samples, ranks: Ranks | None = None) -> None:
-    """BatchNorm's statistics over all samples, then evaluation mode, in which they stay."""
-    batchnorm.recalibrate_over(network, samples, ranks)
-    network.model.eval()

@@ -3,10 +3,11 @@
 from contextlib import nullcontext
 
 from ..core.hashing import tensors_hash
+from . import batchnorm
 from .callbacks import call
 from .phases import SecondPhase
 from .run import Run
-from .tau import fix_statistics, perturb
+from .tau import perturb
 
 
 def enter_second_phase(run: Run, second: SecondPhase) -> None:
@@ -32,7 +33,8 @@ def _perturb(run: Run, second: SecondPhase) -> None:
         perturb(hidden, config.noise_std, seed)
     if config.batch_norm == "frozen":
         with run.timed("batch_norm"):
-            fix_statistics(network, context.train, context.ranks)
+            batchnorm.recalibrate_over(network, context.train, context.ranks)
+        network.model.eval()
     context.optimizer.zero_grad(set_to_none=True)  # no stale hidden gradient survives tau
     context.averaged.forget(hidden)
     state.hidden_hash = tensors_hash(second.frozen(context))
