@@ -118,6 +118,10 @@ class Attempt:
                 found = certify_witness(problem, seed=self.seed, **arguments)
             else:
                 found = certify_given(problem, **arguments)
+            if found.status == "full rank" and problem.narrowed:
+                rounded = f"the model computes in less than float64 ({problem.narrowed}), whose "
+                rounded += "rounding fills up the rank of stored features"
+                found = found.but(status="undecided", reason=f"{found.reason}; {rounded}")
             if found.status != "undecided":
                 with self._compared(2) as stage:
                     require_agreement(problem, Reference(problem, problem.wide), stage)

@@ -23,7 +23,8 @@ from ..model.inputs import first_parameter
 from ..model.layers import wide_chain
 from ..model.network import Network
 from ..model.probing import copy_model, eager, input_of, rows_into, untouched, unwrap
-from .forward_error import BoundedFeatures, Unbounded, bounded_features, damped
+from .forward_error import BoundedFeatures, Unbounded, damped
+from .running.features import bounded_features
 from .witness import whiten
 
 CHUNK = 8192  # samples
@@ -260,7 +261,7 @@ class Problem:
         batches = self.batches(count)
         size = sum(map(len, batches))
         if folder is None:
-            parts = [self._bounded(stop, batches, stage)]
+            parts = [bounded_features(self.model, stop, batches, n=size, progress=stage.advance)]
         else:
             parts, chunk = [], []
             for k, batch in enumerate(batches, 1):
@@ -281,10 +282,6 @@ class Problem:
             self.bounded = found
         return found
 
-    def _bounded(self, stop: nn.Module, batches: list[Tensor], stage: Stage) -> BoundedFeatures:
-        n = sum(map(len, batches))
-        return bounded_features(self.model, stop, batches, n=n, progress=stage.advance)
-
     def _kept(
         self, stop: nn.Module, batches: list[Tensor], stage: Stage, folder: Path
     ) -> BoundedFeatures:
@@ -299,7 +296,8 @@ class Problem:
             if self._as_before(stop, batches, found, int(key[:8], 16)):
                 stage.advance(len(found.z))
                 return found
-        found = self._bounded(stop, batches, stage)
+        n = sum(map(len, batches))
+        found = bounded_features(self.model, stop, batches, n=n, progress=stage.advance)
         kept = {"key": key, "checksum": _checksum(found), **vars(found)}
         write_atomically(path, lambda file: torch.save(kept, file))
         return found

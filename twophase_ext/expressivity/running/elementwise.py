@@ -1,0 +1,305 @@
+"""Operators that act number by number, and sums, products and quotients of broadcast operands."""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from ...linalg.bounds import SLACK
+from ..bounded import LIBM, SOFTPLUS, ULPS, refuse
+from .call import Call, Result
+from .operand import HUGE, Operand
+
+Rule = Callable[[Call], list[Result]]
+
+
+def _smooth(lipschitz: float, of_output: float, of_input: float, assumed: str = "") -> Rule:
+    """f with |f'| <= lipschitz, computed to so many u of |output| and of |input|."""
+
+    def rule(call: Call) -> list[Result]:
+        x = call.operand("self")
+        if assumed:
+            call.owner.assumed.add(assumed)
+        error = lipschitz * x.error
+        if of_input:
+            error = error + of_input * call.u * x.norm
+        return call.elementwise([x], error, of_output)
+
+    return rule
+
+
+def _gelu(call: Call) -> list[Result]:
+    # x (1 + erf(x / sqrt 2)) / 2: the factor errs by 6u, absolute; the tanh form by 20u: its
+    # argument, a cubic, errs by 6u relatively, and |y| sech^2(y) <= 0.45
+    call.owner.assumed.add(LIBM)
+    x = call.operand("self")
+    error = 1.13 * x.error + (16 if call["approximate"] == "none" else 32) * call.u * x.norm
+    return call.elementwise([x], error)
+
+
+def _leaky(call: Call) -> list[Result]:
+    x = call.operand("self")
+    return call.elementwise([x], max(1.0, abs(call["negative_slope"])) * x.error, 2)
+
+
+def _prelu(call: Call) -> list[Result]:
+    x, w = call.operand("self"), call.operand("weight").expanded(call.out.shape)
+    if not w.constant:
+        refuse("no rule for slopes that depend on the samples")
+    slope = max(1.0, float(w.largest))
+    error = (slope + w.error) * x.error + w.error * x.largest
+    return call.elementwise([x, w], error, 2)
+
+
+def _elu(call: Call) -> list[Result]:
+    alpha, scale, inner = call["alpha"], call["scale"], call["input_scale"]
+    x = call.operand("self")
+    call.owner.assumed.add(LIBM)
+    slope = abs(scale) * max(1.0, abs(alpha * inner))
+    # expm1 of a rounded product: relative to 1 at most
+    count = math.sqrt(call.out.numel()) * abs(scale * alpha)
+    rounding = 2 * ULPS * call.u * (slope * x.norm + count)
+    return call.elementwise([x], slope * x.error + rounding, 8)
+
+
+def _clamp(call: Call) -> list[Result]:
+    bounds = [call[name] for name in ("min", "max", "min_val", "max_val") if name in call.given]
+    operands = [call.operand("self", masks=True)]
+    error = operands[0].error
+    for bound in bounds:
+        if isinstance(bound, Tensor):
+            operands.append(call.known(bound).expanded(call.out.shape))
+            error = error + operands[-1].error
+    finite = [b for b in bounds if isinstance(b, Real)]
+    return call.elementwise(operands, error, huge=operands[0].huge and len(finite) < 2)
+
+
+def _hardsigmoid(call: Call) -> list[Result]:
+    x = call.operand("self")
+    count = math.sqrt(call.out.numel())  # x / 6 + 1 / 2 errs by u, absolute
+    return call.elementwise([x], x.error / 6 * SLACK + 4 * call.u * count, 8)
+
+
+def _exp(call: Call) -> list[Result]:
+    x = call.operand("self", masks=True)
+    call.owner.assumed.add(LIBM)
+    made = call.elementwise([x], x.error)[0]
+    largest = call.made(made.dim, made.ids).largest
+    return call.elementwise([x], largest * torch.expm1(x.error) * SLACK, 2 * ULPS)
+
+
+def _log(call: Call) -> list[Result]:
+    x = call.operand("self")
+    call.owner.assumed.add(LIBM)
+    least = x.least - x.error
+    error = torch.where(least > 0, x.error / least.clamp(min=1e-300), torch.inf)
+    return call.elementwise([x], error * SLACK, 2 * ULPS)
+
+
+def _sqrt(call: Call) -> list[Result]:
+    """sqrt(a) - sqrt(b) = (a - b) / (sqrt(a) + sqrt(b)); exact inputs may be 0."""
+    x = call.operand("self")
+    least = x.least - x.error
+    slope = 1 / (x.least.clamp(min=0).sqrt() + least.clamp(min=0).sqrt()).clamp(min=1e-300)
+    error = torch.where(x.error > 0, torch.where(least >= 0, x.error * slope, torch.inf), 0.0)
+    return call.elementwise([x], error * SLACK, 2)
+
+
+def _rsqrt(call: Call) -> list[Result]:
+    x = call.operand("self")
+    least = x.least - x.error
+    error = torch.where(least > 0, x.error / (2 * least.clamp(min=1e-200) ** 1.5), torch.inf)
+    return call.elementwise([x], error * SLACK, 6)
+
+
+def _reciprocal(call: Call) -> list[Result]:
+    x = call.operand("self")
+    least = x.least_size - x.error
+    error = torch.where(least > 0, x.error / (least * x.least_size).clamp(min=1e-300), torch.inf)
+    return call.elementwise([x], error * SLACK, 2)
+
+
+def _pow(call: Call) -> list[Result]:
+    """x^k for k = 2, 3: |a^k - b^k| <= k (|a| + |a - b|)^(k - 1) |a - b|; 0.5 and -0.5 as roots."""
+    if not isinstance(call["exponent"], Real) or not isinstance(call["self"], Tensor):
+        return refuse("no rule for this power; 2, 3, 0.5 and -0.5 have one")
+    power = float(call["exponent"])
+    if power == 0.5:
+        return _sqrt(call)
+    if power == -0.5:
+        return _rsqrt(call)
+    if power not in (2.0, 3.0):
+        return refuse("no rule for this power; 2, 3, 0.5 and -0.5 have one")
+    x = call.operand("self")
+    slope = power * (x.largest + x.error) ** (power - 1) * SLACK
+    return call.elementwise([x], slope * x.error, 8)
+
+
+def _pair(call: Call, first: str, second: str, masks: bool = False) -> tuple[Operand, Operand]:
+    """Two operands, broadcast; a number is an exact constant."""
+    found = []
+    for name in (first, second):
+        value = call[name]
+        if not isinstance(value, Tensor):
+            value = torch.tensor(float(value), dtype=torch.float64)
+        operand = call.known(value, masks=masks)
+        if masks and operand.constant and value.is_floating_point():
+            operand.huge = operand.huge or bool((value.abs() >= HUGE).any())
+        found.append(operand.expanded(call.out.shape))
+    return found[0], found[1]
+
+
+def _sum(call: Call) -> list[Result]:
+    """a + alpha b; numbers beyond HUGE stay so, and other ones do not become so."""
+    x, y = _pair(call, "self", "other", masks=True)
+    alpha = abs(float(call["alpha"] if call["alpha"] is not None else 1))
+    huge = x.huge or y.huge
+    if huge and alpha != 1:
+        return refuse("no rule for a multiple of masks")
+    multiple = 0.0 if alpha == 1 else 2 * call.u * alpha * y.norm
+    result = call.elementwise([x, y], x.error + alpha * y.error + multiple, 3, huge)
+    if huge:
+        # a number of HUGE / 4 to HUGE could be either: none may be there
+        size = call.out.abs()
+        if bool(((size > HUGE / 4) & (size < HUGE * 4)).any()) or bool(call.out.isnan().any()):
+            return refuse("no rule for numbers of this size")
+    return result
+
+
+def _product(call: Call) -> list[Result]:
+    """|ab - a'b'| <= |a| |b - b'| + |b| |a - a'| + |a - a'| |b - b'|."""
+    x, y = _pair(call, "self", "other")
+    error = x.largest * y.error + y.largest * x.error + x.error * y.error
+    return call.elementwise([x, y], error * SLACK, 2)
+
+
+def _quotient(call: Call) -> list[Result]:
+    """|a/b - a'/b'| <= (|a - a'| + |a/b| |b - b'|) / |b'|, |b'| >= |b| - |b - b'|."""
+    if call["rounding_mode"] is not None:
+        return refuse("no rule for a rounded quotient")
+    x, y = _pair(call, "self", "other")
+    least = y.least_size - y.error
+    (result,) = call.elementwise([x, y], call.zeros(x, y))
+    largest = call.made(result.dim, result.ids).largest
+    error = (x.error + largest * y.error) / least.clamp(min=1e-300)
+    return call.elementwise([x, y], torch.where(least > 0, error, torch.inf) * SLACK, 2)
+
+
+def _rsub(call: Call) -> list[Result]:
+    x, y = _pair(call, "other", "self")
+    alpha = abs(float(call["alpha"] if call["alpha"] is not None else 1))
+    multiple = 0.0 if alpha == 1 else 2 * call.u * alpha * y.norm
+    return call.elementwise([x, y], x.error + alpha * y.error + multiple, 3)
+
+
+def _addcmul(call: Call) -> list[Result]:
+    a = call.operand("self").expanded(call.out.shape)
+    x, y = (call.operand(n).expanded(call.out.shape) for n in ("tensor1", "tensor2"))
+    value = abs(float(call["value"]))
+    product = x.largest * y.error + y.largest * x.error + x.error * y.error
+    rounding = 4 * call.u * value * x.largest * y.norm
+    return call.elementwise([a, x, y], a.error + value * product * SLACK + rounding, 4)
+
+
+def _choose(call: Call) -> list[Result]:
+    """Of one operand or the other, by a condition that is exact: the errors of both do."""
+    operands = [call.operand("condition").expanded(call.out.shape)]
+    values = _pair(call, "self", "other", masks=True)
+    error = (values[0].error.square() + values[1].error.square()).sqrt()
+    huge = values[0].huge or values[1].huge
+    return call.elementwise([*operands, *values], error, huge=huge)
+
+
+def _masked_fill(call: Call) -> list[Result]:
+    x = call.operand("self", masks=True).expanded(call.out.shape)
+    mask = call.operand("mask").expanded(call.out.shape)
+    value = call["value"]
+    number = float(value) if not isinstance(value, Tensor) or value.numel() == 1 else math.nan
+    if isinstance(value, Tensor) and not call.known(value, masks=True).exact:
+        return refuse("no rule for a filling that is rounded")
+    return call.elementwise([x, mask], x.error, huge=x.huge or abs(number) >= HUGE)
+
+
+def _largest_of_two(call: Call) -> list[Result]:
+    x, y = _pair(call, "self", "other")
+    return call.elementwise([x, y], x.error + y.error)
+
+
+def _softplus(call: Call) -> list[Result]:
+    """twophase::softplus: 1-Lipschitz, off by 8u |h| + 8u / beta."""
+    call.owner.assumed.add(SOFTPLUS)
+    x = call.operand("x")
+    count = call.out.numel() / (1 if x.constant else call.owner.samples)
+    bend = 8 * call.u / call["beta"] * math.sqrt(count)
+    return call.elementwise([x], x.error + bend * SLACK, 8)
+
+
+def _decides(call: Call) -> list[Result]:
+    """Comparisons, and integers of integers: exact of exact numbers, else it hangs on rounding."""
+    operands = [
+        call.known(v, masks=True).expanded(call.out.shape)
+        for v in call.given.values()
+        if isinstance(v, Tensor)
+    ]
+    error = call.zeros(*operands)
+    for operand in operands:
+        error = error + operand.error
+    return call.elementwise(operands, error)
+
+
+def _converted(call: Call) -> list[Result]:
+    """To another type: one rounding, to that of the result."""
+    x = call.operand("self", masks=True)
+    (result,) = call.elementwise([x], x.error, 1, huge=x.huge)
+    if call.out.is_floating_point() and x.value.is_floating_point():
+        lost = bool((call.out.isinf() & ~x.value.isinf()).any()) or bool(call.out.isnan().any())
+        if lost and not x.huge:
+            return refuse("numbers are beyond the range of the type")
+    return [result]
+
+
+_SIN = 2 * ULPS
+ELEMENTWISE: dict[str, Rule] = {
+    **dict.fromkeys(("relu", "hardtanh"), _clamp),
+    "abs": _smooth(1.0, 0, 0),
+    **dict.fromkeys(("neg", "tril", "triu"), _smooth(1.0, 0, 0)),
+    "sigmoid": _smooth(0.25, 16, 0, LIBM),
+    "tanh": _smooth(1.0, 2 * ULPS, 0, LIBM),
+    "silu": _smooth(1.1, 20, 0, LIBM),
+    "mish": _smooth(1.1, 40, 0, LIBM),
+    "erf": _smooth(1.13, 2 * ULPS, 0, LIBM),
+    "sin": _smooth(1.0, _SIN, 0, LIBM),
+    "cos": _smooth(1.0, _SIN, 0, LIBM),
+    "hardswish": _smooth(1.5, 8, 4),
+    "hardsigmoid": _hardsigmoid,
+    "gelu": _gelu,
+    "leaky_relu": _leaky,
+    "_prelu_kernel": _prelu,
+    "elu": _elu,
+    **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
+    "exp": _exp,
+    "log": _log,
+    "sqrt": _sqrt,
+    "rsqrt": _rsqrt,
+    "reciprocal": _reciprocal,
+    "pow": _pow,
+    **dict.fromkeys(("add", "sub"), _sum),
+    "rsub": _rsub,
+    "mul": _product,
+    "div": _quotient,
+    "addcmul": _addcmul,
+    "where": _choose,
+    "masked_fill": _masked_fill,
+    **dict.fromkeys(("maximum", "minimum"), _largest_of_two),
+    "twophase::softplus": _softplus,
+    **dict.fromkeys(
+        (
+            *("eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or"),
+            *("bitwise_and", "bitwise_or", "bitwise_not", "remainder", "isnan", "isinf"),
+        ),
+        _decides,
+    ),
+    "_to_copy": _converted,
+}

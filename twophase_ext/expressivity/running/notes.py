@@ -1,0 +1,115 @@
+"""What is known of a storage while a model runs: whose its numbers are, and how far off.
+
+A note belongs to a storage, not to a tensor: a view is a part of it, so the errors of its numbers
+are part of the storage's, and a write through one view is seen by the others.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..bounded import refuse
+
+ALL = 1 << 62  # a unit longer than any storage
+
+
+@dataclass(frozen=True)
+class Note:
+    """Errors of a storage's numbers, sample by sample.
+
+    error [b] >= ||computed - exact||_2 over the numbers of each sample; [1] for a constant, and 0
+    throughout for integers that are exact; inf: it hangs on how numbers were rounded. The number at
+    offset o belongs to sample ids[o // unit % len(ids)]; ids None: a constant. huge: numbers beyond
+    HUGE may be there (masks), each right to a relative error of 2^-40 and outside of `error`.
+    """
+
+    error: Tensor
+    unit: int = ALL
+    ids: Tensor | None = None
+    huge: bool = False
+
+
+class Notes:
+    """The notes of one run, by storage; a storage that is gone is forgotten."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        # the weak reference keeps the address from being given to another storage
+        self._kept: dict[int, tuple[StorageWeakRef, Note]] = {}
+
+    def of(self, tensor: Tensor) -> Note | None:
+        """The note of the tensor's storage."""
+        found = self._kept.get(tensor.untyped_storage()._cdata)
+        return None if found is None else found[1]
+
+    def write(self, tensor: Tensor, note: Note) -> None:
+        """Replace the note of the tensor's storage."""
+        storage = tensor.untyped_storage()
+        kept = self._kept.get(storage._cdata)
+        reference = StorageWeakRef(storage) if kept is None else kept[0]
+        self._kept[storage._cdata] = reference, note
+        if len(self._kept) % 512 == 0:
+            self._kept = {k: v for k, v in self._kept.items() if not v[0].expired()}
+
+
+def laid_out(tensor: Tensor, dim: int, ids: Tensor, error: Tensor, huge: bool = False) -> Note:
+    """The note of a freshly made tensor whose index along `dim` says whose its numbers are."""
+    if len(ids) == 1:
+        return Note(error, ALL, ids, huge)
+    note = Note(error, tensor.stride(dim), shortest(ids), huge)
+    found, own = sample_dim(tensor, note)
+    if found != dim or not torch.equal(own, ids):
+        refuse("its result lies in memory as no rule expects")
+    return note
+
+
+def shortest(ids: Tensor) -> Tensor:
+    """One period of ids."""
+    again = ((ids[1:] == ids[0]) & (ids[:-1] != ids[0])).nonzero()[:, 0] + 1
+    for period in again[:4].tolist():
+        if len(ids) % period == 0 and bool((ids.view(-1, period) == ids[:period]).all()):
+            return ids[:period]
+    return ids
+
+
+def sample_dim(tensor: Tensor, note: Note) -> tuple[int | None, Tensor]:
+    """(the dimension along which samples change, whose each of its indices is) of a tensor.
+
+    None: all of it is one sample's, ids [1]. Unbounded where two dimensions decide together.
+    """
+    assert note.ids is not None
+    ids, unit, period = note.ids, note.unit, len(note.ids)
+    offset = tensor.storage_offset()
+    if period == 1:
+        return None, ids
+    moves = 0
+    chosen: list[tuple[int | None, Tensor, int]] = []
+    for place, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        reach = (size - 1) * stride
+        if size <= 1 or stride % (unit * period) == 0:
+            continue
+        if offset % unit + reach >= unit:
+            along = ids[(offset + torch.arange(size) * stride) // unit % period]
+            if bool((along != along[0]).any()):
+                chosen.append((place, along, stride))
+                continue
+        moves += reach
+    if len(chosen) > 1:
+        refuse("it mixes the samples")
+    own = ids[offset // unit % period][None]
+    dim, along, stride = chosen[0] if chosen else (None, own, 0)
+    # the other dimensions stay with one sample: no change between the ends of their reach
+    changes = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).long()])
+    changes[0] = int(ids[0] != ids[-1])
+    total = changes.cumsum(0)
+    first = (offset + torch.arange(len(along)) * stride) // unit
+    last = (offset + torch.arange(len(along)) * stride + moves) // unit
+
+    def count(k: Tensor) -> Tensor:
+        return k // period * total[-1] + total[k % period]
+
+    if bool((count(first) != count(last)).any()):
+        refuse("it mixes the samples")
+    return dim, along

@@ -1,0 +1,144 @@
+"""Operands of an operator: values, whose they are, and how far off, with norms by sample."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ...linalg.bounds import SLACK, gamma
+from ..bounded import refuse
+
+HUGE = 1e100  # beyond it a number is a mask's
+
+
+class Operand:
+    """A tensor with what is known of it.
+
+    value: as it is. dim: along which samples change, None where all is one sample's or a constant.
+    ids: whose each index along dim is. error: [b], or [1] of a constant, for the whole storage.
+    """
+
+    def __init__(
+        self,
+        value: Tensor,
+        dim: int | None,
+        ids: Tensor | None,
+        error: Tensor,
+        samples: int,
+        huge: bool = False,
+    ) -> None:
+        """ids None: a constant."""
+        self.value, self.dim, self.ids, self.samples = value, dim, ids, samples
+        self.huge = huge
+        # numbers that an expanded view shows several times
+        times = math.prod(
+            n for n, s in zip(value.shape, value.stride(), strict=True) if s == 0 and n > 1
+        )
+        if value.numel() and not times > 1 and _overlaps(value):
+            times = _overlaps(value)
+        self.error = error * math.sqrt(times) * SLACK if times > 1 else error
+
+    @property
+    def constant(self) -> bool:
+        """Whether it is no sample's."""
+        return self.ids is None
+
+    @property
+    def exact(self) -> bool:
+        """Whether it has no error at all."""
+        return not bool(self.error.any())
+
+    def by_sample(self, rows: Tensor, how: str) -> Tensor:
+        """[b], or [1] of a constant: rows [len(ids)] added up or their largest, or least."""
+        if self.ids is None or self.dim is None:
+            return rows.reshape(1) if self.ids is None else rows.reshape(1).expand(self.samples)
+        if how == "sum":
+            return rows.new_zeros(self.samples).index_add_(0, self.ids, rows)
+        start = -math.inf if how == "amax" else math.inf
+        found = rows.new_full((self.samples,), start)
+        return found.scatter_reduce_(0, self.ids, rows, how)
+
+    def rows(self, value: Tensor | None = None) -> Tensor:
+        """[len(ids), numbers]: what belongs to each index along dim; [1, numbers] without one."""
+        value = self.value if value is None else value
+        if self.dim is None:
+            return value.reshape(1, -1)
+        return value.movedim(self.dim, 0).reshape(value.shape[self.dim], -1)
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """Upper bounds of the 2-norm, by sample; huge numbers are left out."""
+        rows = self.rows().double()
+        if self.huge:
+            rows = torch.where(rows.abs() >= HUGE, 0.0, rows)
+        norms = torch.linalg.vector_norm(rows, dim=1)
+        size = self.value.numel()
+        if self.dim is not None:
+            norms = self.by_sample(norms.square(), "sum").sqrt()
+        else:
+            norms = self.by_sample(norms[0], "sum")
+        # squares below 2^-1022 may vanish
+        return (norms * (1 + gamma(size + 8)) + math.sqrt(size) * 2.0**-510) * SLACK
+
+    @cached_property
+    def largest(self) -> Tensor:
+        """The largest absolute value, by sample."""
+        rows = self.rows().abs().double()
+        return self.by_sample(rows.amax(1) if self.dim is not None else rows.amax(), "amax")
+
+    @cached_property
+    def least(self) -> Tensor:
+        """The least value, by sample."""
+        rows = self.rows().double()
+        return self.by_sample(rows.amin(1) if self.dim is not None else rows.amin(), "amin")
+
+    @cached_property
+    def least_size(self) -> Tensor:
+        """The least absolute value, by sample."""
+        rows = self.rows().abs().double()
+        return self.by_sample(rows.amin(1) if self.dim is not None else rows.amin(), "amin")
+
+    def expanded(self, shape: Sequence[int]) -> "Operand":
+        """As broadcast to `shape`."""
+        if tuple(shape) == tuple(self.value.shape):
+            return self
+        times = math.prod(shape) // max(self.value.numel(), 1)
+        dim = None if self.dim is None else self.dim + len(shape) - self.value.dim()
+        value, error = self.value.expand(tuple(shape)), self.error
+        found = Operand.__new__(Operand)
+        found.value, found.dim, found.ids, found.samples = value, dim, self.ids, self.samples
+        found.huge = self.huge
+        found.error = error * math.sqrt(times) * SLACK if times > 1 else error
+        if self.dim is None and self.ids is not None and self.samples > 1:
+            refuse("it takes one sample of a batch")
+        return found
+
+
+def _overlaps(value: Tensor) -> int:
+    """At most how often a view shows one number of its storage, where windows overlap; else 1."""
+    strides = sorted(
+        (s, n) for n, s in zip(value.shape, value.stride(), strict=True) if n > 1 and s > 0
+    )
+    times, reach = 1, 0
+    for stride, size in strides:
+        if stride <= reach:  # this dimension's steps fall within what smaller ones span
+            times *= min(size, -(-(reach + 1) // stride))
+        reach += (size - 1) * stride
+    return times
+
+
+def together(operands: Sequence[Operand], shape: Sequence[int]) -> tuple[int | None, Tensor | None]:
+    """(dim, ids) of what operands make, broadcast to `shape`; Unbounded where they do not agree."""
+    dim: int | None = None
+    ids: Tensor | None = None
+    for operand in operands:
+        if operand.ids is None:
+            continue
+        own = None if operand.dim is None else operand.dim + len(shape) - operand.value.dim()
+        if ids is None:
+            dim, ids = own, operand.ids
+        elif own != dim or not torch.equal(ids, operand.ids):
+            refuse("it brings different samples together")
+    return dim, ids
