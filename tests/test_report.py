@@ -244,6 +244,11 @@ def test_no_run_is_an_error(runs, tmp_path, capsys):
     (tmp_path / "empty" / "config.json").write_text('{"model": "a", "n": 1, "width": 1}')
     with pytest.raises(ValueError, match="is not of a run: it lacks loss, epochs, tau_epoch"):
         write_report([tmp_path / "empty"], out)
+    (tmp_path / "empty" / "config.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="format 99, this version reads up to 1"):
+        write_report([tmp_path / "empty"], out)
+    config = json.loads((runs / "gd" / "config.json").read_text())
+    assert config["format"] == 1
     assert not out.exists()
 
 
