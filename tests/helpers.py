@@ -106,7 +106,17 @@ def bits(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    """The same bytes: NaN is NaN, and -0 is not 0."""
+
+    def raw(t: torch.Tensor) -> bytes:
+        return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype
+        and a[name].shape == b[name].shape
+        and raw(a[name]) == raw(b[name])
+        for name in a
+    )
 
 
 class Given(nn.Module):

@@ -45,6 +45,10 @@ class Scaled(tp.nn.Softplus):
 class Kept(nn.Linear):
     """Its weight is read through a property of sorts."""
 
+    def reset_parameters(self):
+        for parameter in self._parameters.values():  # not through what reads them as 0
+            nn.init.uniform_(parameter, -0.5, 0.5)
+
     def __getattr__(self, name):
         value = super().__getattr__(name)
         return value * 0 if name == "weight" else value

@@ -109,7 +109,7 @@ def test_a_model_without_wide_layer_is_bounded_directly():
 def test_a_module_without_a_bound_is_never_promoted():
     class Own(nn.Module):
         def forward(self, x):
-            return torch.exp(-x * x)
+            return torch.special.bessel_j0(x)
 
     x, _ = toy_data(12)
     model = nn.Sequential(nn.Linear(5, 40), Own(), nn.Linear(40, 3)).double()
