@@ -154,6 +154,7 @@ def sequence():
         lambda: nn.LayerNorm(d),
         lambda: RootMeanSquare(d),
         lambda: Residual(nn.Sequential(nn.Linear(d, 16), activation(), nn.Linear(16, d))),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(d, d)),
         lambda: Product(nn.Linear(d, d), nn.Sequential(nn.Linear(d, d), activation())),
         lambda: nn.TransformerEncoderLayer(
             d, 2, 16, batch_first=True, norm_first=random.random() < 0.5
@@ -172,6 +173,9 @@ def sequence():
         nn.Flatten,
         lambda: Does(lambda x: x.amax(1)),
         lambda: Does(lambda x: x.sum(1)),
+        lambda: Does(lambda x: x.logsumexp(1)),
+        lambda: Does(lambda x: x.var(1)),
+        lambda: Does(lambda x: x.cumsum(1)[:, -1]),
     ]
     return nn.Sequential(*layers, random.choice(ends)()), torch.randn(6, 5, d)
 

@@ -115,9 +115,10 @@ REFUSED = {
     ),
     "the largest's place": (
         lambda x: x + (x * 3).tanh().argmax(1, keepdim=True),
-        "argmax: no rule",
+        "it decides by numbers that are rounded",
     ),
-    "a path": (lambda x: x * 2 if bool((x > 0).any()) else x, "any: no rule"),
+    "a path": (lambda x: x * 2 if bool((x > 0).any()) else x, "any: it adds up the samples"),
+    "places": (lambda x: x + (x * 3).sort(1).indices, "sort: no rule"),
     "half precision": (lambda x: x.half().to(x.dtype), "no rule for numbers of torch.float16"),
     "complex numbers": (lambda x: torch.fft.fft(x).real, "no rule"),
     "nothing of x": (lambda x: torch.ones(len(x), 6, dtype=x.dtype), "does not depend on the data"),
@@ -283,6 +284,19 @@ def test_a_recurrent_network_over_tokens_is_proved():
     given = tp.verify_expressivity(model, x, method="certificate")
     sigma = float(torch.linalg.svdvals(matrix)[-1])
     assert given.status == "proved" and 0 < given.sigma_min_lower <= sigma * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: torch.exp(-x * x), torch.sin, lambda x: x / (1 + x * x)]
+)
+def test_bounds_at_given_weights_are_below_the_singular_value(function):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), Does(function), nn.Linear(40, 3)).double()
+    verdict = tp.verify_expressivity(model, X, method="certificate")
+    with torch.no_grad():
+        h = model[1](model[0](X))
+    sigma = torch.linalg.svdvals(torch.cat([h, h.new_ones(len(h), 1)], 1))[-1]
+    assert verdict.status == "proved" and 0 < verdict.sigma_min_lower <= float(sigma) * (1 + 1e-9)
 
 
 def test_sequences_that_the_network_cannot_tell_apart_are_not_proved():

@@ -142,10 +142,24 @@ def _schur(groups: int) -> Callable[[Tensor], OperatorNorms]:
     return compute
 
 
+def _weight_norm(call: Call) -> list[Result]:
+    """g v / ||v||, of parameters: every number to a relative error."""
+    v, g = call.operand("v"), call.operand("g")
+    if not (v.constant and g.constant and v.exact and g.exact):
+        return refuse("no rule for weights that are computed")
+    results = []
+    for out in call.outs:
+        made = call.made(None, None, out)
+        error = call.gamma(v.value.numel() + 16) * made.norm
+        results.append(Result(out, None, None, error))
+    return results
+
+
 PRODUCTS: dict[str, Callable[[Call], list[Result]]] = {
     "mm": _mm,
     "bmm": _mm,
     "addmm": _addmm,
     "baddbmm": _addmm,
     "convolution": _convolution,
+    "_weight_norm_interface": _weight_norm,
 }

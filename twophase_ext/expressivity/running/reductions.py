@@ -111,6 +111,52 @@ def _log_softmax(call: Call) -> list[Result]:
     return [Result(call.out, x.dim, x.ids, (1 + math.sqrt(count)) * x.error * SLACK + rounding)]
 
 
+def _log_sum_exp(call: Call) -> list[Result]:
+    """max + log sum exp(x - max): its derivative softmax(x) has norm 1 at most."""
+    x = call.operand("self")
+    dims, dim = _reduced(call, x)
+    call.owner.assumed.add(LIBM)
+    count = math.prod(x.value.shape[d] for d in dims)
+    made = call.made(dim, x.ids)
+    each = call.gamma(count + 4 * ULPS + 8) + 4 * call.u * math.log(count + 1)
+    rounding = 4 * call.u * (made.norm + x.norm) + math.sqrt(call.out.numel()) * each
+    return [Result(call.out, dim, x.ids, x.error * SLACK + rounding)]
+
+
+def _variance(call: Call) -> list[Result]:
+    """||c||^2 / (d - correction), c = x - mean: |a^2 - b^2| <= (2 |a| + |a - b|) |a - b|."""
+    x = call.operand("self")
+    dims, dim = _reduced(call, x)
+    count = math.prod(x.value.shape[d] for d in dims)
+    correction = 1 if call["correction"] is None else float(call["correction"])
+    if count - correction <= 0:
+        return refuse("no rule for a variance of too few numbers")
+    off = x.error + 4 * call.gamma(count + 4) * x.norm
+    slope = (2 * x.norm + off) / (count - correction)
+    made = call.made(dim, x.ids)
+    return [Result(call.out, dim, x.ids, (slope * off + call.gamma(count + 8) * made.norm) * SLACK)]
+
+
+def _decided(call: Call) -> list[Result]:
+    """any, all, argmax, argmin along dimensions: exact of exact numbers, else by rounding."""
+    x = call.operand("self", masks=True)
+    _, dim = _reduced(call, x)
+    return [Result(call.out, dim, x.ids, x.error)]
+
+
+def _cumulated(call: Call) -> list[Result]:
+    """Sums of the first 1 to n numbers: a triangle of ones, whose norm is below n."""
+    x = call.operand("self")
+    axis = call["dim"] % max(x.value.dim(), 1)
+    if axis == x.dim:
+        return refuse("it adds up the samples")
+    count = x.value.shape[axis] if x.value.dim() else 1
+    error = count * (x.error + call.gamma(count + 2) * x.norm)
+    if not call.out.is_floating_point():
+        error = x.error
+    return [Result(call.out, x.dim, x.ids, error * SLACK)]
+
+
 def _normalized(
     call: Call, x: Operand, rows: Tensor, by: Callable[[Tensor], Tensor], eps: float
 ) -> Tensor:
@@ -309,6 +355,10 @@ REDUCTIONS: dict[str, Rule] = {
     "linalg_vector_norm": _vector_norm,
     **dict.fromkeys(("_softmax", "_safe_softmax"), _softmax),
     "_log_softmax": _log_softmax,
+    "logsumexp": _log_sum_exp,
+    "var": _variance,
+    **dict.fromkeys(("any", "all", "argmax", "argmin"), _decided),
+    "cumsum": _cumulated,
     "native_layer_norm": _layer_norm,
     "native_group_norm": _group_norm,
     "native_batch_norm": _batch_norm,
