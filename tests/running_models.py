@@ -48,7 +48,7 @@ class RootMeanSquare(nn.Module):
 
 
 class Attention(nn.Module):
-    """mask: None, or how later tokens are hidden: -inf filled in, or the least number added."""
+    """mask: None, or how later tokens are hidden, by -inf or the least number."""
 
     def __init__(self, width, heads, mask=None):
         super().__init__()
@@ -62,6 +62,8 @@ class Attention(nn.Module):
         hidden = torch.ones(t, t, dtype=torch.bool).triu(1)
         if self.mask == "filled":
             scores = scores.masked_fill(hidden, float("-inf"))
+        elif self.mask == "times":
+            scores = scores + hidden.to(x.dtype) * torch.finfo(x.dtype).min
         elif self.mask == "added":
             scores = scores + torch.zeros(t, t, dtype=x.dtype).masked_fill(
                 hidden, torch.finfo(x.dtype).min
@@ -150,7 +152,7 @@ def convolutional():
 def sequence():
     d = 8
     kinds = [
-        lambda: Residual(Attention(d, 2, random.choice([None, "filled", "added"]))),
+        lambda: Residual(Attention(d, 2, random.choice([None, "filled", "added", "times"]))),
         lambda: nn.LayerNorm(d),
         lambda: RootMeanSquare(d),
         lambda: Residual(nn.Sequential(nn.Linear(d, 16), activation(), nn.Linear(16, d))),

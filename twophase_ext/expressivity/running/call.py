@@ -58,13 +58,13 @@ class Call:
         floating = self.out.dtype in (torch.float64, torch.float32)
         self.u = torch.finfo(self.out.dtype).eps / 2 if floating else 0.0
 
-    def swap(self, target: Tensor, old: Tensor) -> None:
-        """What was written, by what it was before."""
+    def swap(self, old: dict[int, Tensor]) -> None:
+        """What was written, by what it was before: id -> that."""
         for name, value in self.given.items():
-            if value is target:
-                self.given[name] = old
+            if isinstance(value, Tensor):
+                self.given[name] = old.get(id(value), value)
             elif isinstance(value, list | tuple):
-                self.given[name] = [old if v is target else v for v in value]
+                self.given[name] = [old.get(id(v), v) for v in value]
 
     def __getitem__(self, name: str) -> Any:
         """The argument of this name, its default where it was not given; None without one."""

@@ -170,7 +170,14 @@ def _sum(call: Call) -> list[Result]:
 
 def _product(call: Call) -> list[Result]:
     """|ab - a'b'| <= |a| |b - b'| + |b| |a - a'| + |a - a'| |b - b'|."""
-    x, y = _pair(call, "self", "other")
+    x, y = _pair(call, "self", "other", masks=True)
+    if x.huge or y.huge:
+        # a mask times nothing or one: exact
+        by = y if x.huge else x
+        once = (by.value == 0) | (by.value == 1)
+        if (x.huge and y.huge) or not (x.exact and y.exact and bool(once.all())):
+            return refuse("an operand may hold masks")
+        return call.elementwise([x, y], call.zeros(x, y), huge=True)
     error = x.largest * y.error + y.largest * x.error + x.error * y.error
     return call.elementwise([x, y], error * SLACK, 2)
 

@@ -65,7 +65,7 @@ class Running(TorchDispatchMode):
 
     def bounded(self, value: Tensor) -> Bounded:
         """A tensor [b, d] of this pass, with its error by sample."""
-        note = self.notes.of(value)
+        note = self.notes.checked(value)
         if note is None or note.ids is None:
             return refuse("stop: its input does not depend on the data")
         operand = self.operand(value)
@@ -79,7 +79,7 @@ class Running(TorchDispatchMode):
 
     def operand(self, tensor: Tensor) -> Operand:
         """A tensor with what is known of it."""
-        note = self.notes.of(tensor)
+        note = self.notes.checked(tensor)
         if note is None:
             return Operand(tensor, None, None, torch.zeros(1, dtype=torch.float64), self.samples)
         if note.ids is None:
@@ -194,17 +194,17 @@ class Running(TorchDispatchMode):
         if len(written) > 1:
             refuse("no rule for what it writes")
         target = written[0]
-        known = self.notes.of(target)
+        known = self.notes.checked(target)
         base = func._schema.name.removeprefix("aten::").removesuffix("_")
         rule = RULES.get(base)
         others = [t for t in tensors if t is not target]
-        old = target.clone() if rule is not None and known is not None else target
+        # what lies in the same storage is read by the rule as it was
+        own = target.untyped_storage()._cdata
+        old = {id(t): t for t in tensors if t.untyped_storage()._cdata == own}
+        if any(_partly_same(t, target) for t in old.values()):
+            refuse("it writes over numbers that it reads in another place")
         if rule is not None and known is not None:
-            dim, ids = (None, None) if known.ids is None else sample_dim(target, known)
-            if dim is not None:
-                self.notes.write(old, laid_out(old, dim, ids, known.error, known.huge))  # type: ignore[arg-type]
-            else:
-                self.notes.write(old, Note(known.error, known.unit, ids, known.huge))
+            old = {key: self._kept(t, known) for key, t in old.items()}
         out = func(*args, **kwargs)
         if known is None and not any(self._depends(t) or self.notes.of(t) for t in others):
             if target.untyped_storage()._cdata not in self._made:
@@ -213,10 +213,21 @@ class Running(TorchDispatchMode):
         if rule is None:
             raise Unbounded("no rule for its error")
         call = Call(self, func, args, kwargs, [target])
-        call.swap(target, old)
+        call.swap(old)
         (result,) = rule(call)
         self._merge(target, result, known)
         return out
+
+    def _kept(self, tensor: Tensor, known: Note) -> Tensor:
+        """A copy of a tensor, of whose storage this is known, with a note of its own."""
+        copy = tensor.clone()
+        operand = self.operand(tensor)
+        if operand.dim is not None and operand.ids is not None:
+            note = laid_out(copy, operand.dim, operand.ids, operand.error, known.huge)
+        else:
+            note = Note(operand.error, ALL, operand.ids, known.huge)
+        self.notes.write(copy, note)
+        return copy
 
     def _merge(self, target: Tensor, result: Result, known: Note | None) -> None:
         """Of the storage of which `target`, a part or all, was written."""
@@ -302,6 +313,18 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
         if info is not None and info.is_write and value is not None:
             found += [value] if isinstance(value, Tensor) else list(value)
     return found
+
+
+def _partly_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two views of one storage show a number in common, and not all in the same places."""
+    place = [(t.dtype, t.shape, t.stride(), t.storage_offset()) for t in (a, b)]
+    if place[0] == place[1]:
+        return False
+    if a.dtype != b.dtype:
+        return True
+    numbers = torch.arange(a.untyped_storage().nbytes() // a.element_size())
+    shown = [numbers.as_strided(t.shape, t.stride(), t.storage_offset()).flatten() for t in (a, b)]
+    return bool(torch.isin(shown[0], shown[1]).any())
 
 
 def _regular(target: Tensor, dim: int) -> bool:

@@ -37,21 +37,40 @@ class Notes:
     def __init__(self) -> None:
         """None yet."""
         # the weak reference keeps the address from being given to another storage
-        self._kept: dict[int, tuple[StorageWeakRef, Note]] = {}
+        self._kept: dict[int, tuple[StorageWeakRef, Note, int]] = {}
 
     def of(self, tensor: Tensor) -> Note | None:
         """The note of the tensor's storage."""
         found = self._kept.get(tensor.untyped_storage()._cdata)
         return None if found is None else found[1]
 
+    def checked(self, tensor: Tensor) -> Note | None:
+        """The same; Unbounded where the numbers are no longer those that it speaks of.
+
+        NumPy, another thread and code that is no operator write unseen.
+        """
+        found = self._kept.get(tensor.untyped_storage()._cdata)
+        if found is None:
+            return None
+        if _mark(tensor) != found[2]:
+            refuse("an operand was written by what is no operator")
+        return found[1]
+
     def write(self, tensor: Tensor, note: Note) -> None:
         """Replace the note of the tensor's storage."""
         storage = tensor.untyped_storage()
         kept = self._kept.get(storage._cdata)
         reference = StorageWeakRef(storage) if kept is None else kept[0]
-        self._kept[storage._cdata] = reference, note
+        self._kept[storage._cdata] = reference, note, _mark(tensor)
         if len(self._kept) % 512 == 0:
             self._kept = {k: v for k, v in self._kept.items() if not v[0].expired()}
+
+
+def _mark(tensor: Tensor) -> int:
+    """The sum of a storage's bytes, eight at a time, modulo 2^64."""
+    raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    whole = len(raw) // 8 * 8
+    return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())
 
 
 def laid_out(tensor: Tensor, dim: int, ids: Tensor, error: Tensor, huge: bool = False) -> Note:
