@@ -48,7 +48,7 @@ class Call:
     ) -> None:
         """outs: the tensors that it made or wrote."""
         self.owner, self.outs, self.out = owner, outs, outs[0]
-        self.func, self.name, self.mean = func, func._schema.name, False
+        self.func, self.name = func, func._schema.name
         self.given: dict[str, Any] = {}
         for k, argument in enumerate(func._schema.arguments):
             default = argument.default_value if argument.has_default_value() else None

@@ -92,12 +92,7 @@ def _addmm(call: Call) -> list[Result]:
         return refuse("it brings different samples together")
     dim, ids = (made.dim, made.ids) if made.ids is not None else (bias.dim, bias.ids)
     terms = call.gamma(call[names[0]].shape[-1] + 4)
-    return [Result(call.out, dim, ids, error + bias.error + terms * _shares(bias, call))]
-
-
-def _shares(constant: Operand, call: Call) -> Tensor:
-    """The norm of an operand in each sample: of a constant one, at most all of it."""
-    return constant.norm
+    return [Result(call.out, dim, ids, error + bias.error + terms * bias.norm)]
 
 
 def _convolution(call: Call) -> list[Result]:

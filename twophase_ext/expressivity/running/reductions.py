@@ -30,26 +30,20 @@ def _reduced(call: Call, x: Operand) -> tuple[list[int], int | None]:
     return dims, x.dim if call["keepdim"] else x.dim - sum(d < x.dim for d in dims)
 
 
-def _sum(call: Call) -> list[Result]:
-    """Of c numbers: norm sqrt(c); of their mean 1 / sqrt(c)."""
-    x = call.operand("self")
-    if call["dtype"] not in (None, x.value.dtype):
-        return refuse("no rule for a sum in another type")
-    dims, dim = _reduced(call, x)
-    count = math.prod(x.value.shape[d] for d in dims)
-    norm = math.sqrt(count) if call.mean is False else 1 / math.sqrt(max(count, 1))
-    error = norm * (x.error + call.gamma(count + 4) * x.norm)
-    return [Result(call.out, dim, x.ids, error * SLACK)]
+def _added(mean: bool) -> Rule:
+    """The sum of c numbers, an operator of norm sqrt(c), or their mean, of norm 1 / sqrt(c)."""
 
+    def rule(call: Call) -> list[Result]:
+        x = call.operand("self")
+        if call["dtype"] not in (None, x.value.dtype):
+            return refuse("no rule for a sum in another type")
+        dims, dim = _reduced(call, x)
+        count = math.prod(x.value.shape[d] for d in dims)
+        norm = 1 / math.sqrt(max(count, 1)) if mean else math.sqrt(count)
+        error = norm * (x.error + call.gamma(count + 4) * x.norm)
+        return [Result(call.out, dim, x.ids, error * SLACK)]
 
-def _as_sum(call: Call) -> list[Result]:
-    call.mean = False
-    return _sum(call)
-
-
-def _as_mean(call: Call) -> list[Result]:
-    call.mean = True
-    return _sum(call)
+    return rule
 
 
 def _extreme(call: Call) -> list[Result]:
@@ -287,11 +281,6 @@ def _batch_norm(call: Call) -> list[Result]:
     return results + [_unread(call, other, x) for other in call.outs[1:] if other.numel()]
 
 
-def _windows(size: int, kernel: int, stride: int, padding: int, count: int) -> list[range]:
-    del size, padding
-    return [range(i * stride, i * stride + kernel) for i in range(count)]
-
-
 def _pairs(value: Any, axes: int) -> list[int]:
     found = [value] if isinstance(value, int) else list(value)
     return found * axes if len(found) == 1 else found
@@ -299,11 +288,10 @@ def _pairs(value: Any, axes: int) -> list[int]:
 
 def _avg_pool(call: Call) -> list[Result]:
     x = call.operand("self")
-    axes = 2 if call.out.dim() >= 4 or call.out.dim() == 3 else 1
     if x.dim not in (None, 0) or call.out.dim() != 4:
         return refuse("expected images [b, c, h, w]")
-    kernel, padding = _pairs(call["kernel_size"], axes), _pairs(call["padding"], axes)
-    stride = _pairs(call["stride"], axes) if call["stride"] else kernel
+    kernel, padding = _pairs(call["kernel_size"], 2), _pairs(call["padding"], 2)
+    stride = _pairs(call["stride"], 2) if call["stride"] else kernel
     if call["ceil_mode"] or call["divisor_override"]:
         return refuse("no rule for ceil_mode or divisor_override")
     if any(padding) and not call["count_include_pad"]:
@@ -313,8 +301,8 @@ def _avg_pool(call: Call) -> list[Result]:
         factor = 1.0
     sizes = [s + 2 * p for s, p in zip(x.value.shape[2:], padding, strict=True)]
     windows = [
-        _windows(s, k, t, p, n)
-        for s, k, t, p, n in zip(sizes, kernel, stride, padding, call.out.shape[2:], strict=True)
+        [range(i * t, i * t + k) for i in range(n)]
+        for k, t, n in zip(kernel, stride, call.out.shape[2:], strict=True)
     ]
     norm = pool_norm(sizes, windows) * factor
     terms = call.gamma(math.prod(kernel) + 4)
@@ -349,8 +337,8 @@ def _max_pool(call: Call) -> list[Result]:
 
 
 REDUCTIONS: dict[str, Rule] = {
-    "sum": _as_sum,
-    "mean": _as_mean,
+    "sum": _added(mean=False),
+    "mean": _added(mean=True),
     **dict.fromkeys(("amax", "amin", "max", "min"), _extreme),
     "linalg_vector_norm": _vector_norm,
     **dict.fromkeys(("_softmax", "_safe_softmax"), _softmax),
