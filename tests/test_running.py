@@ -102,6 +102,13 @@ def _by_thread(x):
     return y * 1
 
 
+def _caught(x):
+    try:
+        return x + torch.rand_like(x)
+    except ValueError:
+        return x * 1
+
+
 def counted(x):
     CALLS[0] += 1
     return x * CALLS[0]
@@ -135,6 +142,12 @@ REFUSED = {
     ),
     "a path": (lambda x: x * 2 if bool((x > 0).any()) else x, "any: it adds up the samples"),
     "places": (lambda x: x + (x * 3).sort(1).indices, "sort: no rule"),
+    "a rounded constant's number": (
+        lambda x: x * torch.ones(3, dtype=x.dtype).div(3).sum().item(),
+        "it makes a plain number of one that is rounded",
+    ),
+    "bits": (lambda x: (x * 3).tanh().view(torch.int64).to(x.dtype), "as of another type"),
+    "caught": (_caught, "it draws random numbers"),
     "half precision": (lambda x: x.half().to(x.dtype), "no rule for numbers of torch.float16"),
     "complex numbers": (lambda x: torch.fft.fft(x).real, "no rule"),
     "nothing of x": (lambda x: torch.ones(len(x), 6, dtype=x.dtype), "does not depend on the data"),

@@ -8,7 +8,7 @@ draws numbers, decides by rounded ones or writes into the model's state ends it,
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from ...core.messages import type_and_line
 from ...linalg.bounds import SLACK, UNDERFLOW
 from ..bounded import Bounded, Unbounded, refuse
 from .notes import ALL, Note, Notes, laid_out, sample_dim, shortest
@@ -46,6 +47,7 @@ class Running(TorchDispatchMode):
         self.names = {module: name for name, module in model.named_modules()}
         self.stack: list[str] = []
         self.assumed: set[str] = set()
+        self.failed = ""
         self._trace = hashlib.sha256()
         state = [*model.parameters(), *model.buffers()]
         self._state = {t.untyped_storage()._cdata for t in state}
@@ -65,6 +67,8 @@ class Running(TorchDispatchMode):
 
     def bounded(self, value: Tensor) -> Bounded:
         """A tensor [b, d] of this pass, with its error by sample."""
+        if self.failed:
+            return refuse(self.failed)
         note = self.notes.checked(value)
         if note is None or note.ids is None:
             return refuse("stop: its input does not depend on the data")
@@ -120,14 +124,16 @@ class Running(TorchDispatchMode):
             return self._dispatch(func, args, kwargs or {})
         except Unbounded as error:
             where = f"{self.stack[-1]}: " if self.stack and self.stack[-1] else ""
-            if str(error).startswith((where or "\0", "stop")):
-                raise
-            raise Unbounded(f"{where}{func._schema.name.split('::')[-1]}: {error}") from None
+            reason = f"{where}{func._schema.name.split('::')[-1]}: {error}"
+            self.failed = self.failed or reason  # a forward may catch it and go on
+            raise Unbounded(reason) from None
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name
         given, _ = tree_flatten((args, kwargs))
         tensors = [a for a in given if isinstance(a, Tensor)]
+        if any(t.layout is not torch.strided for t in tensors):
+            refuse("no rule for tensors that are not dense")
         self._record(name, given)
         if torch.Tag.nondeterministic_seeded in func.tags and name not in MOVES:
             refuse("it draws random numbers")
@@ -144,6 +150,10 @@ class Running(TorchDispatchMode):
         if not fresh:
             if not results and any(self._depends(t) for t in tensors):
                 refuse("it decides by what the samples are")
+            if not results and any(not self.operand(t).exact for t in tensors):
+                refuse("it makes a plain number of one that is rounded")
+            if any(r.dtype not in {t.dtype for t in tensors} for r in results):
+                refuse("it reads numbers as of another type")
             return out  # views: the storage's note is theirs
         self._note(func, args, kwargs, tensors, fresh)
         return out
@@ -167,9 +177,20 @@ class Running(TorchDispatchMode):
                     self.notes.write(t, Note(torch.zeros(1, dtype=torch.float64)))
                 return
             raise Unbounded("no rule for its error")
-        call = Call(self, func, args, kwargs, fresh)
-        for result in rule(call):
+        results = self._ruled(rule, Call(self, func, args, kwargs, fresh))
+        if {id(result.value) for result in results} < {id(t) for t in fresh if t.numel()}:
+            raise Unbounded("no rule for all that it makes")
+        for result in results:
             self._write(result)
+
+    @staticmethod
+    def _ruled(rule: Callable[[Call], list[Result]], call: Call) -> list[Result]:
+        try:
+            return rule(call)
+        except Unbounded:
+            raise
+        except Exception as error:  # whatever a shape that no rule foresees raises
+            raise Unbounded(f"its rule fails ({type_and_line(error)})") from error
 
     def _write(self, result: Result) -> None:
         value, error = result.value, result.error
@@ -179,7 +200,7 @@ class Running(TorchDispatchMode):
             refuse("no rule for complex numbers")
         if not value.is_floating_point() and bool(error.any()):
             error = torch.full_like(error, torch.inf)  # it hangs on how numbers were rounded
-        error = error * SLACK + (UNDERFLOW if bool(error.any()) else 0.0)
+        error = _with_underflow(error, value)
         if result.ids is None:
             self.notes.write(value, Note(error, huge=result.huge))
         elif result.dim is None:
@@ -214,7 +235,7 @@ class Running(TorchDispatchMode):
             raise Unbounded("no rule for its error")
         call = Call(self, func, args, kwargs, [target])
         call.swap(old)
-        (result,) = rule(call)
+        (result,) = self._ruled(rule, call)
         self._merge(target, result, known)
         return out
 
@@ -231,7 +252,7 @@ class Running(TorchDispatchMode):
 
     def _merge(self, target: Tensor, result: Result, known: Note | None) -> None:
         """Of the storage of which `target`, a part or all, was written."""
-        error, huge = result.error, result.huge
+        error, huge = _with_underflow(result.error, target), result.huge
         storage = target.untyped_storage()
         whole = target.numel() * target.element_size() >= storage.nbytes()
         if result.ids is None:
@@ -285,6 +306,16 @@ class Running(TorchDispatchMode):
             if self.notes.of(value) is None and key not in self._state and value.numel():
                 found.append(hashlib.sha256(_bytes(value)).hexdigest())
         self._trace.update("\0".join(found).encode())
+
+
+def _with_underflow(error: Tensor, value: Tensor) -> Tensor:
+    """With what may vanish below the type's range, where anything was rounded."""
+    if not bool(error.any()):
+        return error
+    lost = UNDERFLOW
+    if value.dtype == torch.float32:
+        lost += 2.0**-120 * math.sqrt(value.numel())
+    return error * SLACK + lost
 
 
 def _factory_error(name: str, made: Tensor) -> Tensor:

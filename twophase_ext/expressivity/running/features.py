@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.messages import type_and_line
 from ...model.probing import input_of
 from ..bounded import ARITHMETIC, LIBM, SOFTPLUS, Unbounded
 from ..forward_error import BoundedFeatures
@@ -35,6 +36,8 @@ def bounded_features(
             return running_features(model, stop, batches, n=n, progress=progress)
         except Unbounded as error:
             raise Unbounded(f"{traced}; as it runs: {error}") from None
+        except Exception as error:  # of the user's forward, or of torch's modes
+            raise Unbounded(f"{traced}; as it runs: {type_and_line(error)}") from error
 
 
 @torch.no_grad()
