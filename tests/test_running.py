@@ -46,9 +46,9 @@ def within(model, x):
 
 @pytest.mark.slow
 def test_random_networks_are_within_their_bounds():
-    found = [within(*drawn(seed)) for seed in range(160)]
+    found = [within(*drawn(seed)) for seed in range(90)]
     assert found.count(False) == 0
-    assert found.count(True) >= 120
+    assert found.count(True) >= 68
 
 
 def test_the_rounding_is_needed(monkeypatch):
