@@ -114,6 +114,8 @@ def test_doctor_tells_what_fails(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--second_phase", "gd", "--gd.steps", "0"], "gd: steps: expected at least 1, got 0"),
+        (["--second_phase", "lazy", "--lazy.eta_bar", "2"], "lazy: expected eta_bar in (0, 1)"),
         (["--tau", "1.5"], "tau: expected a fraction"),
         (["--model", "nonsense"], "model: expected mlp"),
         (["--model", "no_such_package:build"], "no_such_package"),

@@ -157,6 +157,13 @@ def _positional(part: ArgumentParser, function: Callable[..., int]) -> tuple[str
     return ()
 
 
+def _said(error: BaseException) -> str:
+    """What settings that are refused said, which jsonargparse wraps in what else it tried."""
+    while str(error).startswith("Does not validate") and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; the exit code.
 
@@ -168,16 +175,16 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = options[name]
     # classes with their arguments become callables; older versions have the other name only
     build = getattr(parts[name], "instantiate", None) or parts[name].instantiate_classes
-    keywords = {key: value for key, value in build(chosen).as_dict().items() if key != "config"}
-    if name in ("demo", "train"):
-        keywords["callbacks"] = (SaveOptions(parts[name].dump(chosen)),)
     try:
+        keywords = {key: value for key, value in build(chosen).as_dict().items() if key != "config"}
+        if name in ("demo", "train"):
+            keywords["callbacks"] = (SaveOptions(parts[name].dump(chosen)),)
         return COMMANDS[name](**keywords)
     except KeyboardInterrupt:  # before or after the training, or for the second time in it
         print(f"twophase {name}: interrupted", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
-        print(f"twophase {name}: {error}", file=sys.stderr)
+        print(f"twophase {name}: {_said(error)}", file=sys.stderr)
         return 2
 
 

@@ -43,6 +43,11 @@ def number(value: Any, name: str) -> float:
         raise ValueError(f"{name}: expected a number in float64's range, got {value}") from error
 
 
+def numbers(**values: Any) -> list[float]:
+    """Each value as `number` makes it, in the order given."""
+    return [number(value, name) for name, value in values.items()]
+
+
 def require_last_layer(
     weight: Any, bias: Any, weight_buffer: Any, bias_buffer: Any, **others: Any
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
-from ._arguments import number, require_last_layer
+from ._arguments import number, numbers, require_last_layer
 from .last_layer_step import checked_loss
 
 _ops = torch.ops.twophase
@@ -85,9 +85,7 @@ def last_layer_epoch_(
         _integers(bounds),
         code,
         _rates(lr),
-        number(momentum, "momentum"),
-        number(dampening, "dampening"),
-        number(weight_decay, "weight_decay"),
+        *numbers(momentum=momentum, dampening=dampening, weight_decay=weight_decay),
         nesterov,
         is_first_step,
         mapped,
@@ -99,12 +97,12 @@ def last_layer_epoch_(
 
 def _integers(bounds: Any) -> list[int]:
     try:
-        numbers = [index(bound) for bound in bounds]
+        found = [index(bound) for bound in bounds]
     except TypeError as error:
         raise TypeError(f"bounds: expected integers: {error}") from error
-    if any(not 0 <= bound < 2**63 for bound in numbers):
-        raise ValueError(f"bounds: expected integers >= 0 of 64 bits, got {numbers}")
-    return numbers
+    if any(not 0 <= bound < 2**63 for bound in found):
+        raise ValueError(f"bounds: expected integers >= 0 of 64 bits, got {found}")
+    return found
 
 
 def _rates(lr: Any) -> list[float]:

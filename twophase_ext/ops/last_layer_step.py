@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
-from ._arguments import number, require_last_layer
+from ._arguments import numbers, require_last_layer
 
 _ops = torch.ops.twophase
 _LOSSES = {"cross_entropy": 0, "squared_error": 1}  # enum Loss of csrc/math/loss.h
@@ -77,10 +77,7 @@ def last_layer_step_(
         h,
         target,
         code,
-        number(lr, "lr"),
-        number(momentum, "momentum"),
-        number(dampening, "dampening"),
-        number(weight_decay, "weight_decay"),
+        *numbers(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay),
         nesterov,
         is_first_step,
     )

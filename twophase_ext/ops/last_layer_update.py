@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
-from ._arguments import number, require_last_layer
+from ._arguments import numbers, require_last_layer
 from .last_layer_logits import require_rows
 from .last_layer_step import checked_loss
 
@@ -58,10 +58,7 @@ def last_layer_update_(
         logits,
         target,
         code,
-        number(lr, "lr"),
-        number(momentum, "momentum"),
-        number(dampening, "dampening"),
-        number(weight_decay, "weight_decay"),
+        *numbers(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay),
         nesterov,
         is_first_step,
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
-from ._arguments import number, require_tensor
+from ._arguments import numbers, require_tensor
 
 _ops = torch.ops.twophase
 
@@ -48,7 +48,7 @@ def sgd_(
         kind = type(momentum_buffers).__name__
         raise TypeError(f"momentum_buffers: expected a list, which is filled, got {kind}")
     rule = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-    rates = [number(value, name) for name, value in rule.items()]
+    rates = numbers(**rule)
     scalars = rates[0], rates[1], rates[2], rates[3], bool(nesterov), bool(maximize)
     nu = [1] * len(params) if nu is None else nu
     buffers = momentum_buffers if scalars[1] else [None] * len(params)
