@@ -180,14 +180,16 @@ def test_a_deficient_verdict_is_rechecked():
 
 
 def test_infinite_numbers_survive_the_file(tmp_path):
-    verdict = tp.Verdict("undecided", "exists", "separation", 3, 4, margin=float("-inf"))
+    verdict = tp.Verdict(
+        status="undecided", claim="exists", method="separation", n=3, width=4, margin=float("-inf")
+    )
     verdict.save(tmp_path / "v.json")
     assert tp.Verdict.load(tmp_path / "v.json").margin == float("-inf")
     json.loads((tmp_path / "v.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_features_are_kept_in_a_folder(tmp_path, monkeypatch):
-    from twophase_ext.expressivity import problem
+    from twophase_ext.expressivity import backbone, problem
 
     monkeypatch.setattr(problem, "CHUNK", 20)
     x, _ = toy_data(60)
@@ -203,7 +205,7 @@ def test_features_are_kept_in_a_folder(tmp_path, monkeypatch):
     again = tp.verify_expressivity(model, x, **settings)
     assert again.sigma_min_lower == verdict.sigma_min_lower
     # the file that is gone, a batch of the one that is there, and what chooses the backbone
-    assert sum(seen) == 44 + 256 + min(problem.PILOT, 300)
+    assert sum(seen) == 44 + 256 + min(backbone.PILOT, 300)
     tp.verify_expressivity(model, x + 1, **settings)  # beside them
     assert len(list(tmp_path.glob("features*.pt"))) == 4
 

@@ -88,7 +88,9 @@ def test_certificate_page_describes_the_file(tmp_path):
     page = (ROOT / "docs" / "certificate.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([a-z_, ]+) \|", page.split("## The file")[1], re.MULTILINE)
     described = [name for row in rows if row != "field" for name in row.split(", ")]
-    verdict = tp.Verdict("proved", "exists", "certificate", n=3, width=4, margin=float("inf"))
+    verdict = tp.Verdict(
+        status="proved", claim="exists", method="certificate", n=3, width=4, margin=float("inf")
+    )
     verdict.save(tmp_path / "verdict.json")
     written = json.loads((tmp_path / "verdict.json").read_text(encoding="utf-8"))
     assert sorted(described) == sorted(written)

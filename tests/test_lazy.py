@@ -290,10 +290,14 @@ def test_a_real_loss_of_rank_stops_the_run():
 
 
 def test_a_proof_of_existence_is_not_enough():
-    verdict = tp.Verdict("proved", "exists", "separation", N, 30)
+    verdict = tp.Verdict(status="proved", claim="exists", method="separation", n=N, width=30)
     assert not module.rank_shown(verdict)  # of other weights
-    assert module.rank_shown(tp.Verdict("proved", "at w", "certificate", N, 30))
-    assert not module.rank_shown(tp.Verdict("undecided", "at w", "svd", N, 30))
+    assert module.rank_shown(
+        tp.Verdict(status="proved", claim="at w", method="certificate", n=N, width=30)
+    )
+    assert not module.rank_shown(
+        tp.Verdict(status="undecided", claim="at w", method="svd", n=N, width=30)
+    )
 
 
 @pytest.mark.parametrize(("epoch", "inside"), [(1, False), (2, True), (4, False), (4, True)])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twophase_ext.expressivity.operator_norms import conv_norms, convolve, linear_norms, pool_norm
+from twophase_ext.expressivity.operator_norms import conv_norms, convolve, linear_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,15 +71,6 @@ def test_norm_of_a_matrix_is_close():
     for shape in ((30, 200), (200, 30), (1, 5), (7, 7)):
         weight = torch.randn(shape, generator=g, dtype=torch.float64)
         norms = linear_norms(weight)
-        for bound, m in ((norms.plain, weight), (norms.absolute, weight.abs())):
+        for bound, m, near in ((norms.plain, weight, 1.05), (norms.absolute, weight.abs(), 1.5)):
             true = float(torch.linalg.matrix_norm(m, 2))
-            assert true <= bound <= 1.05 * true
-
-
-@pytest.mark.parametrize("size, output", [(6, 3), (7, 3), (2, 5), (5, 1)])
-def test_norm_of_pooling(size, output):
-    eye = torch.eye(size, dtype=torch.float64)
-    matrix = F.adaptive_avg_pool1d(eye[:, None], output)[:, 0]
-    windows = [range(i * size // output, -(-(i + 1) * size // output)) for i in range(output)]
-    true = float(torch.linalg.matrix_norm(matrix, 2))
-    assert true <= pool_norm([size], [windows]) <= 1.5 * true
+            assert true <= bound <= near * true

@@ -14,14 +14,14 @@ from running_models import Attention, Does, Stop, drawn
 from twophase_ext.expressivity.bounded import Unbounded
 from twophase_ext.expressivity.running.call import Call
 from twophase_ext.expressivity.running.engine import Running
-from twophase_ext.expressivity.running.features import running_features
-from twophase_ext.expressivity.running.notes import Note, sample_dim
+from twophase_ext.expressivity.running.features import bounded_features
+from twophase_ext.expressivity.running.notes import sample_dim
 from twophase_ext.expressivity.running.operand import _overlaps
 
 
 def bounded(model, x, batch=None):
     parts = list(x.split(batch or len(x)))
-    return running_features(model, model.stop, parts, n=len(x))
+    return bounded_features(model, model.stop, parts, n=len(x))
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def counted(x):
 
 REFUSED = {
     "mean over the batch": (lambda x: x - x.mean(0), "mean: it adds up the samples"),
-    "sorted batch": (lambda x: x.sort(0).values, "sort: no rule"),
+    "sorted batch": (lambda x: x.sort(0).values, "sort: it brings different samples together"),
     "a number of the batch": (lambda x: x * x.sum().item(), "sum: it adds up the samples"),
     "a sample's number": (lambda x: x * x[0, 0].item(), "it decides by what the samples are"),
     "one sample for all": (lambda x: x - x[:1], "it takes one sample of a batch"),
@@ -141,7 +141,7 @@ REFUSED = {
         "it decides by numbers that are rounded",
     ),
     "a path": (lambda x: x * 2 if bool((x > 0).any()) else x, "any: it adds up the samples"),
-    "places": (lambda x: x + (x * 3).sort(1).indices, "sort: no rule"),
+    "places": (lambda x: x + (x * 3).sort(1).indices, "it decides by numbers that are rounded"),
     "a rounded constant's number": (
         lambda x: x * torch.ones(3, dtype=x.dtype).div(3).sum().item(),
         "it makes a plain number of one that is rounded",
@@ -149,7 +149,7 @@ REFUSED = {
     "bits": (lambda x: (x * 3).tanh().view(torch.int64).to(x.dtype), "as of another type"),
     "caught": (_caught, "it draws random numbers"),
     "half precision": (lambda x: x.half().to(x.dtype), "no rule for numbers of torch.float16"),
-    "complex numbers": (lambda x: torch.fft.fft(x).real, "no rule"),
+    "complex numbers": (lambda x: torch.fft.fft(x).real, "_fft_r2c: no rule"),
     "nothing of x": (lambda x: torch.ones(len(x), 6, dtype=x.dtype), "does not depend on the data"),
 }
 
@@ -256,9 +256,8 @@ def test_repeated_numbers_count_as_often():
 
 
 def test_whose_the_numbers_of_a_view_are():
-    error, ids = torch.zeros(3), torch.arange(3)
+    ids = torch.arange(3)
     storage = torch.arange(3 * 4 * 5)
-    note = Note(error, 20, ids)
     whole = storage.view(3, 4, 5)
     for view, dim, expected in (
         (whole, 0, [0, 1, 2]),
@@ -270,21 +269,20 @@ def test_whose_the_numbers_of_a_view_are():
     ):
         if expected is None:
             continue
-        found, own = sample_dim(view, note)
+        found, own = sample_dim(view, ids, 20)
         assert (found, own.tolist()) == (dim, expected)
-    turned = Note(error, 5, ids)  # [4, 3, 5]: samples in the middle
-    found, own = sample_dim(storage.view(4, 3, 5), turned)
+    # [4, 3, 5]: samples in the middle
+    found, own = sample_dim(storage.view(4, 3, 5), ids, 5)
     assert (found, own.tolist()) == (1, [0, 1, 2])
-    found, own = sample_dim(storage.view(12, 5), turned)
+    found, own = sample_dim(storage.view(12, 5), ids, 5)
     assert (found, own.tolist()) == (0, [0, 1, 2] * 4)
     for mixed in (storage.view(4, 15), storage.view(2, 6, 5), storage.view(60)[::7]):
         if mixed.shape == (2, 6, 5):
-            assert sample_dim(mixed, turned)[0] == 1
+            assert sample_dim(mixed, ids, 5)[0] == 1
             continue
         with pytest.raises(Unbounded, match="it mixes the samples"):
-            sample_dim(
-                mixed.reshape(4, 15)[:, 3:12] if mixed.dim() == 2 else whole.view(2, 30), note
-            )
+            part = mixed.reshape(4, 15)[:, 3:12] if mixed.dim() == 2 else whole.view(2, 30)
+            sample_dim(part, ids, 20)
 
 
 def test_an_empty_mode_changes_no_bit():

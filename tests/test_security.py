@@ -121,7 +121,7 @@ def own_model(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     options = "model: brought:build\ndata_name: digits\nn: 30\nwidth: 8\nratio: 1.1\nseed: 1\n"
     (tmp_path / "options.yaml").write_text(options)
-    verdict = tp.Verdict("proved", "exists", "separation", 30, 33)
+    verdict = tp.Verdict(status="proved", claim="exists", method="separation", n=30, width=33)
     verdict.source = {"data_name": "digits", "model": "brought:build", "n": None, "width": 8}
     verdict.source |= {"ratio": 1.1, "seed": 1, "x": "x.npy"}
     verdict.save(tmp_path / "v.json")

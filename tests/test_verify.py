@@ -11,7 +11,7 @@ from torch import nn
 import twophase_ext as tp
 from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 from twophase.models import PreActResNet18
-from twophase_ext.expressivity import problem
+from twophase_ext.expressivity import backbone
 from twophase_ext.expressivity.methods import AUTO_SECONDS
 
 
@@ -212,7 +212,8 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("stored", [False, True])
 def test_what_auto_says_of_these_weights_is_of_these_weights(tmp_path, monkeypatch, stored):
     """Separation may damp residual branches to find *some* weights; what follows must not."""
-    monkeypatch.setattr(problem, "DAMPINGS", ((0.0, 0.0),))
+    monkeypatch.setattr(backbone, "DAMPINGS", ((0.0, 0.0),))
+    monkeypatch.setattr(backbone, "KEPT", 0)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model, x = Residual(), torch.rand(20, 6)

@@ -72,7 +72,8 @@ def _built_of(module: ModuleType) -> str:
 
 def _load_from(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(_NAME, file)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file}: no extension module")
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

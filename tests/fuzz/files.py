@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import twophase_ext as tp
 from twophase import data
 from twophase.report import write_report
-from twophase_ext.expressivity.forward_error import BoundedFeatures
+from twophase_ext.expressivity.bounded import BoundedFeatures
 from twophase_ext.expressivity.problem import _checksum, _read_features
 from twophase_ext.linalg.journal import Journal, RecordedTiles
 from twophase_ext.linalg.tiles import FileTiles, Grid, TileFile

@@ -27,7 +27,7 @@ def kept(method: Callable[[Any], Evidence]) -> Callable[[Any], Evidence]:
             return method(self)
         except Exception as error:
             reason = f"{method.__name__}: {failure(error, self.folder)}"
-            return Evidence(method.__name__, reason=reason)
+            return Evidence(method=method.__name__, reason=reason)
 
     return run
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linalg.bounds import SLACK, UNDERFLOW, UNIT_ROUNDOFF, gamma
+from ..linalg.bounds import SLACK, gamma
 
 ULPS = 4  # of libm's functions
 ARITHMETIC = (
@@ -28,8 +28,29 @@ class Unbounded(ValueError):
     """There is no bound of the rounding error; the message names the module or call and why."""
 
 
+class Refused(Unbounded):
+    """The model does, as it runs, what ends the proof, whether or not the result matters."""
+
+
+class Lost(Unbounded):
+    """An operator read numbers of which nothing is known; the message says why."""
+
+
 class Disagrees(Unbounded):
     """The model computes something else than what was bounded; the message says where."""
+
+
+@dataclass(frozen=True)
+class BoundedFeatures:
+    """Computed features z [n, d] and error [n] >= ||z_i - exact z_i||_2, float64.
+
+    assumptions: what the bound rests on, in words. seconds: wall-clock time.
+    """
+
+    z: Tensor
+    error: Tensor
+    assumptions: list[str]
+    seconds: float
 
 
 @dataclass
@@ -58,37 +79,6 @@ def sample_norms(value: Tensor) -> Tensor:
     return (norms * (1 + gamma(size + 4)) + math.sqrt(size) * 2.0**-510) * SLACK
 
 
-def exact(value: Tensor) -> Bounded:
-    """A value without error."""
-    return Bounded(value, value.new_zeros(len(value)))
-
-
-def bounded(value: Tensor, *terms: Tensor | float) -> Bounded:
-    """The value with the sum of the terms as its error, rounded up."""
-    total = value.new_zeros(len(value))
-    for term in terms:
-        total = total + term
-    return Bounded(value, total * SLACK + UNDERFLOW)
-
-
-def rounded(value: Tensor, error: Tensor) -> Bounded:
-    """A value whose entries were rounded once, or a few times: 4u covers both."""
-    result = Bounded(value, error)
-    result.error = error * SLACK + 4 * UNIT_ROUNDOFF * result.norm + UNDERFLOW
-    return result
-
-
 def refuse(reason: str) -> Any:
     """Raise Unbounded."""
     raise Unbounded(reason)
-
-
-def constant(value: Any, shape: torch.Size, what: str) -> Tensor | float:
-    """A scalar or a stored tensor that broadcasts to `shape`, in float64."""
-    if isinstance(value, Tensor):
-        if torch.broadcast_shapes(value.shape, shape) != shape:
-            refuse(f"{what} changes the shape from {tuple(shape)}")
-        return value.double()
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    return refuse(f"{what}: no rule for an operand of type {type(value).__name__}")

@@ -24,6 +24,7 @@ from ..linalg.preconditioned import preconditioned_sigma_min
 from ..linalg.progress import Stages
 from ..ops import softplus_
 from .attempts import failure
+from .backbone import choose_backbone
 from .culprits import Culprit, describe, find_culprits
 from .evidence import Evidence
 from .problem import Problem
@@ -96,7 +97,7 @@ def certify_witness(
     """What is found of a witness: kinks at samples (triangular), else spread kinks (Gram)."""
     wide = problem.wide_linear
     with stages.stage("choice of a backbone", 0, "samples") as stage:
-        chosen = problem.choose_backbone(stage, wide)
+        chosen = choose_backbone(problem, stage, wide)
     stages.say(f"backbone: {chosen}")
     with stages.stage("backbone features", problem.n, "samples") as stage:
         found = problem.features(wide, stage, folder=folder)
@@ -108,7 +109,7 @@ def certify_witness(
         "directions": len(whitening.map),
         "largest_feature_error": float(error.max()),
     }
-    evidence = Evidence("certificate", assumptions=found.assumptions, constants=constants)
+    evidence = Evidence(method="certificate", assumptions=found.assumptions, constants=constants)
     reason = ""
     if factorization in ("auto", "triangular") and m >= n:
         with stages.stage("kinks at the samples", n * n * len(whitening.map)) as stage:
@@ -270,8 +271,8 @@ def certify_matrix(
         size_needed = f"{bytes_needed / 2**30:.3g} GiB"
         tried.append(f"preconditioned: not tried for n = {n}, which takes {size_needed} in memory")
     found = Evidence(
-        "certificate",
-        "at w",
+        method="certificate",
+        claim="at w",
         factorization=used,
         assumptions=assumptions,
         constants=constants | {"sigma_min_lower_stored": sigma},

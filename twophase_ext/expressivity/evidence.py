@@ -6,13 +6,13 @@ from typing import Any, Self
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Evidence:
     """What one method came to; each field means what `Verdict` says of the field of its name."""
 
-    method: str
-    claim: str = "exists"
     status: str = "undecided"
+    claim: str = "exists"
+    method: str
     factorization: str = ""
     rank: int | None = None
     logabsdet: float | None = None
@@ -28,7 +28,7 @@ class Evidence:
     explanation: list[str] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
-    witness: dict[str, Tensor] | None = field(default=None, repr=False)
+    witness: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def but(self, **changes: Any) -> Self:
         """The same with these fields changed."""

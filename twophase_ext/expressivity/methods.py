@@ -14,11 +14,11 @@ from ..linalg.gram_tiles import MatrixSource
 from ..linalg.progress import Stage, Stages
 from .agreement import Reference, Stored, require_agreement, require_free_wide_layer
 from .attempts import kept, reasons, require_memory
-from .bounded import Disagrees
+from .backbone import choose_backbone
+from .bounded import Disagrees, Unbounded
 from .certify import certify_given, certify_matrix, certify_witness
 from .culprits import describe, find_culprits
 from .evidence import Evidence
-from .forward_error import Unbounded
 from .problem import Problem
 from .separation import separate
 
@@ -53,7 +53,8 @@ class Attempt:
     def separation(self) -> Evidence:
         """Distinct backbone features: some weights of the wide layer have rank n."""
         if constraint := self.problem.constraint(softplus=False):
-            return Evidence("separation", reason=f"separation needs free weights: {constraint}")
+            reason = f"separation needs free weights: {constraint}"
+            return Evidence(method="separation", reason=reason)
         with self.problem.restored():  # "auto" goes on with the weights asked for
             return self._separation()
 
@@ -62,15 +63,15 @@ class Attempt:
         try:
             wide = problem.analytic_linear
             with self.stages.stage("choice of a backbone", 0, "samples") as stage:
-                chosen = problem.choose_backbone(stage, wide)
+                chosen = choose_backbone(problem, stage, wide)
             with self.stages.stage("backbone features", problem.n, "samples") as stage:
                 features = problem.features(wide, stage, folder=self.folder)
         except Unbounded as error:
-            return Evidence("separation", reason=f"no error bound: {error}")
+            return Evidence(method="separation", reason=f"no error bound: {error}")
         with self.stages.stage("separation", 2 * features.z.numel()):
             separation = separate(features.z, features.error, seed=self.seed)
         found = Evidence(
-            "separation",
+            method="separation",
             margin=separation.margin,
             feature_error=float(features.error.max()),
             assumptions=features.assumptions,
@@ -114,7 +115,7 @@ class Attempt:
             if self.w == "witness":
                 if constraint := problem.constraint(softplus=True):
                     reason = f"a witness needs free weights: {constraint}"
-                    return Evidence("certificate", reason=reason)
+                    return Evidence(method="certificate", reason=reason)
                 found = certify_witness(problem, seed=self.seed, **arguments)
             else:
                 found = certify_given(problem, **arguments)
@@ -157,7 +158,7 @@ class Attempt:
         require_memory("svd", problem.n, problem.columns, problem.inputs[0].device)
         h = problem.plain_features()
         matrix = torch.cat([h, h.new_ones(len(h), int(problem.ones))], 1)
-        found = Evidence("svd", "exists" if self.w != "current" else "at w")
+        found = Evidence(method="svd", claim="exists" if self.w != "current" else "at w")
         if not bool(torch.isfinite(matrix).all()):
             return found.but(reason="svd: the features hold NaN or infinity")
         with self._compared(2) as stage:
@@ -227,7 +228,7 @@ class Attempt:
             )
             self.stages.say(plan)
         with self.problem.restored():
-            found = self.certificate() if allowed else Evidence("certificate", reason=plan)
+            found = self.certificate() if allowed else Evidence(method="certificate", reason=plan)
         if found.status == "proved":
             return found
         other = self.separation()

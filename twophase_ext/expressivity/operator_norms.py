@@ -35,11 +35,9 @@ class OperatorNorms:
 
 def linear_norms(weight: Tensor) -> OperatorNorms:
     """Bounds for x -> W x, weight [out, in] float64."""
-    absolute = weight.abs()
-    return OperatorNorms(
-        min(norm_upper(weight), _schur(absolute.sum(1), absolute.sum(0))),
-        min(norm_upper(absolute), _schur(absolute.sum(1), absolute.sum(0))),
-    )
+    sizes = weight.abs()
+    schur = _schur(sizes.sum(1), sizes.sum(0))  # near || |W| ||: its entries have one sign
+    return OperatorNorms(min(norm_upper(weight), schur), schur)
 
 
 def conv_norms(
@@ -97,18 +95,6 @@ def _schur(rows: Tensor, columns: Tensor) -> float:
     return math.sqrt(float(rows.max())) * math.sqrt(float(columns.max())) * SLACK
 
 
-def pool_norm(sizes: Iterable[int], windows: Iterable[list[range]]) -> float:
-    """Bound for averages over windows, an axis each: Schur's test, the rows add up to 1 at most."""
-    product = 1.0
-    for size, axis in zip(sizes, windows, strict=True):
-        columns = [0.0] * size
-        for window in axis:
-            for i in window:
-                columns[i] += 1 / len(window)
-        product *= max(columns)
-    return math.sqrt(product) * SLACK
-
-
 def convolve(
     x: Tensor,
     weight: Tensor,
@@ -121,8 +107,8 @@ def convolve(
     """Convolution as products of matrices, patches by weights: sums of products in some order.
 
     x [b, c, h, w] and weight [out, c / groups, kh, kw] float64; padding: zeros before and after, an
-    axis each. Result [b, out, h', w'], channels last in memory. torch's own float64 convolution
-    takes 4 times as long on a CPU, and cuDNN may choose an algorithm that is no plain sum.
+    axis each. Result [b, out, h', w'], channels last in memory. cuDNN may
+    choose an algorithm that is no plain sum.
     """
     b, c, h, w = x.shape
     out, depth, kh, kw = weight.shape

@@ -4,10 +4,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
-from torch import Tensor
-
 from ..linalg.bounds import bound_text
 from . import certificate_file
+from .evidence import Evidence
 
 STATUSES = ("proved", "full rank", "deficient", "undecided")
 # What makes equal inputs equal rows of h_X, for every w.
@@ -17,29 +16,15 @@ IDENTICAL_INPUTS = (
 )
 
 
-@dataclass
-class Outcome:
-    """What a verification found; `Verdict` (verdict.py) says what each field means."""
+@dataclass(kw_only=True)
+class Outcome(Evidence):
+    """What a verification found: its method's evidence, and what it was asked, of what, at which
+    cost. `Verdict` (verdict.py) says what each field means.
+    """
 
-    status: str
-    claim: str
-    method: str
     n: int
     width: int
-    factorization: str = ""
-    rank: int | None = None
-    logabsdet: float | None = None
-    logabsdet_lower: float | None = None
-    sigma_min: float | None = None
-    sigma_min_lower: float | None = None
-    margin: float | None = None
-    feature_error: float | None = None
-    condition: float | None = None
     batch_norm: str = "frozen"
-    dtype: str = "float64"
-    reason: str = ""
-    culprits: list[list[int]] = field(default_factory=list)
-    explanation: list[str] = field(default_factory=list)
     seconds: float = 0.0
     peak_bytes: int = 0
     bias: bool = True
@@ -48,12 +33,9 @@ class Outcome:
     last_layer: str = ""
     asked: str = "auto"
     stages: list[dict[str, Any]] = field(default_factory=list)
-    assumptions: list[str] = field(default_factory=list)
-    constants: dict[str, Any] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
-    witness: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         """An explanation for a person."""

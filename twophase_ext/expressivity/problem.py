@@ -1,11 +1,12 @@
 """What is verified: a network, its inputs in index order, and the weights asked for."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,11 @@ from ..model.inputs import first_parameter
 from ..model.layers import wide_chain
 from ..model.network import Network
 from ..model.probing import copy_model, eager, input_of, rows_into, untouched, unwrap
-from .forward_error import BoundedFeatures, Unbounded, damped
+from .bounded import BoundedFeatures, Unbounded
 from .running.features import bounded_features
-from .witness import whiten
 
 CHUNK = 8192  # samples
-PILOT = 64  # samples that choose the backbone
 OPERATIONS = 5e12  # of a pass of the model over all samples; beyond it over a random part of them
-# Factors of residual branches (beside a shortcut with weights, beside an identity), tried in order.
-DAMPINGS = ((1.0, 1.0), (1.0, 0.0), (0.25, 0.0), (0.0, 0.0))
 
 
 @dataclass
@@ -40,7 +37,7 @@ class Problem:
 
     inputs: batches [b, ...] as the model is fed, exact. ones: whether M has the column 1.
     changes: entries of the state dict (the model's dtype) that differ from the user's model.
-    damped: whether `choose_backbone` has put another backbone in.
+    damped: whether `choose_backbone` (backbone.py) has put another backbone in.
     """
 
     network: Network
@@ -68,6 +65,7 @@ class Problem:
         self.analytic = None if analytic is None else self._twin(analytic.linear)
         self.eps, self.narrowed = self._precision()
         self._plain: Tensor | None = None
+        self.norms: dict[Any, Any] = {}  # of the copy's weights
 
     def _precision(self) -> tuple[float, str]:
         """eps of the coarsest type that float64 numbers pass through, and by which operator."""
@@ -259,9 +257,8 @@ class Problem:
         that is killed; it belongs to one problem.
         """
         batches = self.batches(count)
-        size = sum(map(len, batches))
         if folder is None:
-            parts = [bounded_features(self.model, stop, batches, n=size, progress=stage.advance)]
+            parts = [self._bounded(stop, batches, stage.advance)]
         else:
             parts, chunk = [], []
             for k, batch in enumerate(batches, 1):
@@ -275,12 +272,17 @@ class Problem:
             parts[0].assumptions,
             sum(part.seconds for part in parts),
         )
-        assert len(found.z) == size
         if not bool((found.z.isfinite().all(1) & found.error.isfinite()).all()):
             raise Unbounded("the features hold NaN or infinity")
         if count is None:
             self.bounded = found
         return found
+
+    def _bounded(
+        self, stop: nn.Module, batches: list[Tensor], progress: Callable[[int], object] = int
+    ) -> BoundedFeatures:
+        n = sum(map(len, batches))
+        return bounded_features(self.model, stop, batches, n=n, progress=progress, norms=self.norms)
 
     def _kept(
         self, stop: nn.Module, batches: list[Tensor], stage: Stage, folder: Path
@@ -296,8 +298,7 @@ class Problem:
             if self._as_before(stop, batches, found, int(key[:8], 16)):
                 stage.advance(len(found.z))
                 return found
-        n = sum(map(len, batches))
-        found = bounded_features(self.model, stop, batches, n=n, progress=stage.advance)
+        found = self._bounded(stop, batches, stage.advance)
         kept = {"key": key, "checksum": _checksum(found), **vars(found)}
         write_atomically(path, lambda file: torch.save(kept, file))
         return found
@@ -313,7 +314,7 @@ class Problem:
         k = draw % len(batches)
         start = sum(map(len, batches[:k]))
         rows = slice(start, start + len(batches[k]))
-        now = bounded_features(self.model, stop, [batches[k]], n=len(batches[k]))
+        now = self._bounded(stop, [batches[k]])
         z, error = found.z[rows], found.error[rows]
         return (
             now.z.shape == z.shape
@@ -339,38 +340,6 @@ class Problem:
             raise ValueError("x: expected at least one sample")
         self._plain = h
         return h
-
-    def choose_backbone(self, stage: Stage, wide: nn.Linear) -> str:
-        """Damp residual branches where that resolves more directions of the features.
-
-        A deep network's error bounds may exceed the spread of its features; a witness is free to
-        choose a tamer one. Tried on the first PILOT samples; what resolves most wins, the model's
-        own backbone on a tie. wide: the layer that the features enter. Returns what was chosen, for
-        a person. Raises Unbounded.
-        """
-        own = {name: value.clone() for name, value in self.model.state_dict().items()}
-        best: tuple[int, str, dict[str, Tensor]] = (-1, "", {})
-        for factors in DAMPINGS:
-            changes = damped(self.model, *factors)  # of trainable weights alone
-            if factors != (1.0, 1.0) and not changes:
-                continue
-            with torch.no_grad():
-                for name, value in changes.items():
-                    self.model.state_dict()[name].copy_(value)
-            found = self.features(wide, stage, PILOT)
-            resolved = len(whiten(found.z, found.error, self.dtype).map)
-            with torch.no_grad():
-                for name in changes:
-                    self.model.state_dict()[name].copy_(own[name])
-            if resolved > best[0]:
-                what = "residual branches times {:g} (beside an identity: {:g})".format(*factors)
-                best = (resolved, what if changes else "the model's own", changes)
-            if resolved >= min(len(found.z) - 1, found.z.shape[1]):
-                break
-        _, what, changes = best
-        self.load({name: value.to(self.dtype) for name, value in changes.items()})
-        self.damped = self.damped or bool(changes)
-        return f"{what} ({resolved} directions resolved on {min(PILOT, self.n)} samples)"
 
 
 def _checksum(found: BoundedFeatures) -> str:

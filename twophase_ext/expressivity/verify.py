@@ -145,10 +145,10 @@ def verify_samples(
         )
 
     def undecided(reason: str) -> Outcome:
-        return verdict(Evidence("none", "at w", reason=reason))
+        return verdict(Evidence(method="none", claim="at w", reason=reason))
 
     def deficient(method: str, reason: str, **more: Any) -> Outcome:
-        return verdict(Evidence(method, status="deficient", reason=reason, **more))
+        return verdict(Evidence(method=method, status="deficient", reason=reason, **more))
 
     moving = any(
         isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
@@ -171,7 +171,7 @@ def verify_samples(
     common["hashes"] = _hashes(network, inputs)
     columns = network.width + ones
     if n > columns and (why := _narrower_than_told(network, inputs)):
-        return verdict(Evidence("none", reason=why))
+        return verdict(Evidence(method="none", reason=why))
     if n > columns:
         return deficient(
             "dimension",
@@ -200,7 +200,7 @@ def verify_samples(
         return verdict(found)
     except Exception as error:
         reason = failure(error, folder)
-        return verdict(Evidence("none", reason=reason, culprits=culprits))
+        return verdict(Evidence(method="none", reason=reason, culprits=culprits))
 
 
 def _narrower_than_told(network: Network, inputs: list[Tensor]) -> str:

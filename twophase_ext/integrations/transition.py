@@ -97,7 +97,8 @@ class Transition:
 
         Raises ValueError where these are not the hidden layers that were frozen at tau.
         """
-        assert self.name is not None
+        if self.name is None:
+            raise ValueError("state: expected that of a run after tau")
         self.release()
         self.frozen = freeze(model, last_layer=self.name)
         if self.frozen.hash != self.hash:

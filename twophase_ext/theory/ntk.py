@@ -20,6 +20,7 @@ from ..expressivity import Verdict, verify_network
 from ..expressivity.verify import hashes_of
 from ..linalg.bounds import bound_text
 from ..model.inputs import as_example, checked_inputs, first_parameter
+from ..model.layers import named_last_layer
 from ..model.network import Network
 from ..model.probing import copy_model, unwrap
 
@@ -180,9 +181,7 @@ def float64_copy(network: Network) -> tuple[nn.Module, nn.Linear]:
         raise ValueError(
             f"model: it cannot be copied in float64 ({type_and_line(error)})"
         ) from error
-    last = model.get_submodule(name)
-    assert isinstance(last, nn.Linear)
-    return model, last
+    return model, named_last_layer(model, name).module
 
 
 def _check_verdict(verdict: Verdict, network: Network, n: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...linalg.bounds import SLACK
 from ..bounded import refuse
+from .notes import Notes
 from .operand import HUGE, Operand, together
 
 
@@ -18,6 +19,16 @@ class Pass(Protocol):
     samples: int
     norms: dict[Any, Any]
     assumed: set[str]
+    notes: Notes
+    fresh: set[int]
+
+    def depends(self, tensor: Tensor) -> bool:
+        """Whether its storage holds samples' numbers."""
+        ...
+
+    def decides(self, tensor: Tensor) -> bool:
+        """Whether its numbers are samples' real numbers, or integers that hang on such."""
+        ...
 
     def operand(self, tensor: Tensor) -> Operand:
         """A tensor with what is known of it."""
@@ -94,6 +105,11 @@ class Call:
         """The result as an operand, for its norms."""
         zero = torch.zeros(1, dtype=torch.float64)
         return Operand(self.out if out is None else out, dim, ids, zero, self.owner.samples)
+
+    def broadcast(self, *operands: Operand) -> list[Operand]:
+        """As they meet in the result."""
+        beside = together(operands, self.out.shape)
+        return [operand.expanded(self.out.shape, beside) for operand in operands]
 
     def elementwise(
         self, operands: Sequence[Operand], error: Tensor, rounding: float = 0.0, huge: bool = False

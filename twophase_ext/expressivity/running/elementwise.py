@@ -122,19 +122,88 @@ def _reciprocal(call: Call) -> list[Result]:
 
 
 def _pow(call: Call) -> list[Result]:
-    """x^k for k = 2, 3: |a^k - b^k| <= k (|a| + |a - b|)^(k - 1) |a - b|; 0.5 and -0.5 as roots."""
+    """x^k, k = 1, 2, ...: |a^k - b^k| <= k (|a| + |a - b|)^(k - 1) |a - b|; 0.5, -0.5 as roots.
+
+    Other powers k of x > 0: the slope |k| s^(k - 1) at the end where it is largest. libm's pow errs
+    by a few u.
+    """
     if not isinstance(call["exponent"], Real) or not isinstance(call["self"], Tensor):
-        return refuse("no rule for this power; 2, 3, 0.5 and -0.5 have one")
+        return refuse("no rule for a power that is computed")
     power = float(call["exponent"])
     if power == 0.5:
         return _sqrt(call)
     if power == -0.5:
         return _rsqrt(call)
-    if power not in (2.0, 3.0):
-        return refuse("no rule for this power; 2, 3, 0.5 and -0.5 have one")
     x = call.operand("self")
-    slope = power * (x.largest + x.error) ** (power - 1) * SLACK
-    return call.elementwise([x], slope * x.error, 8)
+    if power in (2.0, 3.0):  # by products
+        slope = power * (x.largest + x.error) ** (power - 1) * SLACK
+        return call.elementwise([x], slope * x.error, 8)
+    call.owner.assumed.add(LIBM)
+    if power >= 1 and power == int(power):
+        slope = power * (x.largest + x.error) ** (power - 1)
+    else:
+        low, high = x.least - x.error, x.largest + x.error
+        ends = [abs(power) * end.clamp(min=1e-300) ** (power - 1) for end in (low, high)]
+        slope = torch.where(low > 0, torch.maximum(*ends), torch.inf)
+    error = torch.where(x.error > 0, slope * x.error * (1 + 1e-9), 0.0)
+    return call.elementwise([x], error, 2 * ULPS)
+
+
+def _log1p(call: Call) -> list[Result]:
+    x = call.operand("self")
+    call.owner.assumed.add(LIBM)
+    least = 1 + x.least - x.error
+    error = torch.where(least > 0, x.error / least.clamp(min=1e-300), torch.inf)
+    return call.elementwise([x], error * SLACK, 2 * ULPS)
+
+
+def _expm1(call: Call) -> list[Result]:
+    x = call.operand("self")
+    call.owner.assumed.add(LIBM)
+    made = call.elementwise([x], x.error)[0]
+    largest = 1 + call.made(made.dim, made.ids).largest
+    return call.elementwise([x], largest * torch.expm1(x.error) * SLACK, 2 * ULPS)
+
+
+def _torch_softplus(call: Call) -> list[Result]:
+    """log(1 + exp(beta x)) / beta, or x itself where beta x > threshold: not softplus there.
+
+    The two differ by exp(-threshold) / beta at most.
+    """
+    x = call.operand("self")
+    call.owner.assumed.add(LIBM)
+    beta, threshold = float(call["beta"]), float(call["threshold"])
+    count = math.sqrt(call.out.numel() / (1 if x.constant else call.owner.samples))
+    off = (2 * math.exp(-threshold) + 4 * ULPS * call.u) / beta * count
+    return call.elementwise([x], x.error + 4 * call.u * x.norm + off * SLACK, 4 * ULPS)
+
+
+def _glu(call: Call) -> list[Result]:
+    """a sigmoid(b), the halves of x: | | <= |a - a'| + |a| |b - b'| / 4, and both together."""
+    x = call.operand("self")
+    axis = call["dim"] % x.value.dim()
+    if axis == x.dim:
+        return refuse("it mixes the samples")
+    call.owner.assumed.add(LIBM)
+    error = (1 + x.largest / 4 + x.error / 4) * x.error * SLACK + 20 * call.u * x.norm
+    return [Result(call.out, x.dim, x.ids, error)]
+
+
+def _lerp(call: Call) -> list[Result]:
+    """a + w (b - a), w a number."""
+    x, y = _pair(call, "self", "end")
+    if isinstance(call["weight"], Tensor):
+        return refuse("no rule for weights that are computed")
+    w = abs(float(call["weight"]))
+    error = (1 + w) * x.error + w * y.error + 8 * call.u * (1 + w) * (x.norm + y.norm)
+    return call.elementwise([x, y], error * SLACK)
+
+
+def _steps(call: Call) -> list[Result]:
+    """floor, sign, ...: exact of exact numbers, else it hangs on rounding."""
+    x = call.operand("self")
+    error = torch.where(x.error > 0, torch.inf, 0.0).to(x.error)
+    return call.elementwise([x], error)
 
 
 def _pair(call: Call, first: str, second: str, masks: bool = False) -> tuple[Operand, Operand]:
@@ -147,8 +216,9 @@ def _pair(call: Call, first: str, second: str, masks: bool = False) -> tuple[Ope
         operand = call.known(value, masks=masks)
         if masks and operand.constant and value.is_floating_point():
             operand.huge = operand.huge or bool((value.abs() >= HUGE).any())
-        found.append(operand.expanded(call.out.shape))
-    return found[0], found[1]
+        found.append(operand)
+    left, right = call.broadcast(*found)
+    return left, right
 
 
 def _sum(call: Call) -> list[Result]:
@@ -202,8 +272,7 @@ def _rsub(call: Call) -> list[Result]:
 
 
 def _addcmul(call: Call) -> list[Result]:
-    a = call.operand("self").expanded(call.out.shape)
-    x, y = (call.operand(n).expanded(call.out.shape) for n in ("tensor1", "tensor2"))
+    a, x, y = call.broadcast(*(call.operand(n) for n in ("self", "tensor1", "tensor2")))
     value = abs(float(call["value"]))
     product = x.largest * y.error + y.largest * x.error + x.error * y.error
     rounding = 4 * call.u * value * x.largest * y.norm
@@ -291,7 +360,17 @@ ELEMENTWISE: dict[str, Rule] = {
     "sqrt": _sqrt,
     "rsqrt": _rsqrt,
     "reciprocal": _reciprocal,
+    "log1p": _log1p,
+    "expm1": _expm1,
     "pow": _pow,
+    "softplus": _torch_softplus,
+    "glu": _glu,
+    "lerp": _lerp,
+    **dict.fromkeys(("floor", "ceil", "round", "trunc", "sign"), _steps),
+    "erfc": _smooth(1.13, 2 * ULPS, 0, LIBM),
+    "atan": _smooth(1.0, 2 * ULPS, 0, LIBM),
+    "asinh": _smooth(1.0, 2 * ULPS, 0, LIBM),
+    "softshrink": _smooth(1.0, 2, 2),
     **dict.fromkeys(("add", "sub"), _sum),
     "rsub": _rsub,
     "mul": _product,

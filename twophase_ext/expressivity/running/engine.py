@@ -6,30 +6,28 @@ off the result may be, by sample. An operator without a rule, one that brings sa
 draws numbers, decides by rounded ones or writes into the model's state ends it, by name.
 """
 
-import hashlib
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
-from ...core.messages import type_and_line
-from ...linalg.bounds import SLACK, UNDERFLOW
-from ..bounded import Bounded, Unbounded, refuse
-from .notes import ALL, Note, Notes, laid_out, sample_dim, shortest
+from ..bounded import Bounded, Lost, Refused, Unbounded, refuse
+from ..operator_norms import convolve
+from .moves import MOVES, factory_error
+from .notes import ALL, Note, Notes, laid_out, sample_dim
 from .operand import Operand
-from .rules import MOVES, RULES, Call, Result
+from .products import affine_map, bias_of
+from .rules import RULES, Call, Result
+from .tape import Made, Step, Tape
+from .trace import Trace
+from .writes import ruled, with_underflow, write_through, written_by
 
 _FLOATS = (torch.float64, torch.float32)
-_EXACT = {
-    *("zeros", "ones", "empty", "full", "eye", "scalar_tensor", "lift_fresh_copy"),
-    *("empty_strided", "tensor"),
-}
 # in place, but of a tensor's shape and strides alone
 _SHAPES = {
     f"aten::{name}_" for name in ("transpose", "t", "squeeze", "unsqueeze", "as_strided", "detach")
@@ -37,10 +35,19 @@ _SHAPES = {
 
 
 class Running(TorchDispatchMode):
-    """One pass of a model over a batch. trace: what it did, but for the numbers of the samples."""
+    """One pass of a model over a batch.
 
-    def __init__(self, model: nn.Module, norms: dict[Any, Any]) -> None:
-        """norms: of the model's weights, kept from pass to pass."""
+    tape: its steps. trace: what it did, whatever the samples are.
+    """
+
+    def __init__(
+        self, model: nn.Module, norms: dict[Any, Any], skipped: Mapping[int, Step] | None = None
+    ) -> None:
+        """norms: of the model's weights, kept from pass to pass.
+
+        skipped: steps that need not be computed, by an earlier pass's tape. Without it the pass
+        goes on where a rule is missing: the numbers are lost, which may not matter in the end.
+        """
         super().__init__()
         self.notes, self.norms = Notes(), norms
         self.samples = 0
@@ -48,47 +55,68 @@ class Running(TorchDispatchMode):
         self.stack: list[str] = []
         self.assumed: set[str] = set()
         self.failed = ""
-        self._trace = hashlib.sha256()
         state = [*model.parameters(), *model.buffers()]
         self._state = {t.untyped_storage()._cdata for t in state}
-        self._made: set[int] = set()  # constants that were made under the eyes of this mode
+        self._weights = {
+            p.untyped_storage()._cdata: name for name, p in reversed([*model.named_parameters()])
+        }
+        self.fresh: set[int] = set()  # constants that were made under the eyes of this mode
+        self.trace = Trace(self._seen)
+        self.tape, self._index, self._skipped = Tape(), -1, skipped or {}
+        self._lenient = skipped is None
+        self._device = torch.device("cpu")
+        self._there: AbstractContextManager[Any] = nullcontext()
 
-    @property
-    def trace(self) -> str:
-        """Equal for two passes that did the same with other samples."""
-        return self._trace.hexdigest()
+    def _seen(self, tensor: Tensor) -> bool:
+        own = tensor.untyped_storage()._cdata in self._state
+        return own or self.notes.of(tensor) is not None
 
-    def enter(self, x: Tensor) -> None:
-        """x [b, ...] is what the samples are: exact."""
+    def enter(self, x: Tensor, error: Tensor | None = None) -> None:
+        """x [b, ...] is what the samples are: exact, or off by error [b]."""
         self.samples = len(x)
-        ids = torch.arange(len(x))
-        error = torch.zeros(len(x), dtype=torch.float64)
-        self.notes.write(x, laid_out(x, 0, ids, error))
+        self._device = x.device
+        if x.device != torch.get_default_device():
+            self._there = x.device  # a context: what rules make lies there
+        with self._there:
+            ids = torch.arange(len(x))
+            error = torch.zeros(len(x), dtype=torch.float64) if error is None else error
+            self.notes.write(x, laid_out(x, 0, ids, error))
 
     def bounded(self, value: Tensor) -> Bounded:
         """A tensor [b, d] of this pass, with its error by sample."""
         if self.failed:
             return refuse(self.failed)
-        note = self.notes.checked(value)
-        if note is None or note.ids is None:
-            return refuse("stop: its input does not depend on the data")
-        operand = self.operand(value)
-        if operand.dim != 0 and self.samples > 1:
-            refuse("stop: its input has the samples in another dimension")
-        if self.samples > 1 and not torch.equal(operand.ids, torch.arange(self.samples)):  # type: ignore[arg-type]
-            refuse("stop: its input does not have a row for each sample, in their order")
-        if note.huge:
-            refuse("stop: its input may hold masks")
+        with self._there:
+            note = self.notes.checked(value)
+            if note is not None and note.lost:
+                raise Lost(note.lost)
+            if note is None or note.ids is None:
+                return refuse("stop: its input does not depend on the data")
+            operand = self.operand(value)
+            if operand.ids is None or (operand.dim != 0 and self.samples > 1):
+                return refuse("stop: its input has the samples in another dimension")
+            if self.samples > 1 and not torch.equal(operand.ids, torch.arange(self.samples)):
+                refuse("stop: its input does not have a row for each sample, in their order")
+            if note.huge:
+                refuse("stop: its input may hold masks")
         return Bounded(value, operand.error)
+
+    def skippable(self, value: Tensor) -> dict[int, Step]:
+        """Steps that a further pass up to `value` need not compute."""
+        steps = self.tape.steps
+        dead = self.tape.dead(self.notes.token(value))
+        return {k: s for k, s in steps.items() if k in dead or s.unread}
 
     def operand(self, tensor: Tensor) -> Operand:
         """A tensor with what is known of it."""
         note = self.notes.checked(tensor)
         if note is None:
             return Operand(tensor, None, None, torch.zeros(1, dtype=torch.float64), self.samples)
+        if note.lost:
+            raise Lost(note.lost)
         if note.ids is None:
             return Operand(tensor, None, None, note.error, self.samples, note.huge)
-        dim, ids = sample_dim(tensor, note)
+        dim, ids = sample_dim(tensor, note.ids, note.unit)
         if dim is None and self.samples > 1:
             refuse("it takes one sample of a batch")
         return Operand(tensor, dim, ids, note.error, self.samples, note.huge)
@@ -121,12 +149,24 @@ class Running(TorchDispatchMode):
     ) -> Any:
         """Do the operator and note what it makes."""
         try:
-            return self._dispatch(func, args, kwargs or {})
+            with self._there:
+                return self._dispatch(func, args, kwargs or {})
         except Unbounded as error:
-            where = f"{self.stack[-1]}: " if self.stack and self.stack[-1] else ""
-            reason = f"{where}{func._schema.name.split('::')[-1]}: {error}"
+            reason = self._reason(func, error)
             self.failed = self.failed or reason  # a forward may catch it and go on
             raise Unbounded(reason) from None
+
+    def _reason(self, func: Any, error: Unbounded) -> str:
+        where = f"{self.stack[-1]}: " if self.stack and self.stack[-1] else ""
+        return f"{where}{func._schema.name.split('::')[-1]}: {error}"
+
+    def _lose(self, func: Any, made: list[Tensor], error: Unbounded) -> None:
+        """Nothing is known of these; raise `error` again where nothing may be lost."""
+        if not self._lenient or isinstance(error, Refused):
+            raise error
+        note = Note(torch.zeros(1), lost=_first(error) or self._reason(func, error))
+        for tensor in made:
+            self.notes.write(tensor, note)
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name
@@ -134,29 +174,127 @@ class Running(TorchDispatchMode):
         tensors = [a for a in given if isinstance(a, Tensor)]
         if any(t.layout is not torch.strided for t in tensors):
             refuse("no rule for tensors that are not dense")
-        self._record(name, given)
+        self.trace.add(name, given)
         if torch.Tag.nondeterministic_seeded in func.tags and name not in MOVES:
             refuse("it draws random numbers")
+        self._index += 1
+        if self._index in self._skipped:
+            return self._skip(self._skipped[self._index], func, args, kwargs)
         before = {t.untyped_storage()._cdata for t in tensors}
-        written = [] if name in _SHAPES else _written(func, args, kwargs)
+        reads = dict.fromkeys(self.notes.token(t) for t in tensors if self.depends(t))
+        written = [] if name in _SHAPES else written_by(func, args, kwargs)
         for tensor in written:
             if tensor.untyped_storage()._cdata in self._state:
                 refuse("it writes into a parameter or buffer")
         if written:
-            return self._in_place(func, args, kwargs, written, tensors)
-        out = func(*args, **kwargs)
+            out = written[0]
+            try:
+                out = write_through(self, func, args, kwargs, written, tensors)
+            except Unbounded as error:
+                self._lose(func, written, error)
+            self._step(name, tuple(reads), written)
+            return out
+        out = self._compute(func, args, kwargs)
         results = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
         fresh = [t for t in results if t.untyped_storage()._cdata not in before]
         if not fresh:
-            if not results and any(self._depends(t) for t in tensors):
-                refuse("it decides by what the samples are")
-            if not results and any(not self.operand(t).exact for t in tensors):
-                refuse("it makes a plain number of one that is rounded")
-            if any(r.dtype not in {t.dtype for t in tensors} for r in results):
+            if not results:
+                self._plain_number(tensors, out)
+            if any(r.dtype not in {t.dtype for t in tensors} for r in results) and not any(
+                note.lost for note in map(self.notes.of, results) if note
+            ):
                 refuse("it reads numbers as of another type")
             return out  # views: the storage's note is theirs
-        self._note(func, args, kwargs, tensors, fresh)
+        try:
+            self._note(func, args, kwargs, tensors, fresh)
+        except Unbounded as error:
+            self._lose(func, fresh, error)
+        step = self._step(name, tuple(reads), fresh)
+        if step is not None:
+            step.in_place, step.whole = False, len(fresh) == len(results)
+            step.made = tree_map(self._geometry, out)
+            self._affine(step, Call(self, func, args, kwargs, fresh))
         return out
+
+    def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operator itself; a convolution on a GPU as plain sums of products."""
+        if func._schema.name == "aten::convolution" and args[0].is_cuda:
+            x, weight, bias, stride, padding, dilation, transposed, _, groups = args
+            if transposed or weight.dim() != 4 or weight.dtype != torch.float64:
+                refuse("on a GPU no rule but for 2-d convolutions in float64")
+            sides = [(p, p) for p in padding]
+            return convolve(x, weight, bias, stride, sides, dilation, groups).contiguous()
+        return func(*args, **kwargs)
+
+    def _plain_number(self, tensors: list[Tensor], out: Any) -> None:
+        """What Python may decide by: of samples, exact numbers alone, the same in every pass."""
+        samples = any(self.depends(t) for t in tensors)
+        if samples and any(self.decides(t) for t in tensors):
+            refuse("it decides by what the samples are")
+        if any(not self.operand(t).exact for t in tensors):
+            refuse("it makes a plain number of one that is rounded")
+        if samples:
+            self._pin(tensors, out)
+
+    def _pin(self, tensors: list[Tensor], value: Any) -> None:
+        """What was made of samples' numbers, and has to be the same in every pass."""
+        self.trace.pin(value)
+        self.tape.decided.update(self.notes.token(t) for t in tensors if self.depends(t))
+
+    def decides(self, tensor: Tensor) -> bool:
+        """Whether its numbers are samples' real numbers, or integers that hang on such."""
+        note = self.notes.of(tensor)
+        real = tensor.is_floating_point() or tensor.is_complex()
+        return note is not None and (note.decided or (real and note.ids is not None))
+
+    def _step(self, name: str, reads: tuple[int, ...], made: list[Tensor]) -> Step | None:
+        """Onto the tape, where what is made hangs on the samples: a write in place."""
+        if not any(self.depends(t) for t in made):
+            return None
+        writes = tuple(self.notes.token(t) for t in made)
+        step = Step(name.removeprefix("aten::").removesuffix("_"), reads, writes)
+        self.tape.steps[self._index] = step
+        return step
+
+    def _affine(self, step: Step, call: Call) -> None:
+        found = affine_map(call)
+        if found is None:
+            return
+        own = [found.weight, *([] if found.bias is None else [found.bias])]
+        names = [self._weights.get(t.untyped_storage()._cdata) for t in own]
+        step.weights = tuple(k for k in names if k is not None) if names[0] else ()
+        if found.is_zero:
+            step.unread = (self.notes.token(found.x),)
+
+    def _geometry(self, value: Any) -> Any:
+        note = self.notes.of(value) if isinstance(value, Tensor) else None
+        return value if note is None else Made.of(value, note)
+
+    def _skip(self, step: Step, func: Any, args: Any, kwargs: Any) -> Any:
+        """Zeros in place of numbers that nothing reads; of a map with zero weights, its bias."""
+        if step.in_place:
+            for tensor in written_by(func, args, kwargs):
+                note = self.notes.of(tensor)
+                if note is not None:
+                    lost = torch.full((self.samples,), torch.inf, dtype=torch.float64)
+                    self.notes.write(tensor, replace(note, error=lost))
+            return written_by(func, args, kwargs)[0] if func._schema.returns else None
+
+        def blank(made: Any) -> Any:
+            if not isinstance(made, Made):
+                return made
+            value, note = made.blank(self._device), made.note
+            if step.unread:
+                value += bias_of(Call(self, func, args, kwargs, [value]))
+                note = Note(note.error.new_zeros(1)) if note.lost else note
+                note = replace(note, error=torch.zeros_like(note.error))
+            else:
+                lost = torch.full((self.samples,), torch.inf, dtype=torch.float64)
+                note = replace(note, error=lost)
+            self.notes.write(value, note)
+            return value
+
+        return tree_map(blank, step.made)
 
     def _note(
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], fresh: list[Tensor]
@@ -164,35 +302,34 @@ class Running(TorchDispatchMode):
         name = func._schema.name
         if not tensors or name == "aten::lift_fresh_copy":
             for t in fresh:
-                self._made.add(t.untyped_storage()._cdata)
-                self.notes.write(t, Note(_factory_error(name, t)))
+                self.fresh.add(t.untyped_storage()._cdata)
+                self.notes.write(t, Note(factory_error(name, t)))
             return
-        base = name.removeprefix("aten::")
-        rule = RULES.get(base)
-        if rule is None:
-            if not any(self._depends(t) for t in tensors) and not any(
-                t.is_floating_point() for t in [*tensors, *fresh]
-            ):
-                for t in fresh:  # integers of constants are exact
-                    self.notes.write(t, Note(torch.zeros(1, dtype=torch.float64)))
-                return
-            raise Unbounded("no rule for its error")
-        results = self._ruled(rule, Call(self, func, args, kwargs, fresh))
-        if {id(result.value) for result in results} < {id(t) for t in fresh if t.numel()}:
-            raise Unbounded("no rule for all that it makes")
-        for result in results:
-            self._write(result)
-
-    @staticmethod
-    def _ruled(rule: Callable[[Call], list[Result]], call: Call) -> list[Result]:
+        rule = RULES.get(name.removeprefix("aten::"))
+        whole = not any(t.is_floating_point() or t.is_complex() for t in [*tensors, *fresh])
+        if whole and not any(self.depends(t) for t in tensors):
+            for t in fresh:  # integers of constants are exact
+                self.notes.write(t, Note(torch.zeros(1, dtype=torch.float64)))
+            return
+        call = Call(self, func, args, kwargs, fresh)
         try:
-            return rule(call)
+            if rule is None:
+                raise Unbounded("no rule for its error")
+            results = ruled(rule, call)
+            if {id(result.value) for result in results} < {id(t) for t in fresh if t.numel()}:
+                raise Unbounded("no rule for all that it makes")
         except Unbounded:
-            raise
-        except Exception as error:  # whatever a shape that no rule foresees raises
-            raise Unbounded(f"its rule fails ({type_and_line(error)})") from error
+            if not whole or any(self.decides(t) or not self.operand(t).exact for t in tensors):
+                raise
+            for t in fresh:  # of several samples, it may be: the same in every pass, or refused
+                self._pin(tensors, t)
+                self.notes.write(t, Note(torch.zeros(1, dtype=torch.float64)))
+            return
+        decides = any(self.decides(t) for t in tensors)
+        for result in results:
+            self._write(result, decides and not result.value.is_floating_point())
 
-    def _write(self, result: Result) -> None:
+    def _write(self, result: Result, decided: bool) -> None:
         value, error = result.value, result.error
         if value.is_floating_point() and value.dtype not in _FLOATS:
             refuse(f"no rule for numbers of {value.dtype}")
@@ -200,178 +337,19 @@ class Running(TorchDispatchMode):
             refuse("no rule for complex numbers")
         if not value.is_floating_point() and bool(error.any()):
             error = torch.full_like(error, torch.inf)  # it hangs on how numbers were rounded
-        error = _with_underflow(error, value)
-        if result.ids is None:
-            self.notes.write(value, Note(error, huge=result.huge))
-        elif result.dim is None:
-            self.notes.write(value, Note(error, ALL, result.ids, result.huge))
+        error = with_underflow(error, value)
+        if result.ids is None or result.dim is None:
+            note = Note(error, ALL, result.ids, result.huge)
         else:
-            self.notes.write(value, laid_out(value, result.dim, result.ids, error, result.huge))
+            note = laid_out(value, result.dim, result.ids, error, result.huge)
+        self.notes.write(value, replace(note, decided=decided))
 
-    def _in_place(
-        self, func: Any, args: Any, kwargs: Any, written: list[Tensor], tensors: list[Tensor]
-    ) -> Any:
-        """As the operator that makes a new tensor, then written through the view."""
-        if len(written) > 1:
-            refuse("no rule for what it writes")
-        target = written[0]
-        known = self.notes.checked(target)
-        base = func._schema.name.removeprefix("aten::").removesuffix("_")
-        rule = RULES.get(base)
-        others = [t for t in tensors if t is not target]
-        # what lies in the same storage is read by the rule as it was
-        own = target.untyped_storage()._cdata
-        old = {id(t): t for t in tensors if t.untyped_storage()._cdata == own}
-        if any(_partly_same(t, target) for t in old.values()):
-            refuse("it writes over numbers that it reads in another place")
-        if rule is not None and known is not None:
-            old = {key: self._kept(t, known) for key, t in old.items()}
-        out = func(*args, **kwargs)
-        if known is None and not any(self._depends(t) or self.notes.of(t) for t in others):
-            if target.untyped_storage()._cdata not in self._made:
-                refuse("it writes into a tensor that was there before")
-            return out
-        if rule is None:
-            raise Unbounded("no rule for its error")
-        call = Call(self, func, args, kwargs, [target])
-        call.swap(old)
-        (result,) = self._ruled(rule, call)
-        self._merge(target, result, known)
-        return out
-
-    def _kept(self, tensor: Tensor, known: Note) -> Tensor:
-        """A copy of a tensor, of whose storage this is known, with a note of its own."""
-        copy = tensor.clone()
-        operand = self.operand(tensor)
-        if operand.dim is not None and operand.ids is not None:
-            note = laid_out(copy, operand.dim, operand.ids, operand.error, known.huge)
-        else:
-            note = Note(operand.error, ALL, operand.ids, known.huge)
-        self.notes.write(copy, note)
-        return copy
-
-    def _merge(self, target: Tensor, result: Result, known: Note | None) -> None:
-        """Of the storage of which `target`, a part or all, was written."""
-        error, huge = _with_underflow(result.error, target), result.huge
-        storage = target.untyped_storage()
-        whole = target.numel() * target.element_size() >= storage.nbytes()
-        if result.ids is None:
-            if known is not None and known.ids is not None:
-                error = error.expand(self.samples)
-                note = Note(error, known.unit, known.ids, huge)
-            else:
-                note = Note(error, huge=huge)
-        elif result.dim is None:
-            note = Note(error, ALL, result.ids, huge)
-        else:
-            stride = target.stride(result.dim)
-            note = Note(error, stride, shortest(result.ids), huge)
-            dim, ids = sample_dim(target, note)
-            if dim != result.dim or not torch.equal(ids, result.ids):
-                refuse("it writes the samples as no rule expects")
-            if known is not None and known.ids is not None:
-                same = sample_dim(target, known)
-                if same[0] != dim or not torch.equal(same[1], ids):
-                    refuse("it writes one sample over another")
-                note = Note(error, known.unit, known.ids, huge)
-            elif not whole and not _regular(target, result.dim):
-                refuse("it writes the samples as no rule expects")
-        if not whole and known is not None:
-            rest = known.error
-            note = Note(
-                (note.error.square() + rest.square()).sqrt() * SLACK,
-                note.unit,
-                note.ids,
-                note.huge or known.huge,
-            )
-        if not target.is_floating_point() and bool(note.error.any()):
-            note = Note(torch.full_like(note.error, torch.inf), note.unit, note.ids)
-        self.notes.write(target, note)
-
-    # --- what a pass did
-
-    def _depends(self, tensor: Tensor) -> bool:
+    def depends(self, tensor: Tensor) -> bool:
+        """Whether its storage holds samples' numbers."""
         note = self.notes.of(tensor)
-        return note is not None and note.ids is not None
-
-    def _record(self, name: str, given: list[Any]) -> None:
-        """Into the trace: the operator, plain arguments, constants that nobody saw being made."""
-        found = [name]
-        for value in given:
-            if not isinstance(value, Tensor):
-                found.append(repr(value))
-                continue
-            found.append(f"{value.dtype} {list(value.shape)}")
-            key = value.untyped_storage()._cdata
-            if self.notes.of(value) is None and key not in self._state and value.numel():
-                found.append(hashlib.sha256(_bytes(value)).hexdigest())
-        self._trace.update("\0".join(found).encode())
+        return note is not None and (note.ids is not None or bool(note.lost))
 
 
-def _with_underflow(error: Tensor, value: Tensor) -> Tensor:
-    """With what may vanish below the type's range, where anything was rounded."""
-    if not bool(error.any()):
-        return error
-    lost = UNDERFLOW
-    if value.dtype == torch.float32:
-        lost += 2.0**-120 * math.sqrt(value.numel())
-    return error * SLACK + lost
-
-
-def _factory_error(name: str, made: Tensor) -> Tensor:
-    """Of a constant that an operator makes of nothing: start + i step is rounded, others not."""
-    base = name.removeprefix("aten::")
-    if not made.is_floating_point() or base in _EXACT:
-        return torch.zeros(1, dtype=torch.float64)
-    if base not in ("arange", "linspace"):
-        raise Unbounded("no rule for what it makes")
-    norm = float(torch.linalg.vector_norm(made.double()))
-    largest = float(made.abs().max()) if made.numel() else 0.0
-    size = 8 * torch.finfo(made.dtype).eps * (norm + math.sqrt(made.numel()) * largest)
-    return torch.full((1,), size * SLACK, dtype=torch.float64)
-
-
-def _bytes(value: Tensor) -> bytes:
-    with torch._C._DisableTorchDispatch():
-        return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    found = []
-    for k, argument in enumerate(func._schema.arguments):
-        info = argument.alias_info
-        value = args[k] if k < len(args) else kwargs.get(argument.name)
-        if info is not None and info.is_write and value is not None:
-            found += [value] if isinstance(value, Tensor) else list(value)
-    return found
-
-
-def _partly_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two views of one storage show a number in common, and not all in the same places."""
-    place = [(t.dtype, t.shape, t.stride(), t.storage_offset()) for t in (a, b)]
-    if place[0] == place[1]:
-        return False
-    if a.dtype != b.dtype:
-        return True
-    numbers = torch.arange(a.untyped_storage().nbytes() // a.element_size())
-    shown = [numbers.as_strided(t.shape, t.stride(), t.storage_offset()).flatten() for t in (a, b)]
-    return bool(torch.isin(shown[0], shown[1]).any())
-
-
-def _regular(target: Tensor, dim: int) -> bool:
-    """Whether samples, along dim of this part of a storage, are the whole storage's as well."""
-    storage = target.untyped_storage().nbytes() // target.element_size()
-    stride, size = target.stride(dim), target.shape[dim]
-    return stride > 0 and storage % (stride * size) == 0
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention as the products that it is, not as one operator."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+def _first(error: Unbounded) -> str:
+    """Why an operand was lost, where that is what the rule stumbled over."""
+    return str(error) if isinstance(error, Lost) else ""

@@ -1,99 +1,138 @@
 """The wide layer's input with a proved bound of its rounding error, from the model as it runs."""
 
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...core.messages import type_and_line
 from ...model.probing import input_of
-from ..bounded import ARITHMETIC, LIBM, SOFTPLUS, Unbounded
-from ..forward_error import BoundedFeatures
-from ..forward_error import bounded_features as traced_features
-from .engine import Running, plain_attention
+from ..bounded import ARITHMETIC, LIBM, SOFTPLUS, Bounded, BoundedFeatures, Lost, Unbounded
+from .engine import Running
+from .tape import Step
 
 _ORDER = (SOFTPLUS, LIBM)
 
 
-def bounded_features(
-    model: nn.Module,
-    stop: nn.Module,
-    batches: list[Tensor],
-    *,
-    n: int,
-    progress: Callable[[int], object] = lambda _: None,
-) -> BoundedFeatures:
-    """By the model's graph; by what it does as it runs, where there is no graph or no rule in it.
+class _Known(NamedTuple):
+    """What a batch of this size does, and what of it need not be computed."""
 
-    Arguments as of both (forward_error.py). Raises Unbounded with what stood in both ways.
-    """
-    try:
-        return traced_features(model, stop, batches, n=n, progress=progress)
-    except Unbounded as traced:
-        try:
-            return running_features(model, stop, batches, n=n, progress=progress)
-        except Unbounded as error:
-            raise Unbounded(f"{traced}; as it runs: {error}") from None
-        except Exception as error:  # of the user's forward, or of torch's modes
-            raise Unbounded(f"{traced}; as it runs: {type_and_line(error)}") from error
+    trace: str
+    skipped: Mapping[int, Step]
 
 
 @torch.no_grad()
-def running_features(
+def bounded_features(
     model: nn.Module,
     stop: nn.Module,
     batches: Iterable[Tensor],
     *,
     n: int,
     progress: Callable[[int], object] = lambda _: None,
+    norms: dict[Any, Any] | None = None,
 ) -> BoundedFeatures:
-    """As `bounded_features`, by the operators that the model applies as it runs.
+    """The input of the layer `stop` for all samples, with a bound of each sample's error.
 
-    model: float64, in evaluation mode, on the CPU. batches: [b, ...], n samples in all, of real
-    numbers or integers. Every two batches of one size, and every batch and one of other samples,
-    take the same operators with the same numbers beside them: what a sample hangs on is its own.
+    model: float64, in evaluation mode. batches: [b, ...] on the model's device, n samples in all,
+    of real numbers or integers, taken as exact. "Exact" is real arithmetic on the stored weights
+    and inputs; the bound holds for the float64 arithmetic in `assumptions`. z or error is NaN or
+    infinite where the computation overflows. progress: called with the number of samples done.
+    norms: of weights, kept from call to call.
+
+    Every two batches of one size take the same operators with the same numbers beside them, and so
+    does a batch of other samples where a size comes once: what a sample hangs on is its own.
+
+    Raises Unbounded (a ValueError) naming the module and operator that has no rule; ValueError
+    where `stop` is not in the model or n is not the number of samples.
     """
     started = time.perf_counter()
-    batches = list(batches)
+    if stop not in set(model.modules()):
+        raise ValueError("stop: expected a module of the model")
     if torch.get_float32_matmul_precision() != "highest":
         raise Unbounded("float32 products are not plain: set_float32_matmul_precision('highest')")
-    norms: dict[Any, Any] = {}
-    traces: dict[int, str] = {}
+    batches = [x for x in batches if len(x)]
+    sizes = [len(x) for x in batches]
+    if sum(sizes) != n or not batches:
+        raise ValueError(f"batches: expected {n} samples, got {sum(sizes)}")
+    norms = {} if norms is None else norms
+    known: dict[int, _Known] = {}
     assumed: set[str] = set()
-    z: Tensor | None = None
-    done = 0
-
-    def run(x: Tensor) -> tuple[Running, Any]:
-        mode = Running(model, norms)
-        mode.enter(x)
-        with plain_attention(), mode.watching(), mode:
-            value = input_of(model, stop, x)
-        return mode, mode.bounded(value)
-
+    parts: list[Bounded] = []
     for x in batches:
-        if x.device.type != "cpu":
-            raise Unbounded("operators are bounded on the CPU alone")
-        mode, found = run(x.clone())
+        if len(x) not in known:
+            mode, found, known[len(x)] = _first(model, stop, x, norms)
+            if sizes.count(len(x)) == 1:
+                _again(model, stop, _others(x, batches), norms, known[len(x)])
+        else:
+            mode, found = _again(model, stop, x, norms, known[len(x)])
         if found.value.dim() != 2:
             raise Unbounded(f"stop: expected features [b, d], got {tuple(found.value.shape)}")
-        trace = traces.get(len(x))
-        if trace is None:
-            trace = traces[len(x)] = run(_others(x, batches))[0].trace
-        if mode.trace != trace:
-            raise Unbounded("the model does something else for other samples")
-        if z is None:
-            z, error = x.new_empty(n, found.value.shape[1], dtype=torch.float64), torch.empty(n)
-            error = error.double()
-        z[done : done + len(x)], error[done : done + len(x)] = found.value, found.error
-        done += len(x)
+        parts.append(Bounded(found.value.double(), found.error))
         assumed |= mode.assumed
         progress(len(x))
-    if z is None or done != n:
-        raise ValueError(f"batches: expected {n} samples, got {done}")
-    assumptions = [ARITHMETIC, *(text for text in _ORDER if text in assumed)]
-    return BoundedFeatures(z, error, assumptions, time.perf_counter() - started)
+    return BoundedFeatures(
+        torch.cat([part.value for part in parts]),
+        torch.cat([part.error for part in parts]),
+        [ARITHMETIC, *(text for text in _ORDER if text in assumed)],
+        time.perf_counter() - started,
+    )
+
+
+def running(
+    model: nn.Module, stop: nn.Module, x: Tensor, norms: dict[Any, Any] | None = None
+) -> Running:
+    """One pass over a batch up to `stop`, without bounds where these fail; its tape is of use."""
+    mode = Running(model, {} if norms is None else norms)
+    try:
+        with torch.no_grad():
+            _enter(mode, model, stop, x.clone())
+    except Unbounded:
+        pass
+    return mode
+
+
+def _first(
+    model: nn.Module, stop: nn.Module, x: Tensor, norms: dict[Any, Any]
+) -> tuple[Running, Bounded, _Known]:
+    """The first batch of its size, computed whole; again without what it need not compute where
+    the numbers of an operator that has no rule reached the end.
+    """
+    mode = Running(model, norms)
+    value = _enter(mode, model, stop, x.clone())
+    known = _Known(mode.trace.result(), mode.skippable(value))
+    try:
+        return mode, mode.bounded(value), known
+    except Lost:
+        if not known.skipped:
+            raise
+    return *_again(model, stop, x, norms, known), known
+
+
+def _again(
+    model: nn.Module, stop: nn.Module, x: Tensor, norms: dict[Any, Any], known: _Known
+) -> tuple[Running, Bounded]:
+    """A further batch; Unbounded where it is not treated as the first one of its size."""
+    mode = Running(model, norms, known.skipped)
+    found = mode.bounded(_enter(mode, model, stop, x.clone()))
+    if mode.trace.result() != known.trace:
+        raise Unbounded("the model does something else for other samples")
+    return mode, found
+
+
+def _enter(mode: Running, model: nn.Module, stop: nn.Module, x: Tensor) -> Tensor:
+    mode.enter(x)
+    try:
+        with plain_attention(), mode.watching(), mode:
+            return input_of(model, stop, x)
+    except (Unbounded, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of the user's forward, or of torch's modes
+        reason = f"the model does not run as it is watched: {type_and_line(error)}"
+        raise Unbounded(reason) from error
 
 
 def _others(x: Tensor, batches: list[Tensor]) -> Tensor:
@@ -103,3 +142,15 @@ def _others(x: Tensor, batches: list[Tensor]) -> Tensor:
     if moved.is_floating_point():
         return 0.75 * moved + 0.25 * x
     return moved
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention as the products that it is, not as one operator."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

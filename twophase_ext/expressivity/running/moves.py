@@ -17,6 +17,10 @@ from .call import Call, Result
 from .operand import HUGE, Operand
 
 Rule = Callable[[Call], list[Result]]
+_EXACT = {
+    *("zeros", "ones", "empty", "full", "eye", "scalar_tensor", "lift_fresh_copy"),
+    *("empty_strided", "tensor"),
+}
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -35,7 +39,7 @@ def _replaced(value: Any, new: dict[int, Tensor]) -> Any:
     return value
 
 
-def _owner_of(operand: Operand) -> Tensor:
+def owner_of(operand: Operand) -> Tensor:
     """Whose each number of an operand is: -1 for a constant's."""
     shape = operand.value.shape
     if operand.ids is None:
@@ -47,7 +51,7 @@ def _owner_of(operand: Operand) -> Tensor:
     return operand.ids.view(view).expand(shape).clone()
 
 
-def _dim_of(owners: Tensor, samples: int) -> tuple[int | None, Tensor | None]:
+def dim_of(owners: Tensor, samples: int) -> tuple[int | None, Tensor | None]:
     """(dim, ids) of a tensor whose numbers' owners are these."""
     if samples == 1:
         return (
@@ -64,7 +68,7 @@ def _dim_of(owners: Tensor, samples: int) -> tuple[int | None, Tensor | None]:
     return refuse("it mixes the samples")
 
 
-def _moved(*names: str, fills: str | None = None, repeats: bool = True) -> Rule:
+def moved(*names: str, fills: str | None = None, repeats: bool = True) -> Rule:
     """Moves of the tensors of these arguments; fills: the argument that stands in new places."""
 
     def rule(call: Call) -> list[Result]:
@@ -79,21 +83,21 @@ def _moved(*names: str, fills: str | None = None, repeats: bool = True) -> Rule:
         start = 0
         for t, operand in zip(sources, known, strict=True):
             # as float64, which every operator moves; exact to 2^53
-            owners[id(t)] = _owner_of(operand).double()
+            owners[id(t)] = owner_of(operand).double()
             places[id(t)] = torch.arange(start, start + t.numel()).view(t.shape).double()
             start += t.numel()
 
-        def moved(new: dict[int, Tensor]) -> Tensor:
+        def through(new: dict[int, Tensor]) -> Tensor:
             given = {k: _replaced(v, new) for k, v in call.given.items()}
             if fills is not None:
                 given[fills] = -1
             return call.func(**given).long()
 
-        dim, ids = _dim_of(moved(owners), call.owner.samples)
+        dim, ids = dim_of(through(owners), call.owner.samples)
         error = call.zeros(*known)
         times = 1
         if repeats and start and any(not operand.exact for operand in known):
-            found = moved(places).flatten()
+            found = through(places).flatten()
             found = found[found >= 0]
             times = int(found.bincount().max()) if len(found) else 1
         for operand in known:
@@ -120,31 +124,6 @@ def _copy(call: Call) -> list[Result]:
     return [Result(call.out, x.dim, x.ids, error, x.huge)]
 
 
-def _embedding(call: Call) -> list[Result]:
-    index, weight = call.operand("indices"), call.operand("weight")
-    if not weight.constant:
-        return refuse("no rule for a table that depends on the samples")
-    error = weight.error * math.sqrt(index.value.numel()) * SLACK
-    if not index.constant:
-        error = error.expand(call.owner.samples)
-    return [Result(call.out, index.dim, index.ids, error)]
-
-
-def _gather(call: Call) -> list[Result]:
-    """Within each sample, at places that may be the sample's own."""
-    x, index = call.operand("self"), call.operand("index")
-    axis = call["dim"] % max(x.value.dim(), 1)
-    if index.constant:
-        return _moved("self")(call)
-    if not x.constant and (x.dim != index.dim or not torch.equal(x.ids, index.ids)):  # type: ignore[arg-type]
-        return refuse("it brings different samples together")
-    if axis in (x.dim, index.dim):
-        return refuse("it mixes the samples")
-    times = index.value.shape[axis]
-    error = (x.error if not x.constant else x.error.expand(call.owner.samples)) * math.sqrt(times)
-    return [Result(call.out, index.dim, index.ids, error * SLACK, x.huge)]
-
-
 def _constant(call: Call) -> list[Result]:
     """A constant, whatever the operand is."""
     results = []
@@ -154,6 +133,19 @@ def _constant(call: Call) -> list[Result]:
             huge = bool((out.abs() >= HUGE).any())
         results.append(Result(out, None, None, torch.zeros(1, dtype=torch.float64), huge))
     return results
+
+
+def factory_error(name: str, made: Tensor) -> Tensor:
+    """Of a constant that an operator makes of nothing: start + i step is rounded, others not."""
+    base = name.removeprefix("aten::")
+    if not made.is_floating_point() or base in _EXACT:
+        return torch.zeros(1, dtype=torch.float64)
+    if base not in ("arange", "linspace"):
+        return refuse("no rule for what it makes")
+    norm = float(torch.linalg.vector_norm(made.double()))
+    largest = float(made.abs().max()) if made.numel() else 0.0
+    size = 8 * torch.finfo(made.dtype).eps * (norm + math.sqrt(made.numel()) * largest)
+    return torch.full((1,), size * SLACK, dtype=torch.float64)
 
 
 MOVES: dict[str, Rule] = {
@@ -167,17 +159,16 @@ MOVES: dict[str, Rule] = {
         ),
         _constant,
     ),
-    **dict.fromkeys(("cat", "stack"), _moved("tensors", repeats=False)),
-    "constant_pad_nd": _moved("self", fills="value", repeats=False),
-    **dict.fromkeys(("roll", "flip"), _moved("self", repeats=False)),
+    **dict.fromkeys(("cat", "stack"), moved("tensors", repeats=False)),
+    "constant_pad_nd": moved("self", fills="value", repeats=False),
+    **dict.fromkeys(("roll", "flip"), moved("self", repeats=False)),
     **dict.fromkeys(
         (
-            *("index_select", "index", "repeat", "upsample_nearest1d", "upsample_nearest2d"),
+            *("repeat", "upsample_nearest1d", "upsample_nearest2d"),
             *("im2col", "reflection_pad1d", "reflection_pad2d", "replication_pad1d"),
-            *("replication_pad2d", "unfold_copy"),
+            *("replication_pad2d", "unfold_copy", "pixel_shuffle", "pixel_unshuffle"),
+            *("channel_shuffle", "native_channel_shuffle", "diag_embed", "upsample_nearest3d"),
         ),
-        _moved("self"),
+        moved("self"),
     ),
-    "embedding": _embedding,
-    "gather": _gather,
 }

@@ -4,13 +4,14 @@ A note belongs to a storage, not to a tensor: a view is a part of it, so the err
 are part of the storage's, and a write through one view is seen by the others.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..bounded import refuse
+from ..bounded import Refused, refuse
 
 ALL = 1 << 62  # a unit longer than any storage
 
@@ -23,12 +24,16 @@ class Note:
     throughout for integers that are exact; inf: it hangs on how numbers were rounded. The number at
     offset o belongs to sample ids[o // unit % len(ids)]; ids None: a constant. huge: numbers beyond
     HUGE may be there (masks), each right to a relative error of 2^-40 and outside of `error`.
+    decided: integers that hang on samples' real numbers, by comparison or place. lost: why nothing
+    is known of the numbers; they may be any sample's.
     """
 
     error: Tensor
     unit: int = ALL
     ids: Tensor | None = None
     huge: bool = False
+    decided: bool = False
+    lost: str = ""
 
 
 class Notes:
@@ -37,12 +42,18 @@ class Notes:
     def __init__(self) -> None:
         """None yet."""
         # the weak reference keeps the address from being given to another storage
-        self._kept: dict[int, tuple[StorageWeakRef, Note, int]] = {}
+        self._kept: dict[int, tuple[StorageWeakRef, Note, int, int]] = {}
+        self._count = 0
 
     def of(self, tensor: Tensor) -> Note | None:
         """The note of the tensor's storage."""
         found = self._kept.get(tensor.untyped_storage()._cdata)
         return None if found is None else found[1]
+
+    def token(self, tensor: Tensor) -> int:
+        """The number of the tensor's storage, among those that have a note; -1 without one."""
+        found = self._kept.get(tensor.untyped_storage()._cdata)
+        return -1 if found is None else found[3]
 
     def checked(self, tensor: Tensor) -> Note | None:
         """The same; Unbounded where the numbers are no longer those that it speaks of.
@@ -52,21 +63,23 @@ class Notes:
         found = self._kept.get(tensor.untyped_storage()._cdata)
         if found is None:
             return None
-        if _mark(tensor) != found[2]:
-            refuse("an operand was written by what is no operator")
+        if mark(tensor) != found[2]:
+            raise Refused("an operand was written by what is no operator")
         return found[1]
 
     def write(self, tensor: Tensor, note: Note) -> None:
         """Replace the note of the tensor's storage."""
         storage = tensor.untyped_storage()
         kept = self._kept.get(storage._cdata)
-        reference = StorageWeakRef(storage) if kept is None else kept[0]
-        self._kept[storage._cdata] = reference, note, _mark(tensor)
+        if kept is None:
+            self._count += 1
+        reference, token = (StorageWeakRef(storage), self._count) if kept is None else kept[::3]
+        self._kept[storage._cdata] = reference, note, mark(tensor), token
         if len(self._kept) % 512 == 0:
             self._kept = {k: v for k, v in self._kept.items() if not v[0].expired()}
 
 
-def _mark(tensor: Tensor) -> int:
+def mark(tensor: Tensor) -> int:
     """The sum of a storage's bytes, eight at a time, modulo 2^64."""
     raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     whole = len(raw) // 8 * 8
@@ -77,11 +90,11 @@ def laid_out(tensor: Tensor, dim: int, ids: Tensor, error: Tensor, huge: bool = 
     """The note of a freshly made tensor whose index along `dim` says whose its numbers are."""
     if len(ids) == 1:
         return Note(error, ALL, ids, huge)
-    note = Note(error, tensor.stride(dim), shortest(ids), huge)
-    found, own = sample_dim(tensor, note)
+    unit, kept = tensor.stride(dim), shortest(ids)
+    found, own = sample_dim(tensor, kept, unit)
     if found != dim or not torch.equal(own, ids):
         refuse("its result lies in memory as no rule expects")
-    return note
+    return Note(error, unit, kept, huge)
 
 
 def shortest(ids: Tensor) -> Tensor:
@@ -93,24 +106,33 @@ def shortest(ids: Tensor) -> Tensor:
     return ids
 
 
-def sample_dim(tensor: Tensor, note: Note) -> tuple[int | None, Tensor]:
-    """(the dimension along which samples change, whose each of its indices is) of a tensor.
+def sample_dim(tensor: Tensor, ids: Tensor, unit: int) -> tuple[int | None, Tensor]:
+    """(the dimension along which samples change, whose each of its indices is) of a tensor whose
+    storage has a note with these `ids` and this `unit`.
 
     None: all of it is one sample's, ids [1]. Unbounded where two dimensions decide together.
     """
-    assert note.ids is not None
-    ids, unit, period = note.ids, note.unit, len(note.ids)
-    offset = tensor.storage_offset()
-    if period == 1:
+    if len(ids) == 1:
         return None, ids
+    geometry = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    dim, along = _sample_dim(*geometry, ids.cpu().numpy().tobytes(), unit)
+    return dim, along.to(ids.device)
+
+
+@functools.lru_cache(4096)
+def _sample_dim(
+    shape: tuple[int, ...], strides: tuple[int, ...], offset: int, packed: bytes, unit: int
+) -> tuple[int | None, Tensor]:
+    ids = torch.frombuffer(bytearray(packed), dtype=torch.int64)
+    period = len(ids)
     moves = 0
     chosen: list[tuple[int | None, Tensor, int]] = []
-    for place, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+    for place, (size, stride) in enumerate(zip(shape, strides, strict=True)):
         reach = (size - 1) * stride
         if size <= 1 or stride % (unit * period) == 0:
             continue
         if offset % unit + reach >= unit:
-            along = ids[(offset + torch.arange(size) * stride) // unit % period]
+            along = ids[(offset + torch.arange(size, device="cpu") * stride) // unit % period]
             if bool((along != along[0]).any()):
                 chosen.append((place, along, stride))
                 continue
@@ -123,8 +145,8 @@ def sample_dim(tensor: Tensor, note: Note) -> tuple[int | None, Tensor]:
     changes = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).long()])
     changes[0] = int(ids[0] != ids[-1])
     total = changes.cumsum(0)
-    first = (offset + torch.arange(len(along)) * stride) // unit
-    last = (offset + torch.arange(len(along)) * stride + moves) // unit
+    first = (offset + torch.arange(len(along), device="cpu") * stride) // unit
+    last = (offset + torch.arange(len(along), device="cpu") * stride + moves) // unit
 
     def count(k: Tensor) -> Tensor:
         return k // period * total[-1] + total[k % period]

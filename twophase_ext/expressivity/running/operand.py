@@ -31,7 +31,7 @@ class Operand:
     ) -> None:
         """ids None: a constant."""
         self.value, self.dim, self.ids, self.samples = value, dim, ids, samples
-        self.huge = huge
+        self.huge, self.share = huge, 1.0  # share: samples that a constant is repeated for
         # numbers that an expanded view shows several times
         times = math.prod(
             n for n, s in zip(value.shape, value.stride(), strict=True) if s == 0 and n > 1
@@ -78,14 +78,14 @@ class Operand:
         if self.dim is not None:
             norms = self.by_sample(norms.square(), "sum").sqrt()
         else:
-            norms = self.by_sample(norms[0], "sum")
+            norms = self.by_sample(norms[0], "sum") / math.sqrt(self.share)
         # squares below 2^-1022 may vanish
         return (norms * (1 + gamma(size + 8)) + math.sqrt(size) * 2.0**-510) * SLACK
 
     @cached_property
     def largest(self) -> Tensor:
         """The largest absolute value, by sample."""
-        rows = self.rows().abs().double()
+        rows = self.rows().double().abs()
         return self.by_sample(rows.amax(1) if self.dim is not None else rows.amax(), "amax")
 
     @cached_property
@@ -97,20 +97,32 @@ class Operand:
     @cached_property
     def least_size(self) -> Tensor:
         """The least absolute value, by sample."""
-        rows = self.rows().abs().double()
+        rows = self.rows().double().abs()
         return self.by_sample(rows.amin(1) if self.dim is not None else rows.amin(), "amin")
 
-    def expanded(self, shape: Sequence[int]) -> "Operand":
-        """As broadcast to `shape`."""
+    def expanded(
+        self, shape: Sequence[int], beside: tuple[int | None, Tensor | None] = (None, None)
+    ) -> "Operand":
+        """As broadcast to `shape`. beside: (dim, ids) of samples' numbers that it meets there.
+
+        Of a constant that is the same along dim a sample meets its own share alone.
+        """
         if tuple(shape) == tuple(self.value.shape):
             return self
-        times = math.prod(shape) // max(self.value.numel(), 1)
+        times = math.prod(shape) / max(self.value.numel(), 1)
         dim = None if self.dim is None else self.dim + len(shape) - self.value.dim()
+        share = 1.0
+        place, ids = beside
+        if self.ids is None and place is not None and ids is not None:
+            own = place - (len(shape) - self.value.dim())
+            if own < 0 or self.value.shape[own] == 1:
+                share = len(ids) / int(ids.bincount().max())
         value, error = self.value.expand(tuple(shape)), self.error
         found = Operand.__new__(Operand)
         found.value, found.dim, found.ids, found.samples = value, dim, self.ids, self.samples
         found.huge = self.huge
-        found.error = error * math.sqrt(times) * SLACK if times > 1 else error
+        found.error = error * math.sqrt(times / share) * SLACK if times > 1 else error
+        found.share = share
         if self.dim is None and self.ids is not None and self.samples > 1:
             refuse("it takes one sample of a batch")
         return found

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,14 +11,49 @@ from ...linalg.bounds import SLACK
 from ..bounded import refuse
 from ..operator_norms import OperatorNorms, conv_norms, linear_norms
 from .call import Call, Result
+from .notes import mark
 from .operand import Operand
+
+
+class AffineMap(NamedTuple):
+    """x times a constant weight, and a bias: the operands, and whether all weights are zero."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    is_zero: bool
+
+
+def affine_map(call: Call) -> AffineMap | None:
+    """The affine map with constant weights that the call applies to samples' numbers, if any."""
+    own = call.name.removeprefix("aten::")
+    if own not in _OPERANDS:
+        return None
+    owner = call.owner
+    x, weight, bias = (call[name] for name in _OPERANDS[own])
+    if not owner.depends(x):
+        x, weight = weight, x
+    if not owner.depends(x) or any(owner.depends(t) for t in (weight, bias) if t is not None):
+        return None
+    notes = [owner.notes.of(t) for t in (weight, bias) if t is not None]
+    exact = not any(bool(note.error.any()) for note in notes if note is not None)
+    return AffineMap(x, weight, bias, exact and not bool(weight.any()))
+
+
+def bias_of(call: Call) -> Tensor | float:
+    """What the affine map gives where all its weights are zero, to be broadcast."""
+    own = call.name.removeprefix("aten::")
+    bias = call[_OPERANDS[own][2]]
+    if bias is None:
+        return 0.0
+    return bias.view(-1, *[1] * (call.out.dim() - 2)) if own == "convolution" else bias
 
 
 def _norms(
     call: Call, weight: Tensor, key: tuple[Any, ...], compute: Callable[[Tensor], OperatorNorms]
 ) -> OperatorNorms:
-    """Of a weight, kept from batch to batch: by where it lies, while it is not written."""
-    own = (weight.data_ptr(), tuple(weight.shape), weight.stride(), weight._version, key)
+    """Of a weight, kept from pass to pass: by where it lies, and by its numbers."""
+    own = (weight.data_ptr(), tuple(weight.shape), weight.stride(), mark(weight), key)
     found = call.owner.norms.get(own)
     if found is None:
         found = weight, compute(weight.detach().double())  # kept: its place is not given away
@@ -87,7 +122,7 @@ def _addmm(call: Call) -> list[Result]:
         return refuse("no rule for multiples in a product")
     names = ("mat1", "mat2") if "mat1" in call.given else ("batch1", "batch2")
     made, error = _product(call, call.operand(names[0]), call.operand(names[1]))
-    bias = call.operand("self").expanded(call.out.shape)
+    bias = call.operand("self").expanded(call.out.shape, (made.dim, made.ids))
     if not bias.constant and (bias.dim != made.dim or not torch.equal(bias.ids, made.ids)):  # type: ignore[arg-type]
         return refuse("it brings different samples together")
     dim, ids = (made.dim, made.ids) if made.ids is not None else (bias.dim, bias.ids)
@@ -97,8 +132,8 @@ def _addmm(call: Call) -> list[Result]:
 
 def _convolution(call: Call) -> list[Result]:
     x, w = call.operand("input"), call.operand("weight")
-    if not w.constant or not w.exact or x.constant:
-        return refuse("no rule for weights that are computed")
+    if not w.constant or x.constant:
+        return refuse("no rule for weights that depend on the samples")
     if x.dim not in (None, 0):
         return refuse("its batch is not the samples")
     weight, groups = w.value, call["groups"]
@@ -113,8 +148,10 @@ def _convolution(call: Call) -> list[Result]:
             lambda v: conv_norms(v, stride, dilation, groups),
         )
     taps = weight[0].numel() if not call["transposed"] else weight.numel() // weight.shape[1]
-    rounding = norms.absolute * x.norm
-    error = norms.plain * x.error
+    # by the taps, each a matrix of norm ||E_tap||_F at most: ||E|| <= sqrt(taps) ||E||_F
+    off = math.sqrt(weight[0, 0].numel()) * w.error * SLACK
+    rounding = (norms.absolute + off) * x.norm
+    error = (norms.plain + off) * x.error + off * x.norm
     if call["bias"] is not None:
         bias = call.operand("bias")
         places = math.prod(call.out.shape) // (call.out.shape[1] * (call.owner.samples or 1))
@@ -150,6 +187,25 @@ def _weight_norm(call: Call) -> list[Result]:
     return results
 
 
+_OPERANDS = {
+    "mm": ("self", "mat2", ""),
+    "bmm": ("self", "mat2", ""),
+    "addmm": ("mat1", "mat2", "self"),
+    "convolution": ("input", "weight", "bias"),
+}
+
+
+def _vectors(call: Call) -> list[Result]:
+    """Matrix by vector, or vector by vector, of constants: |a^T b| errs by gamma |a| |b|."""
+    second = next(name for name in ("vec", "tensor", "other") if name in call.given)
+    a, b = call.operand("self"), call.operand(second)
+    if not (a.constant and b.constant):
+        return refuse("no rule for products of samples' vectors")
+    gamma = call.gamma(b.value.numel() + 2)
+    error = a.norm * b.error + b.norm * a.error + a.error * b.error + gamma * a.norm * b.norm
+    return [Result(call.out, None, None, error * SLACK)]
+
+
 PRODUCTS: dict[str, Callable[[Call], list[Result]]] = {
     "mm": _mm,
     "bmm": _mm,
@@ -157,4 +213,5 @@ PRODUCTS: dict[str, Callable[[Call], list[Result]]] = {
     "baddbmm": _addmm,
     "convolution": _convolution,
     "_weight_norm_interface": _weight_norm,
+    **dict.fromkeys(("mv", "dot", "vdot"), _vectors),
 }

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from .call import Call, Result
 from .elementwise import ELEMENTWISE
 from .moves import MOVES
+from .normalization import NORMALIZATION
+from .places import PLACES
 from .products import PRODUCTS
 from .reductions import REDUCTIONS
 
@@ -19,6 +21,8 @@ __all__ = ["MOVES", "RULES", "Call", "Result"]
 RULES: dict[str, Callable[[Call], list[Result]]] = {
     **ELEMENTWISE,
     **MOVES,
+    **NORMALIZATION,
+    **PLACES,
     **PRODUCTS,
     **REDUCTIONS,
 }

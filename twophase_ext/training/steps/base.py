@@ -96,7 +96,8 @@ class BaseStep:
             with self.config.autocast(self.device):
                 output = run(inputs)
             main = output if isinstance(output, Tensor) else main_output(output)
-            assert main is not None  # as `check_trains` found
+            if main is None:  # at this batch: `check_trains` saw one
+                raise TypeError(f"model: expected logits, got {type(output).__name__}")
             output = main.to(self.config.dtype)
             share = weight * len(targets) / len(y)
             loss = self.loss(output, targets)

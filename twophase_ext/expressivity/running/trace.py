@@ -1,0 +1,47 @@
+"""What a pass is compared by with passes over other samples."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Trace:
+    """A digest of operators, plain arguments, geometry, and constants that nobody saw being made.
+
+    seen: whether a tensor's numbers are the model's own, or were made or noted in the pass.
+    """
+
+    def __init__(self, seen: Callable[[Tensor], bool]) -> None:
+        """Of nothing yet."""
+        self._digest, self._seen = hashlib.sha256(), seen
+
+    def add(self, name: str, given: Iterable[Any]) -> None:
+        """An operator and all that it was given."""
+        found = [name]
+        for value in given:
+            if not isinstance(value, Tensor):
+                found.append(repr(value))
+                continue
+            found.append(f"{value.dtype} {list(value.shape)}")
+            if value.numel() and not self._seen(value):
+                found.append(self.numbers(value))
+        self._digest.update("\0".join(found).encode())
+
+    def pin(self, value: Any) -> None:
+        """A result that every pass has to have."""
+        text = self.numbers(value) if isinstance(value, Tensor) else repr(value)
+        self._digest.update(text.encode())
+
+    def result(self) -> str:
+        """Equal for two passes that did the same with other samples."""
+        return self._digest.hexdigest()
+
+    @staticmethod
+    def numbers(value: Tensor) -> str:
+        """SHA-256 of a tensor's numbers."""
+        with torch._C._DisableTorchDispatch():
+            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
