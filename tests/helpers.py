@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import twophase_ext as tp
 from twophase_ext import _load
@@ -151,3 +152,17 @@ def saved_bytes(model: nn.Module, forward) -> int:
     total = sum(sizes.values())
     del kept
     return total
+
+
+class KinksSeen(TorchDispatchMode):
+    """The kinked operators whatever they act on."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::").removesuffix("_")
+        if name in ("relu", "clamp", "clamp_min", "abs", "floor", "max", "where", "threshold"):
+            self.found.add(name)
+        return func(*args, **(kwargs or {}))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import twophase_ext as tp
 from running_models import Does, Stop
 from twophase_ext.expressivity.bounded import Unbounded
 from twophase_ext.expressivity.running.features import bounded_features
@@ -72,6 +73,7 @@ RULES = {
     "norm 1": rows(lambda x: x.norm(1, -1)),
     "norm inf": rows(lambda x: torch.linalg.vector_norm(x, torch.inf, dim=1)),
     "glu": rows(lambda x: F.glu(x, 1)),
+    "smooth maximum": images(tp.nn.SmoothMaxPool(3, 2, 1, beta=20.0)),
     "lerp": rows(lambda x: x[:, :6].lerp(x[:, 6:], 0.7)),
     "softplus": rows(lambda x: F.softplus(x, 3.0)),
     "log1p": rows(lambda x: x.abs().log1p()),

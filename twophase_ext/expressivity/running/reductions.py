@@ -109,9 +109,14 @@ def _log_softmax(call: Call) -> list[Result]:
 
 
 def _log_sum_exp(call: Call) -> list[Result]:
-    """max + log sum exp(x - max): its derivative softmax(x) has norm 1 at most."""
-    x = call.operand("self")
+    """max + log sum exp(x - max): its derivative softmax(x) has norm 1 at most.
+
+    A number that is masked adds nothing; one at least of those that are added up is none.
+    """
+    x = call.operand("self", masks=True)
     dims, dim = _reduced(call, x)
+    if x.huge and bool((x.value.amax(dims).abs() >= HUGE / 4).any()):
+        return refuse("no rule for a row that is masked throughout")
     call.owner.assumed.add(LIBM)
     count = math.prod(x.value.shape[d] for d in dims)
     made = call.made(dim, x.ids)

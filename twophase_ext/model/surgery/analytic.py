@@ -1,4 +1,4 @@
-"""Make a model real analytic, as Theorem 1 asks of h_X: softplus for ReLU, and a report."""
+"""Make a model real analytic, as Theorem 1 asks of h_X: softplus for each kink, and a report."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,10 @@ from twophase_ext.core import arrays
 from twophase_ext.model import layers
 
 from ..softplus import Softplus, checked_beta
+from . import smooth
 from .catalog import is_container, judge_module
 from .examples import examples
+from .functions import NAMES, Settings, make_analytic
 from .operators import Status
 from .tracing import Trace, join, trace
 from .watch import Watched, watch
@@ -80,36 +82,54 @@ class AnalyticReport:
         return "\n".join(parts)
 
 
-def analytic(model: nn.Module, beta: float = 100.0, *, example_input: Any = None) -> AnalyticReport:
-    """Replace the ReLU-like modules of `model` by `Softplus(beta)`, in place and at any depth.
+def analytic(
+    model: nn.Module,
+    beta: float = 100.0,
+    *,
+    pooling: str = "smooth",
+    example_input: Any = None,
+) -> AnalyticReport:
+    """Replace what has kinks in `model` by analytic counterparts, in place and at any depth.
 
-    Replaced are ReLU, ReLU6, LeakyReLU, PReLU, RReLU, ELU, CELU, SELU, Hardswish, Threshold(0, 0),
-    torch's thresholded nn.Softplus (which keeps its own beta), and the relu inside torch's
-    transformer layers.
+    ReLU, RReLU, ELU, CELU, SELU, Threshold(0, 0), torch's thresholded nn.Softplus (which keeps its
+    own beta) and the relu inside torch's transformer layers become `Softplus(beta)`; LeakyReLU,
+    PReLU, ReLU6, Hardtanh, Hardsigmoid and Hardswish the same function with softplus for each of
+    its kinks (smooth.py); max pooling the smooth maximum log(sum exp(beta x)) / beta of the same
+    windows, or, with pooling="average", the mean of them, which costs less. The same functions
+    called in a forward (F.relu, x.relu(), F.max_pool2d, ...) are replaced where the model is run on
+    `example_input`, or on a made-up one, and seen to call them: that module's class becomes a
+    subclass of its own class.
+
     One instance used in several places is replaced by one instance; `inplace` and the training
-    mode are kept, and what trained before trains after. What the stand-in changes (a slope, a
-    bound) is noted. Modules that are analytic stay. What is neither (max-pooling, hard functions,
-    and functional calls such as `F.relu`, `torch.clamp` or `x.max()`) is listed in the report's
-    `.remaining`, as `classify` judges with this `example_input`.
+    mode are kept, and what trained before trains after. What the stand-in changes (a negative
+    branch) is noted. Modules that are analytic stay. What is left (`torch.clamp`, `x.max()`, ...)
+    is listed in the report's `.remaining`, as `classify` judges with this `example_input`.
 
-    As softplus tends to ReLU with beta, the error is at most log(2) / beta (section 5.2).
+    As softplus tends to ReLU with beta, the error is at most log(2) / beta a kink (section 5.2),
+    and log(k) / beta for the smooth maximum of k numbers.
     Raises TypeError for a model that is not an nn.Module, ValueError where the model is itself
-    the module to be replaced, or for a beta out of range.
+    the module to be replaced, or for a beta or pooling that is none.
     """
     beta = checked_beta(beta)
+    if pooling not in ("smooth", "average"):
+        raise ValueError(f'pooling: expected "smooth" or "average", got {pooling!r}')
+    own = Settings(beta, pooling)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     model = layers.unwrap(model)
-    if _stand_in(model, beta) is not None:
+    if _stand_in(model, own) is not None:
         raise ValueError(
             f"model: it is itself an nn.{type(model).__name__}, nothing can be replaced in place; "
-            "use tp.nn.Softplus"
+            "wrap it in nn.Sequential"
         )
     batches = _batches(model, example_input)
-    replaced = tuple(_replace(model, beta))
+    replaced = list(_replace(model, own))
     seen = _see(model, batches)
+    if calls := list(_replace_calls(model, seen, own)):
+        replaced += calls
+        seen = _see(model, batches)
     remaining = tuple(f for f in _findings(model, seen) if f.status != "analytic")
-    return AnalyticReport(replaced, remaining, traced=not seen.failures)
+    return AnalyticReport(tuple(replaced), remaining, traced=not seen.failures)
 
 
 def classify(model: nn.Module, *, example_input: Any = None, whole: bool = True) -> list[Finding]:
@@ -194,14 +214,29 @@ def _findings(model: nn.Module, seen: _Seen) -> Iterator[Finding]:
             yield Finding(name, kind, "unknown", "not reached by the forward that was followed")
 
 
-def _replace(model: nn.Module, beta: float) -> Iterator[Replacement]:
-    done: dict[nn.Module, tuple[Softplus, str]] = {}
+def _replace_calls(model: nn.Module, seen: _Seen, own: Settings) -> Iterator[Replacement]:
+    modules = dict(model.named_modules())
+    for path, function in seen.run.calls:
+        module = modules.get(path)
+        if function in NAMES and module is not None and judge_module(module) is None:
+            try:
+                make_analytic(module, own)
+            except TypeError:  # a class that no other can take the place of: a scripted one
+                continue
+            kind = "average" if "pool" in function and own.pooling == "average" else "analytic"
+            new = f"{kind} counterpart, beta={own.beta:g}"
+            yield Replacement(path, f"{function} in {type(module).__name__}'s forward", new, "")
+
+
+def _replace(model: nn.Module, own: Settings) -> Iterator[Replacement]:
+    beta = own.beta
+    done: dict[nn.Module, tuple[nn.Module, str]] = {}
     for path, parent in list(model.named_modules()):
         for name, child in list(parent._modules.items()):
             if child is None:
                 continue
             if child not in done:
-                stand_in = _stand_in(child, beta)
+                stand_in = _stand_in(child, own)
                 if stand_in is None:
                     continue
                 stand_in[0].train(child.training)
@@ -229,31 +264,41 @@ def _replace_transformer_relu(path: str, layer: Any, beta: float) -> Iterator[Re
         layer.activation_relu_or_gelu = 0
 
 
-def _stand_in(module: Any, beta: float) -> tuple[Softplus, str] | None:
-    """The softplus for a ReLU-like module and what it does not keep; None for other modules.
+def _stand_in(module: Any, own: Settings) -> tuple[nn.Module, str] | None:
+    """The counterpart of a module with kinks and what it does not keep; None for other modules.
 
-    It keeps for the backward pass what the old module kept: its output alone, or numbers of its
-    own, so that an operation in place after it does no more harm than before.
+    Softplus keeps for the backward pass what the old module kept: its output alone, or numbers of
+    its own, so that an operation in place after it does no more harm than before.
     """
     inplace = bool(getattr(module, "inplace", False))
-    copy = not inplace or isinstance(module, nn.ReLU6 | nn.Hardswish | nn.Threshold)
+    copy = not inplace or isinstance(module, nn.Threshold)
+    beta = own.beta
     match module:
         case nn.Softplus():
             return Softplus(module.beta, keeps_copy=True), ""
-        case nn.ReLU6():
-            note = "the upper bound 6 is dropped"
+        case nn.Hardtanh():  # ReLU6 too
+            return smooth.SmoothHardtanh(module.min_val, module.max_val, beta, inplace), ""
         case nn.LeakyReLU():
-            note = f"the negative slope {module.negative_slope:g} is dropped"
+            return smooth.SmoothLeakyReLU(module.negative_slope, beta, inplace), ""
         case nn.PReLU():
-            note = "the learned negative slope is dropped"
+            return smooth.SmoothPReLU(module.weight, beta), ""
+        case nn.Hardsigmoid():
+            return smooth.SmoothHardsigmoid(beta, inplace), ""
+        case nn.Hardswish():
+            return smooth.SmoothHardswish(beta, inplace), ""
+        case nn.MaxPool1d() | nn.MaxPool2d() | nn.MaxPool3d() if not module.return_indices:
+            return _pooling(module, own)
+        case nn.AdaptiveMaxPool1d() | nn.AdaptiveMaxPool2d() | nn.AdaptiveMaxPool3d():
+            axes = int(type(module).__name__[-2])
+            if module.return_indices or module.output_size not in (1, (1,) * axes):
+                return None
+            return smooth.SmoothGlobalMaxPool(axes=axes, beta=beta), ""
         case nn.RReLU():
             note = "the random negative slope is dropped"
         case nn.ELU() | nn.CELU():
             note = f"the negative branch, down to -{module.alpha:g}, is dropped"
         case nn.SELU():
             note = "the negative branch and the scale 1.0507 are dropped"
-        case nn.Hardswish():
-            note = "the dip below 0 is dropped; nn.SiLU is closer"
         case nn.Threshold(threshold=0, value=0):
             note = ""
         case nn.ReLU():
@@ -261,6 +306,18 @@ def _stand_in(module: Any, beta: float) -> tuple[Softplus, str] | None:
         case _:
             return None
     return Softplus(beta, inplace=inplace, keeps_copy=copy), note
+
+
+def _pooling(module: Any, own: Settings) -> tuple[nn.Module, str]:
+    axes = int(type(module).__name__[-2])
+    windows = module.kernel_size, module.stride, module.padding
+    if own.pooling == "average" and module.dilation in (1, (1,) * axes):
+        kind = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[axes - 1]
+        return kind(*windows, ceil_mode=module.ceil_mode, count_include_pad=False), "a mean"
+    found = smooth.SmoothMaxPool(
+        *windows, module.dilation, module.ceil_mode, axes=axes, beta=own.beta
+    )
+    return found, ""
 
 
 def _shown(name: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..softplus import Softplus
+from . import smooth
 from .operators import ATTENTION, MAX_POOL, Judgement, Status
 from .operators import analytic_because as _analytic
 from .operators import hard as _hard
@@ -26,7 +27,7 @@ SMOOTH_FUNCTIONS = (F.gelu, F.silu, F.mish, F.sigmoid, F.tanh, F.logsigmoid)
 
 
 _AFFINE = _analytic("affine in its input and in its parameters")
-_RELU_LIKE = _hard("a kink or a piecewise definition; tp.nn.analytic puts tp.nn.Softplus there")
+_RELU_LIKE = _hard("a kink or a piecewise definition; tp.nn.analytic puts an analytic one there")
 _DROPOUT = _analytic("the identity in eval mode; in train mode random, not a fixed function")
 
 
@@ -103,6 +104,17 @@ def _for_dims(*stems: str, dims: str = "123") -> list[str]:
 
 MODULES: dict[type[nn.Module], Rule] = {
     Softplus: _analytic("exact softplus, without a threshold"),
+    **dict.fromkeys(
+        (
+            *(smooth.SmoothHardtanh, smooth.SmoothLeakyReLU, smooth.SmoothPReLU),
+            *(smooth.SmoothHardsigmoid, smooth.SmoothHardswish),
+        ),
+        _analytic("sums and products of x and exact softplus"),
+    ),
+    **dict.fromkeys(
+        (smooth.SmoothMaxPool, smooth.SmoothGlobalMaxPool),
+        _analytic("the logarithm of a sum of exponentials"),
+    ),
     **_modules(
         _AFFINE,
         *("Linear", "Bilinear", "Identity", "Flatten", "Unflatten", "Fold", "Unfold"),
@@ -147,8 +159,8 @@ MODULES: dict[type[nn.Module], Rule] = {
     ),
     **_modules(_threshold, "Threshold"),
     **_modules(_torch_softplus, "Softplus"),
-    **_modules(_hard("piecewise linear; nn.Sigmoid is its smooth counterpart"), "Hardsigmoid"),
-    **_modules(_hard("piecewise linear; nn.Tanh is its smooth counterpart"), "Hardtanh"),
+    **_modules(_hard("piecewise linear; tp.nn.analytic puts an analytic one there"), "Hardsigmoid"),
+    **_modules(_hard("piecewise linear; tp.nn.analytic puts an analytic one there"), "Hardtanh"),
     **_modules(_hard("not analytic at 0; nn.Tanh is a smooth counterpart"), "Softsign"),
     **_modules(_hard("jumps or kinks; nn.Tanhshrink is a smooth counterpart"), "Softshrink"),
     **_modules(

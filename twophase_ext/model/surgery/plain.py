@@ -8,6 +8,8 @@ from torch import nn
 from twophase_ext.model import holding, layers, probing
 
 from ..softplus import Softplus
+from . import smooth
+from .functions import calls_analytic
 from .widen import WideHead
 
 # exp(-40) is below half an ulp of 40 in float64: from there on x itself is softplus, rounded
@@ -26,9 +28,21 @@ def plain(model: nn.Module) -> nn.Module:
     It is for inference: with a threshold the activation is piecewise, hence not real analytic, and
     a claim about the model is none about the copy. Calls of `tp.softplus` in a forward of your own
     stay; write F.softplus(x, beta, threshold=40) there. Raises TypeError where `model` is no
-    nn.Module.
+    nn.Module, ValueError where `analytic` put in it what torch has no module for (a smooth maximum,
+    a smooth Hardswish, functions in a forward).
     """
     probing.require_module(model)
+    without = [
+        name or "(model)"
+        for name, module in layers.unwrap(model).named_modules()
+        if isinstance(module, smooth.Smooth) or calls_analytic(module)
+    ]
+    if without:
+        raise ValueError(
+            f"model: torch has no module for {', '.join(without[:3])} (of tp.nn.analytic): export "
+            "the model as it is, or train it with functions that torch has (SiLU, GELU, average "
+            "pooling)"
+        )
     twin = copy.deepcopy(layers.unwrap(model))
     holding.release(twin)
     done: dict[nn.Module, nn.Module] = {}
