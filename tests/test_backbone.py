@@ -86,7 +86,7 @@ def test_zero_layers_cost_nothing_and_give_their_bias():
         true = (x + model.conv.bias[:, None, None]).mean((2, 3))
         assert torch.allclose(found.z, true, atol=1e-14)
         assert bool(((found.z - true).norm(dim=1) <= found.error).all())
-    steps = running(model, model.last, x).tape.steps
+    steps = running(model, [model.last], x).tape.steps
     unread = {token for step in steps.values() for token in step.unread}
     assert len(unread) == 1
 
@@ -122,7 +122,7 @@ def test_arguments_and_batches():
 
 
 def _branches(model, stop, x):
-    return branches(model.double().eval(), stop, x.double())
+    return branches(model.double().eval(), [stop], x.double())
 
 
 def test_branches_are_named():
@@ -149,9 +149,9 @@ def test_a_branch_may_end_in_a_norm_and_a_shortcut_be_longer():
         b=nn.Conv2d(3, 3, 1, bias=False),
         bn=nn.BatchNorm2d(3),
     )
-    assert [b.parameters for b in branches(model, model.last, x)] == [("b.weight",)]
+    assert [b.parameters for b in branches(model, [model.last], x)] == [("b.weight",)]
     model.b.weight.requires_grad_(False)
-    assert branches(model, model.last, x) == []
+    assert branches(model, [model.last], x) == []
 
 
 class ClassToken(nn.Module):

@@ -163,7 +163,7 @@ def test_preact_resnet(factor):
     model = _randomised(_seeded(lambda: PreActResNet18(width=2, wide=5))).double().eval()
     g = torch.Generator().manual_seed(4)
     x = torch.rand(2, 1, 8, 8, generator=g, dtype=torch.float64)
-    found = branches(model, model.head[0], x)
+    found = branches(model, [model.head[0]], x)
     model.load_state_dict(model.state_dict() | damped(model, found, [factor] * len(found)))
     found = bounded_features(model, model.head[0], [x[:1], x[1:]], n=2)
     true = exact_layers.preact_features(model.eval(), exactly(x))

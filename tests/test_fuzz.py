@@ -43,7 +43,8 @@ ELSEWHERE = {
 RETURNED = {
     *("Assumptions", "Guarantee", "LazyGuarantee", "NtkRank", "RankLogdet", "Result", "Verdict"),
     *("Callback", "RunView"),
-    *("AnalyticReport", "Finding", "Frozen", "Replacement", "WideHead", "nn", "ops", "optim"),
+    *("AnalyticReport", "Finding", "Frozen", "Replacement", "Rows", "WideHead"),
+    *("nn", "ops", "optim"),
     *(name for name in tp.nn.__all__ if name.startswith("Smooth")),  # what `analytic` puts
 }
 bounded = settings(suppress_health_check=list(HealthCheck))

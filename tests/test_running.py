@@ -133,7 +133,7 @@ REFUSED = {
     "random numbers": (lambda x: x + torch.rand_like(x), "it draws random numbers"),
     "dropout": (lambda x: nn.functional.dropout(x, 0.5, True), "it draws random numbers"),
     "a comparison": (
-        lambda x: x * ((x * 3).tanh() > 0.5),
+        lambda x: x * ((x * 3).tanh() >= (3 * x).tanh()),  # equal, but for rounding
         "it decides by numbers that are rounded",
     ),
     "the largest's place": (

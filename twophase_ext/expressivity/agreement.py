@@ -85,6 +85,8 @@ class Reference:
         z, error = self.z[index], self.error[index]
         norms = z.norm(dim=1)
         allowed = ERRORS * error + 64 * UNIT_ROUNDOFF * norms
+        if self.problem.narrowed:  # the model rounds to float32 what was bounded without
+            allowed = allowed + OWN_EPS * self.problem.eps * (norms + norms.mean())
         if self.wide is None:
             return Expected(None, None, z, allowed, norms)
         d, m = z.shape[1], len(self.weight)
@@ -94,6 +96,8 @@ class Reference:
         bend = 1 / self.problem.beta if self.problem.wide is not None else 1.0
         evaluation = 8 * UNIT_ROUNDOFF * (h.norm(dim=1) + math.sqrt(m) * bend)
         h_allowed = ERRORS * SLACK * SLOPE * (self.norm * error + rounding + evaluation)
+        if self.problem.narrowed:
+            h_allowed = h_allowed + SLOPE * self.norm * allowed
         size = h.norm(dim=1) + self.sizes * norms + self.shift
         return Expected(z, allowed, h, h_allowed, size)
 

@@ -19,6 +19,7 @@ from ..model.holding import trainable
 from .bounded import Unbounded
 from .problem import Problem
 from .running.features import running
+from .separation import separate
 from .witness import whiten
 
 PILOT = 64  # samples that choose the backbone
@@ -40,9 +41,9 @@ class Branch(NamedTuple):
 
 
 def branches(
-    model: nn.Module, stop: nn.Module, x: Tensor, norms: dict[Any, Any] | None = None
+    model: nn.Module, stop: list[nn.Module], x: Tensor, norms: dict[Any, Any] | None = None
 ) -> list[Branch]:
-    """The residual branches of a float64 model before the layer `stop`, in order, as it runs on x.
+    """The residual branches of a float64 model before the layer stop[0], in order, as it runs on x.
 
     Those whose last affine map is frozen (requires_grad=False) are left out.
     """
@@ -102,6 +103,7 @@ def _choices(found: list[Branch]) -> Iterator[_Choice]:
 
 
 class _Tried(NamedTuple):
+    apart: bool  # every two pilot samples, beyond their errors
     resolved: int
     possible: int
     what: str
@@ -111,15 +113,16 @@ class _Tried(NamedTuple):
 def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
     """Damp residual branches where that resolves more directions of the features.
 
-    Tried on the first PILOT samples; what resolves most wins, the earlier choice on a tie. wide:
+    Tried on the first PILOT samples; what tells them all apart, then what resolves most wins, the
+    earlier choice on a tie. wide:
     the layer that the features enter. Loads the choice and returns what it is, for a person. Raises
     Unbounded where no choice has bounds.
     """
-    found = branches(problem.model, wide, problem.batches(SHOWN)[0], problem.norms)
+    found = branches(problem.model, problem.chain(wide), problem.batches(SHOWN)[0], problem.norms)
     best: _Tried | None = None
     reason: Unbounded | None = None
     for choice in _choices(found):
-        if best is not None and best.resolved >= choice.enough * best.possible:
+        if best and best.apart and best.resolved >= choice.enough * best.possible:
             break
         changes = damped(problem.model, found, choice.factors)
         try:
@@ -129,9 +132,10 @@ def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
             reason = reason or error
             continue
         resolved = len(whiten(features.z, features.error, problem.dtype).map)
-        if best is None or resolved > best.resolved:
+        apart = separate(features.z, features.error).proved
+        if best is None or (apart, resolved) > (best.apart, best.resolved):
             possible = min(len(features.z) - 1, features.z.shape[1])
-            best = _Tried(resolved, possible, choice.what, changes)
+            best = _Tried(apart, resolved, possible, choice.what, changes)
     if best is None:
         raise reason or Unbounded("no backbone has bounds")
     problem.load({name: value.to(problem.dtype) for name, value in best.changes.items()})

@@ -21,6 +21,9 @@ ARITHMETIC = (
     "products in some order"
 )
 LIBM = f"torch's float64 exp, erf and tanh err by at most {ULPS} units in the last place"
+LIFTED = (
+    "casts to float32 within the model are rounding, not part of the function: they are left out"
+)
 SOFTPLUS = "float64 softplus h errs by at most 8u|h| + 8u/beta (checked against mpmath)"
 
 

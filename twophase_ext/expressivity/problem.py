@@ -173,6 +173,11 @@ class Problem:
             return f"the layers before it read the wide layer's weights ({readers.found[0]})"
         return ""
 
+    def chain(self, first: nn.Module) -> list[nn.Module]:
+        """The layers of the copy from `first` to the last one."""
+        chain = self.chain_in(self.model)
+        return chain[chain.index(first) :]
+
     def chain_in(self, model: nn.Module) -> list[nn.Module]:
         """The wide layer, its activation and the last one, or the last alone, in a model's copy."""
         last, wide = self.network.last, self.network.analytic
@@ -282,7 +287,9 @@ class Problem:
         self, stop: nn.Module, batches: list[Tensor], progress: Callable[[int], object] = int
     ) -> BoundedFeatures:
         n = sum(map(len, batches))
-        return bounded_features(self.model, stop, batches, n=n, progress=progress, norms=self.norms)
+        return bounded_features(
+            self.model, self.chain(stop), batches, n=n, progress=progress, norms=self.norms
+        )
 
     def _kept(
         self, stop: nn.Module, batches: list[Tensor], stage: Stage, folder: Path

@@ -84,7 +84,8 @@ def verify_expressivity(
 ) -> Verdict:
     """Whether [h_X^(H)(w), 1_n] has rank n: Assumption 1, or that this very w fulfils it.
 
-    x: the n training inputs (tensor or array; uint8 becomes k / 255 in the model's dtype).
+    x: the n training inputs (tensor or array; uint8 becomes k / 255 in the model's dtype), or a
+    dict or tuple of them for a model of several inputs; of its outputs the logits count.
     Everything is computed in float64, in evaluation mode, on a copy: the model is not changed,
     BatchNorm's running statistics are constants of it.
 

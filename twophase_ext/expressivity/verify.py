@@ -16,6 +16,7 @@ from ..core.hashing import hash_hidden_layers, hash_tensors
 from ..core.messages import first_line
 from ..core.names import canonical_name
 from ..linalg.progress import Stages
+from ..model.calling import one_tensor
 from ..model.inputs import as_example, batches, checked_inputs, first_parameter, identical_rows
 from ..model.network import Network
 from ..model.probing import eager, untouched, unwrap
@@ -45,21 +46,22 @@ def verify_model(
 ) -> Outcome:
     """`verify_expressivity` (verdict.py), as data."""
     seed = integer("seed", seed)
-    x = checked_inputs(x)
-    parameter = first_parameter(model)
-    network = Network(model, as_example(x, parameter), last_layer)
-    return verify_samples(
-        network,
-        batches(x, parameter),
-        n=len(x),
-        w=w,
-        method=method,
-        factorization=factorization,
-        seed=seed,
-        folder=_writable(folder),
-        progress=progress,
-        say=print if progress else lambda _: None,
-    )
+    with one_tensor(model, x) as packed:
+        inputs = checked_inputs(packed)
+        parameter = first_parameter(model)
+        network = Network(model, as_example(inputs, parameter), last_layer)
+        return verify_samples(
+            network,
+            batches(inputs, parameter),
+            n=len(inputs),
+            w=w,
+            method=method,
+            factorization=factorization,
+            seed=seed,
+            folder=_writable(folder),
+            progress=progress,
+            say=print if progress else lambda _: None,
+        )
 
 
 def _writable(folder: Any) -> Path | None:
@@ -79,10 +81,11 @@ def _writable(folder: Any) -> Path | None:
 
 def hashes_of(model: nn.Module, x: Any, last_layer: str | None) -> dict[str, str]:
     """SHA-256 of data and hidden layers, as in an Outcome's `hashes`."""
-    x = checked_inputs(x)
-    parameter = first_parameter(model)
-    network = Network(model, as_example(x, parameter), last_layer)
-    return _hashes(network, [part for part, _ in batches(x, parameter)])
+    with one_tensor(model, x) as packed:
+        inputs = checked_inputs(packed)
+        parameter = first_parameter(model)
+        network = Network(model, as_example(inputs, parameter), last_layer)
+        return _hashes(network, [part for part, _ in batches(inputs, parameter)])
 
 
 def _hashes(network: Network, inputs: list[Tensor]) -> dict[str, str]:
@@ -178,7 +181,7 @@ def verify_samples(
             f"n = {n} > m_H{' + 1' if ones else ''} = {columns}: no weights reach rank n; "
             "tp.nn.widen(model, n) adds a wide enough layer",
         )
-    culprits = identical_rows(torch.cat([x.cpu().flatten(1) for x in inputs]))
+    culprits = identical_rows(torch.cat([x.cpu().reshape(len(x), -1) for x in inputs]))
     try:  # the model is copied, run, and may be initialised anew
         problem = Problem(network, inputs, n, ones)
         if culprits:

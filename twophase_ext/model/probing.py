@@ -223,7 +223,13 @@ def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], 
 
 
 def main_output(output: Any) -> Tensor | None:
-    """A model's output, or the first one of several: auxiliary heads come after it."""
+    """A model's output; of several the one called "logits" or "out", else the first: auxiliary
+    heads come after it.
+    """
+    for name in ("logits", "out"):
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if not isinstance(output, Tensor) and isinstance(found, Tensor):
+            return found
     if isinstance(output, Mapping):
         output = tuple(output.values())
     if isinstance(output, tuple | list) and output:
@@ -318,6 +324,20 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         one, other = (t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b))
         return torch.equal(one, other)
     return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())
+
+
+@contextmanager
+def held_back(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Tensors that a model holds beside its parameters and buffers, as they were afterwards."""
+    state = {id(t) for t in state_tensors(model)}
+    held = [t for t in _tensors(model) if id(t) not in state and _plain(t)]
+    own = [t.detach().clone() for t in held]
+    try:
+        yield held
+    finally:
+        for t, value in zip(held, own, strict=True):
+            if not same_bits(t, value):
+                t.data.copy_(value)
 
 
 def require_pure(model: nn.Module, example: Tensor) -> None:

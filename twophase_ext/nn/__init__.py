@@ -1,5 +1,6 @@
 """Building blocks that make a model meet the premises: exact softplus, analytic, wide."""
 
+from ..model.rows import Rows
 from ..model.softplus import Softplus
 from ..model.surgery.analytic import AnalyticReport, Finding, Replacement, analytic, classify
 from ..model.surgery.plain import plain
@@ -18,6 +19,7 @@ __all__ = [
     "AnalyticReport",
     "Finding",
     "Replacement",
+    "Rows",
     "SmoothGlobalMaxPool",
     "SmoothHardsigmoid",
     "SmoothHardswish",

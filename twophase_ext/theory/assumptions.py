@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..expressivity import Verdict, verify_network
 from ..linalg.bounds import bound_text
+from ..model.calling import one_tensor
 from ..model.inputs import as_example, checked_inputs, first_parameter, identical_rows
 from ..model.network import Network
 from .premises import (
@@ -77,11 +78,18 @@ def check_assumptions(
     last layer has no trainable bias); inputs distinct, as the model's dtype tells them apart;
     Assumption 3, ||x_i||^2 - x_i.x_j > 0, which is only sufficient (Theorem 2) and may be "not
     met"; expressivity (Assumption 1, by `verify_expressivity` with `method`). Every row that is not
-    held says what to do. x: tensor or array [n, ...], uint8 scaled to [0, 1]. loss: a name, a
+    held says what to do. x: tensor or array [n, ...], uint8 scaled to [0, 1], or a dict or tuple of
+    them. loss: a name, a
     `ConvexLoss`, or any callable, for which the row fails. The model is not changed. Raises as
     verify_expressivity, ValueError for an unknown name of a loss.
     """
-    x = checked_inputs(x)
+    with one_tensor(model, x) as packed:
+        return _check(model, checked_inputs(packed), loss, last_layer, method)
+
+
+def _check(
+    model: nn.Module, x: Tensor, loss: Any, last_layer: nn.Module | str | None, method: str
+) -> Assumptions:
     table = Assumptions()
     loss_row = loss_premise(loss)
     parameter = first_parameter(model)
@@ -112,7 +120,7 @@ def check_assumptions(
 
 
 def _distinct(x: Tensor, dtype: torch.dtype) -> Assumption:
-    seen = (x.to(dtype) if x.is_floating_point() else x).cpu().flatten(1)
+    seen = (x.to(dtype) if x.is_floating_point() else x).cpu().reshape(len(x), -1)
     groups = identical_rows(seen)
     if not groups:
         return Assumption("distinct inputs", HELD, f"{len(x)} inputs, all different")
@@ -135,7 +143,7 @@ def _assumption_3(x: Tensor) -> Assumption:
     advice = "only sufficient: distinct inputs do as well"
     if not (x.is_floating_point() or x.dtype == torch.uint8):
         return Assumption(name, UNCHECKED, "the inputs are indices, not vectors", advice)
-    rows = x.cpu().flatten(1).double()
+    rows = x.cpu().reshape(len(x), -1).double()
     squares = rows.square().sum(1)
     if not bool(torch.isfinite(squares).all()):
         return Assumption(name, UNCHECKED, "the squares of the inputs overflow", advice)

@@ -105,9 +105,9 @@ def analytic_premises(
 
 
 def depth_premise(model: nn.Module, network: Network) -> Assumption:
-    """H counts hidden layers: affine or convolutional modules before the last layer."""
-    layers = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
-    hidden = sum(isinstance(m, layers) for m in model.modules()) - 1
+    """H counts hidden layers: modules with a matrix of weights before the last layer."""
+    matrices = [m for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
+    hidden = len(matrices) - 1
     return Assumption(
         "H >= 2",
         HELD if hidden >= 2 else FAILED,

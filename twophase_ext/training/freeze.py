@@ -24,6 +24,8 @@ def samples_of(model: nn.Module, source: Any, name: str) -> Samples:
     device = model_device(model, "auto")
     dtype = first_parameter(model).dtype
     samples = Samples.of(source, name=name, device=device, dtype=dtype)
+    if samples.packing is not None:
+        raise ValueError(f"{name}: several inputs are taken by Trainer.fit alone; pass one tensor")
     check_runs(model, samples)
     return samples
 

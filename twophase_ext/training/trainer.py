@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..expressivity.attempts import require_memory
+from ..model.calling import dismiss, serve
 from ..model.losses import ConvexLoss, resolve_loss
 from ..model.network import Network
 from . import batchnorm, outset, saved
@@ -173,7 +174,8 @@ class Trainer:
         """Train the model in place and return the Result.
 
         train, val: (x, y) tensors or arrays (NumPy, CuPy, anything with DLPack; uint8 inputs are
-        scaled to [0, 1], a graph is left behind), a map-style Dataset (Hugging Face's too), or a
+        scaled to [0, 1], a graph is left behind), x also a dict or tuple of them for a model of
+        several inputs; a map-style Dataset (Hugging Face's too), or a
         DataLoader over one, also Fabric's, accelerate's or torchdata's: its dataset, the samples
         that its sampler draws, collate function and batch size are used; the order comes from the
         seed, no sample is dropped, num_workers is not used. Every sample is fetched once before
@@ -192,7 +194,10 @@ class Trainer:
         TypeError for unusable data, FileNotFoundError or ValueError for an unusable checkpoint,
         before the model has changed.
         """
-        return self._execute(self._prepare(train, val, resume))
+        try:
+            return self._execute(self._prepare(train, val, resume))
+        finally:
+            dismiss(self.model)
 
     @torch.inference_mode(False)
     def branch(
@@ -217,7 +222,13 @@ class Trainer:
         so far, the last one "interrupted", or {"trunk": Result} within the first phase. Raises as
         `fit`; ValueError for a change that the first phase depends on.
         """
-        return branch(self, branches, train, val, resume)
+        try:
+            results = branch(self, branches, train, val, resume)
+        finally:
+            dismiss(self.model)
+        for result in results.values():
+            dismiss(result.model)
+        return results
 
     def _execute(self, loop: Loop, epochs: int | None = None) -> Result:
         """Train a prepared run to its end, or to an epoch; see `fit`."""
@@ -273,6 +284,7 @@ class Trainer:
         form: dict[str, Any] = {"device": self.device, "dtype": config.dtype}
         samples = Samples.of(train, name="train", **form)
         held_out = None if val is None else Samples.of(val, name="val", **form)
+        serve(self.model, samples.packing, next(samples.in_order(2))[0][:2])
         if samples.batch_size is not None and samples.batch_size != config.batch_size:
             progress.say(f"batch_size: {samples.batch_size}, the DataLoader's")
             config = replace(config, batch_size=samples.batch_size)

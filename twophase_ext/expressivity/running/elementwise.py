@@ -191,7 +191,7 @@ def _glu(call: Call) -> list[Result]:
 
 def _lerp(call: Call) -> list[Result]:
     """a + w (b - a), w a number."""
-    x, y = _pair(call, "self", "end")
+    x, y = pair(call, "self", "end")
     if isinstance(call["weight"], Tensor):
         return refuse("no rule for weights that are computed")
     w = abs(float(call["weight"]))
@@ -206,7 +206,7 @@ def _steps(call: Call) -> list[Result]:
     return call.elementwise([x], error)
 
 
-def _pair(call: Call, first: str, second: str, masks: bool = False) -> tuple[Operand, Operand]:
+def pair(call: Call, first: str, second: str, masks: bool = False) -> tuple[Operand, Operand]:
     """Two operands, broadcast; a number is an exact constant."""
     found = []
     for name in (first, second):
@@ -223,7 +223,7 @@ def _pair(call: Call, first: str, second: str, masks: bool = False) -> tuple[Ope
 
 def _sum(call: Call) -> list[Result]:
     """a + alpha b; numbers beyond HUGE stay so, and other ones do not become so."""
-    x, y = _pair(call, "self", "other", masks=True)
+    x, y = pair(call, "self", "other", masks=True)
     alpha = abs(float(call["alpha"] if call["alpha"] is not None else 1))
     huge = x.huge or y.huge
     if huge and alpha != 1:
@@ -240,7 +240,7 @@ def _sum(call: Call) -> list[Result]:
 
 def _product(call: Call) -> list[Result]:
     """|ab - a'b'| <= |a| |b - b'| + |b| |a - a'| + |a - a'| |b - b'|."""
-    x, y = _pair(call, "self", "other", masks=True)
+    x, y = pair(call, "self", "other", masks=True)
     if x.huge or y.huge:
         # a mask times nothing or one: exact
         by = y if x.huge else x
@@ -256,7 +256,7 @@ def _quotient(call: Call) -> list[Result]:
     """|a/b - a'/b'| <= (|a - a'| + |a/b| |b - b'|) / |b'|, |b'| >= |b| - |b - b'|."""
     if call["rounding_mode"] is not None:
         return refuse("no rule for a rounded quotient")
-    x, y = _pair(call, "self", "other")
+    x, y = pair(call, "self", "other")
     least = y.least_size - y.error
     (result,) = call.elementwise([x, y], call.zeros(x, y))
     largest = call.made(result.dim, result.ids).largest
@@ -265,7 +265,7 @@ def _quotient(call: Call) -> list[Result]:
 
 
 def _rsub(call: Call) -> list[Result]:
-    x, y = _pair(call, "other", "self")
+    x, y = pair(call, "other", "self")
     alpha = abs(float(call["alpha"] if call["alpha"] is not None else 1))
     multiple = 0.0 if alpha == 1 else 2 * call.u * alpha * y.norm
     return call.elementwise([x, y], x.error + alpha * y.error + multiple, 3)
@@ -279,27 +279,8 @@ def _addcmul(call: Call) -> list[Result]:
     return call.elementwise([a, x, y], a.error + value * product * SLACK + rounding, 4)
 
 
-def _choose(call: Call) -> list[Result]:
-    """Of one operand or the other, by a condition that is exact: the errors of both do."""
-    operands = [call.operand("condition").expanded(call.out.shape)]
-    values = _pair(call, "self", "other", masks=True)
-    error = (values[0].error.square() + values[1].error.square()).sqrt()
-    huge = values[0].huge or values[1].huge
-    return call.elementwise([*operands, *values], error, huge=huge)
-
-
-def _masked_fill(call: Call) -> list[Result]:
-    x = call.operand("self", masks=True).expanded(call.out.shape)
-    mask = call.operand("mask").expanded(call.out.shape)
-    value = call["value"]
-    number = float(value) if not isinstance(value, Tensor) or value.numel() == 1 else math.nan
-    if isinstance(value, Tensor) and not call.known(value, masks=True).exact:
-        return refuse("no rule for a filling that is rounded")
-    return call.elementwise([x, mask], x.error, huge=x.huge or abs(number) >= HUGE)
-
-
 def _largest_of_two(call: Call) -> list[Result]:
-    x, y = _pair(call, "self", "other")
+    x, y = pair(call, "self", "other")
     return call.elementwise([x, y], x.error + y.error)
 
 
@@ -310,19 +291,6 @@ def _softplus(call: Call) -> list[Result]:
     count = call.out.numel() / (1 if x.constant else call.owner.samples)
     bend = 8 * call.u / call["beta"] * math.sqrt(count)
     return call.elementwise([x], x.error + bend * SLACK, 8)
-
-
-def _decides(call: Call) -> list[Result]:
-    """Comparisons, and integers of integers: exact of exact numbers, else it hangs on rounding."""
-    operands = [
-        call.known(v, masks=True).expanded(call.out.shape)
-        for v in call.given.values()
-        if isinstance(v, Tensor)
-    ]
-    error = call.zeros(*operands)
-    for operand in operands:
-        error = error + operand.error
-    return call.elementwise(operands, error)
 
 
 def _converted(call: Call) -> list[Result]:
@@ -376,16 +344,7 @@ ELEMENTWISE: dict[str, Rule] = {
     "mul": _product,
     "div": _quotient,
     "addcmul": _addcmul,
-    "where": _choose,
-    "masked_fill": _masked_fill,
     **dict.fromkeys(("maximum", "minimum"), _largest_of_two),
     "twophase::softplus": _softplus,
-    **dict.fromkeys(
-        (
-            *("eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or"),
-            *("bitwise_and", "bitwise_or", "bitwise_not", "remainder", "isnan", "isinf"),
-        ),
-        _decides,
-    ),
     "_to_copy": _converted,
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ..bounded import Bounded, Lost, Refused, Unbounded, refuse
+from ..bounded import LIFTED, Bounded, Lost, Refused, Unbounded, refuse
 from ..operator_norms import convolve
 from .moves import MOVES, factory_error
 from .notes import ALL, Note, Notes, laid_out, sample_dim
@@ -41,9 +41,15 @@ class Running(TorchDispatchMode):
     """
 
     def __init__(
-        self, model: nn.Module, norms: dict[Any, Any], skipped: Mapping[int, Step] | None = None
+        self,
+        model: nn.Module,
+        norms: dict[Any, Any],
+        skipped: Mapping[int, Step] | None = None,
+        *,
+        lift: bool = True,
     ) -> None:
-        """norms: of the model's weights, kept from pass to pass.
+        """norms: of the model's weights, kept from pass to pass. lift: whether what is cast to
+        float32 stays in float64, as real arithmetic knows no casts.
 
         skipped: steps that need not be computed, by an earlier pass's tape. Without it the pass
         goes on where a rule is missing: the numbers are lost, which may not matter in the end.
@@ -63,7 +69,7 @@ class Running(TorchDispatchMode):
         self.fresh: set[int] = set()  # constants that were made under the eyes of this mode
         self.trace = Trace(self._seen)
         self.tape, self._index, self._skipped = Tape(), -1, skipped or {}
-        self._lenient = skipped is None
+        self._lenient, self._lift = skipped is None, lift
         self._device = torch.device("cpu")
         self._there: AbstractContextManager[Any] = nullcontext()
 
@@ -217,13 +223,17 @@ class Running(TorchDispatchMode):
         return out
 
     def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The operator itself; a convolution on a GPU as plain sums of products."""
-        if func._schema.name == "aten::convolution" and args[0].is_cuda:
+        """The operator itself; on a GPU a convolution as plain sums of products."""
+        name = func._schema.name
+        if name == "aten::convolution" and args[0].is_cuda:
             x, weight, bias, stride, padding, dilation, transposed, _, groups = args
             if transposed or weight.dim() != 4 or weight.dtype != torch.float64:
                 refuse("on a GPU no rule but for 2-d convolutions in float64")
             sides = [(p, p) for p in padding]
             return convolve(x, weight, bias, stride, sides, dilation, groups).contiguous()
+        if self._lift and name == "aten::_to_copy" and kwargs.get("dtype") == torch.float32:
+            self.assumed.add(LIFTED)
+            return func(*args, **{**kwargs, "dtype": torch.float64})
         return func(*args, **kwargs)
 
     def _plain_number(self, tensors: list[Tensor], out: Any) -> None:

@@ -1,7 +1,7 @@
 """The wide layer's input with a proved bound of its rounding error, from the model as it runs."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...core.messages import type_and_line
-from ...model.probing import input_of
-from ..bounded import ARITHMETIC, LIBM, SOFTPLUS, Bounded, BoundedFeatures, Lost, Unbounded
+from ...model.probing import rows_into
+from ..bounded import ARITHMETIC, LIBM, LIFTED, SOFTPLUS, Bounded, BoundedFeatures, Lost, Unbounded
 from .engine import Running
 from .tape import Step
 
-_ORDER = (SOFTPLUS, LIBM)
+_ORDER = (SOFTPLUS, LIBM, LIFTED)
 
 
 class _Known(NamedTuple):
@@ -23,12 +23,13 @@ class _Known(NamedTuple):
 
     trace: str
     skipped: Mapping[int, Step]
+    lift: bool
 
 
 @torch.no_grad()
 def bounded_features(
     model: nn.Module,
-    stop: nn.Module,
+    stop: nn.Module | Sequence[nn.Module],
     batches: Iterable[Tensor],
     *,
     n: int,
@@ -37,6 +38,8 @@ def bounded_features(
 ) -> BoundedFeatures:
     """The input of the layer `stop` for all samples, with a bound of each sample's error.
 
+    stop: or the layers from it to the last one; where these run on every token and the model picks
+    one, the rows that it picks.
     model: float64, in evaluation mode. batches: [b, ...] on the model's device, n samples in all,
     of real numbers or integers, taken as exact. "Exact" is real arithmetic on the stored weights
     and inputs; the bound holds for the float64 arithmetic in `assumptions`. z or error is NaN or
@@ -50,7 +53,8 @@ def bounded_features(
     where `stop` is not in the model or n is not the number of samples.
     """
     started = time.perf_counter()
-    if stop not in set(model.modules()):
+    stop = [stop] if isinstance(stop, nn.Module) else list(stop)
+    if not set(stop) <= set(model.modules()):
         raise ValueError("stop: expected a module of the model")
     if torch.get_float32_matmul_precision() != "highest":
         raise Unbounded("float32 products are not plain: set_float32_matmul_precision('highest')")
@@ -59,12 +63,45 @@ def bounded_features(
     if sum(sizes) != n or not batches:
         raise ValueError(f"batches: expected {n} samples, got {sum(sizes)}")
     norms = {} if norms is None else norms
+    try:
+        parts, assumed = _all(model, stop, batches, norms, progress, lift=True)
+    except Unbounded:
+        try:  # a forward may insist on float32
+            parts, assumed = _all(model, stop, batches, norms, progress, lift=False)
+        except Unbounded:
+            pass
+        else:
+            return _together(parts, assumed, started)
+        raise
+    return _together(parts, assumed, started)
+
+
+def _together(parts: list[Bounded], assumed: set[str], started: float) -> BoundedFeatures:
+    return BoundedFeatures(
+        torch.cat([part.value for part in parts]),
+        torch.cat([part.error for part in parts]),
+        [ARITHMETIC, *(text for text in _ORDER if text in assumed)],
+        time.perf_counter() - started,
+    )
+
+
+def _all(
+    model: nn.Module,
+    stop: list[nn.Module],
+    batches: list[Tensor],
+    norms: dict[Any, Any],
+    progress: Callable[[int], object],
+    *,
+    lift: bool,
+) -> tuple[list[Bounded], set[str]]:
+    """Every batch's features, and what their bounds rest on."""
+    sizes = [len(x) for x in batches]
     known: dict[int, _Known] = {}
     assumed: set[str] = set()
     parts: list[Bounded] = []
     for x in batches:
         if len(x) not in known:
-            mode, found, known[len(x)] = _first(model, stop, x, norms)
+            mode, found, known[len(x)] = _first(model, stop, x, norms, lift)
             if sizes.count(len(x)) == 1:
                 _again(model, stop, _others(x, batches), norms, known[len(x)])
         else:
@@ -74,16 +111,11 @@ def bounded_features(
         parts.append(Bounded(found.value.double(), found.error))
         assumed |= mode.assumed
         progress(len(x))
-    return BoundedFeatures(
-        torch.cat([part.value for part in parts]),
-        torch.cat([part.error for part in parts]),
-        [ARITHMETIC, *(text for text in _ORDER if text in assumed)],
-        time.perf_counter() - started,
-    )
+    return parts, assumed
 
 
 def running(
-    model: nn.Module, stop: nn.Module, x: Tensor, norms: dict[Any, Any] | None = None
+    model: nn.Module, stop: list[nn.Module], x: Tensor, norms: dict[Any, Any] | None = None
 ) -> Running:
     """One pass over a batch up to `stop`, without bounds where these fail; its tape is of use."""
     mode = Running(model, {} if norms is None else norms)
@@ -96,14 +128,14 @@ def running(
 
 
 def _first(
-    model: nn.Module, stop: nn.Module, x: Tensor, norms: dict[Any, Any]
+    model: nn.Module, stop: list[nn.Module], x: Tensor, norms: dict[Any, Any], lift: bool
 ) -> tuple[Running, Bounded, _Known]:
     """The first batch of its size, computed whole; again without what it need not compute where
     the numbers of an operator that has no rule reached the end.
     """
-    mode = Running(model, norms)
+    mode = Running(model, norms, lift=lift)
     value = _enter(mode, model, stop, x.clone())
-    known = _Known(mode.trace.result(), mode.skippable(value))
+    known = _Known(mode.trace.result(), mode.skippable(value), lift)
     try:
         return mode, mode.bounded(value), known
     except Lost:
@@ -113,21 +145,21 @@ def _first(
 
 
 def _again(
-    model: nn.Module, stop: nn.Module, x: Tensor, norms: dict[Any, Any], known: _Known
+    model: nn.Module, stop: list[nn.Module], x: Tensor, norms: dict[Any, Any], known: _Known
 ) -> tuple[Running, Bounded]:
     """A further batch; Unbounded where it is not treated as the first one of its size."""
-    mode = Running(model, norms, known.skipped)
+    mode = Running(model, norms, known.skipped, lift=known.lift)
     found = mode.bounded(_enter(mode, model, stop, x.clone()))
     if mode.trace.result() != known.trace:
         raise Unbounded("the model does something else for other samples")
     return mode, found
 
 
-def _enter(mode: Running, model: nn.Module, stop: nn.Module, x: Tensor) -> Tensor:
+def _enter(mode: Running, model: nn.Module, stop: list[nn.Module], x: Tensor) -> Tensor:
     mode.enter(x)
     try:
         with plain_attention(), mode.watching(), mode:
-            return input_of(model, stop, x)
+            return rows_into(model, stop, x)
     except (Unbounded, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of the user's forward, or of torch's modes

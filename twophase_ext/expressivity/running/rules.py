@@ -9,6 +9,7 @@ computes in.
 from collections.abc import Callable
 
 from .call import Call, Result
+from .choices import CHOICES
 from .elementwise import ELEMENTWISE
 from .moves import MOVES
 from .normalization import NORMALIZATION
@@ -20,6 +21,7 @@ __all__ = ["MOVES", "RULES", "Call", "Result"]
 
 RULES: dict[str, Callable[[Call], list[Result]]] = {
     **ELEMENTWISE,
+    **CHOICES,
     **MOVES,
     **NORMALIZATION,
     **PLACES,

@@ -1,6 +1,7 @@
 """Make a model real analytic, as Theorem 1 asks of h_X: softplus for each kink, and a report."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from twophase_ext.core import arrays
 from twophase_ext.model import layers
 
+from ..calling import one_tensor
 from ..softplus import Softplus, checked_beta
 from . import smooth
 from .catalog import is_container, judge_module
@@ -122,12 +124,12 @@ def analytic(
             f"model: it is itself an nn.{type(model).__name__}, nothing can be replaced in place; "
             "wrap it in nn.Sequential"
         )
-    batches = _batches(model, example_input)
     replaced = list(_replace(model, own))
-    seen = _see(model, batches)
-    if calls := list(_replace_calls(model, seen, own)):
-        replaced += calls
+    with _example(model, example_input) as batches:
         seen = _see(model, batches)
+        if calls := list(_replace_calls(model, seen, own)):
+            replaced += calls
+            seen = _see(model, batches)
     remaining = tuple(f for f in _findings(model, seen) if f.status != "analytic")
     return AnalyticReport(tuple(replaced), remaining, traced=not seen.failures)
 
@@ -139,7 +141,7 @@ def classify(model: nn.Module, *, example_input: Any = None, whole: bool = True)
     judged, whoever calls it: forwards, hooks, parametrizations. What hangs on the inputs alone is
     constant in the weights, so that masks are no objection.
 
-    example_input: a batch, tensor or array, or a list of batches, as the model takes them. whole:
+    example_input: a batch, tensor or array, a dict of them, or a list of batches. whole:
     whether these are all inputs that count; if not, a path chosen by inputs' values is "unknown".
     Without an example an input is made up and torch.fx has to be able to follow the model without
     values; where it cannot, or no made-up input fits, what the catalogue of torch's modules does
@@ -154,7 +156,8 @@ def classify(model: nn.Module, *, example_input: Any = None, whole: bool = True)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     model = layers.unwrap(model)
-    return list(_findings(model, _see(model, _batches(model, example_input), whole)))
+    with _example(model, example_input) as batches:
+        return list(_findings(model, _see(model, batches, whole)))
 
 
 @dataclass
@@ -169,6 +172,16 @@ class _Seen:
         """Path -> why it could not be followed."""
         traced = {} if self.trace is None else self.trace.failures
         return {"": self.run.failure, **traced} if self.run.failure else traced
+
+
+@contextmanager
+def _example(model: nn.Module, example_input: Any) -> Iterator[list[Tensor]]:
+    """The batches, of a mapping as of one tensor; within it the model takes them."""
+    if not isinstance(example_input, Mapping):
+        yield _batches(model, example_input)
+        return
+    with one_tensor(model, example_input, "example_input") as x:
+        yield _batches(model, x)
 
 
 def _batches(model: nn.Module, example_input: Any) -> list[Tensor]:

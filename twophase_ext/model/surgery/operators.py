@@ -21,12 +21,16 @@ class Judgement(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call of an operator. depends: is this argument real and hangs on the weights?"""
+    """One call of an operator.
+
+    depends: is this argument real and hangs on the weights? above: is it > 0 for all of them?
+    """
 
     operator: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     depends: Callable[[Any], bool]
+    above: Callable[[Any], bool] = lambda _: False
 
     @property
     def name(self) -> str:
@@ -77,6 +81,8 @@ def _by_eps(call: Call) -> Judgement:
 def _quotient(call: Call) -> Judgement:
     if call.argument("rounding_mode") is not None:
         return hard("a rounded quotient jumps")
+    if call.above(call.argument("other")):
+        return analytic_because("the divisor is > 0 for all weights")
     if call.depends(call.argument("other")):
         return Judgement("unknown", "analytic only where the divisor is never 0")
     return analytic_because("division by a constant")
@@ -88,7 +94,15 @@ def _power(call: Call) -> Judgement:
         return analytic_because("a power with a non-negative integer exponent")
     if isinstance(base, int | float) and base > 0:
         return analytic_because("an exponential")
+    if call.above(base):
+        return analytic_because("the base is > 0 for all weights")
     return Judgement("unknown", "analytic only where the base is never 0 or negative")
+
+
+def _domain(call: Call) -> Judgement:
+    if call.above(call.argument("self")):
+        return analytic_because("its argument is > 0 for all weights")
+    return _DOMAIN
 
 
 def _reduce(call: Call) -> Judgement:
@@ -190,11 +204,11 @@ OPERATORS: dict[str, Rule] = {
     **_spread(_embedding_bag, "embedding_bag embedding_bag_forward_only"),
     **_spread(_dropout, "native_dropout dropout"),
     **_spread(_grid, "grid_sampler_2d grid_sampler_3d cudnn_grid_sampler"),
+    **_spread(_domain, "sqrt rsqrt log log2 log10 log1p reciprocal lgamma norm linalg_vector_norm"),
     **_spread(
         _DOMAIN,
-        "sqrt rsqrt log log2 log10 log1p reciprocal acos asin acosh atanh logit xlogy atan2 lgamma "
-        "std std_mean norm linalg_vector_norm linalg_matrix_norm cdist_forward hypot addcdiv tan "
-        "weight_norm_interface",
+        "acos asin acosh atanh logit xlogy atan2 std std_mean linalg_matrix_norm cdist_forward "
+        "hypot addcdiv tan weight_norm_interface",
     ),
     **_spread(
         hard("a kink or a piecewise definition; use tp.softplus(x, beta)"),

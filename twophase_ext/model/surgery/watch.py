@@ -25,6 +25,7 @@ from twophase_ext.model import probing
 from ...core.messages import type_and_line
 from .catalog import judge_module
 from .operators import RANDOM, SIZES_ONLY, Call, Judgement, is_random, is_real, judge, plain
+from .signs import ABOVE, Signs
 
 CONSTANT, INPUT, WEIGHT = 0, 1, 2  # what a tensor's numbers hang on, at most
 
@@ -84,6 +85,7 @@ class _Watch:
         self.settled = self.trusted = self.read = False
         self.function = ""
         self.sources: dict[StorageWeakRef, int] = {}
+        self.signs = Signs()
         for tensors, source in ((twin.buffers(), CONSTANT), (twin.parameters(), WEIGHT)):
             for tensor in tensors:
                 self.sources[_storage(tensor)] = source
@@ -157,6 +159,12 @@ class _Watch:
 
     def operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = Call(func, args, kwargs, lambda t: is_real(t) and self.source(t) == WEIGHT)
+        known = call
+
+        def above(value: Any) -> bool:
+            return self.signs.of(value, known) == ABOVE
+
+        call = call._replace(above=above)
         name = self.function or call.name
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         for tensor in tensors:
@@ -177,6 +185,8 @@ class _Watch:
         for tensor in made:
             key = _storage(tensor)
             self.sources[key] = max(source, self.sources.get(key, CONSTANT))
+        judged = judge(call, made) if real else None
+        self.signs.note(call, made)
         if random:
             self.note(name, RANDOM)
         elif result is not None and not made:
@@ -184,16 +194,18 @@ class _Watch:
                 self.read = True  # by torch itself, or for the caller: that function's result shows
             else:
                 self.leaves(name, source)
-        elif source == WEIGHT and real:
-            judged = judge(call, made)
-            known = self.trusted or self.stack[-1] in self.settled_by_rule
-            if judged.status == "not analytic" or (judged.status == "unknown" and not known):
+        elif source == WEIGHT and judged is not None:
+            trusted = self.trusted or self.stack[-1] in self.settled_by_rule
+            if judged.status == "not analytic" or (judged.status == "unknown" and not trusted):
                 self.note(name, judged)
-        elif source == INPUT and real and any(map(is_real, made)):
-            judged = judge(call, made)
-            if judged.status == "not analytic":
-                self.note(name, Judgement("unknown", _OF_INPUTS))
+        elif source == INPUT and any(map(is_real, made)) and judged is not None:
+            self.note_input(name, judged)
         return result
+
+    def note_input(self, name: str, judged: Judgement) -> None:
+        """A function of inputs alone."""
+        if judged.status == "not analytic":
+            self.note(name, Judgement("unknown", _OF_INPUTS))
 
     def leaves(self, name: str, source: int) -> None:
         """Numbers are read by Python, which may choose its path by them."""

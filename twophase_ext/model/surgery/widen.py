@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from twophase_ext.core import arrays
 from twophase_ext.model import layers, probing
 
+from ..calling import one_tensor
 from ..softplus import Softplus, checked_beta
 from .tracing import trace
 
@@ -81,7 +82,8 @@ def widen(
     Returns `model`.
 
     n: number of training samples. last_layer: the nn.Linear to replace, or its name. Without it,
-    the layer is found by running `example_input` (a batch; tensor or array), and without that by
+    the layer is found by running `example_input` (a batch; tensor or array, or a dict or
+    tuple of them), and without that by
     tracing the model. Raises ValueError where the last layer is not found, is ambiguous, shares
     its weights or is the model itself; TypeError where it is not an nn.Linear.
     """
@@ -95,9 +97,10 @@ def widen(
             "wrap it in nn.Sequential"
         )
     if example_input is not None:
-        example = arrays.as_tensor(example_input, name="example_input")
-        parameter = next(inner.parameters(), example)
-        old = layers.find_last_layer(inner, example.to(parameter.device), last_layer).module
+        with one_tensor(inner, example_input, "example_input") as x:
+            example = arrays.as_tensor(x, name="example_input")
+            parameter = next(inner.parameters(), example)
+            old = layers.find_last_layer(inner, example.to(parameter.device), last_layer).module
     else:
         named = _traced_last_layer(inner) if last_layer is None else last_layer
         old = layers.named_last_layer(inner, named).module

@@ -15,6 +15,7 @@ from ...core.arrays import as_data, require_finite
 from ...core.hashing import flat
 from ...core.memory import available_memory
 from ...core.seeds import host_stream, stream_seed
+from ...model.calling import Packing, is_several, pack
 from ...model.losses import ConvexLoss, Telling, prepare_targets
 from .loaders import batching, chosen, is_loader, is_map_style, tell_ignored
 
@@ -42,6 +43,7 @@ class Samples:
         """Use `Samples.of`."""
         self.name, self.n, self.device, self.dtype = name, n, device, dtype
         self.batch_size: int | None = None
+        self.packing: Packing | None = None  # of several inputs, as one tensor
         self.random, self.changed = False, "the inputs are transformed at random at every visit"
         self.seed, self.epoch = 0, 0
         self.augment: Augment | None = None
@@ -149,6 +151,9 @@ class _Arrays(Samples):
     """Two arrays held whole, on the device where they fit: the batch is one index_select."""
 
     def __init__(self, x: Any, y: Any, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        packing = None
+        if is_several(x):
+            x, packing = pack(x, f"{name}[0]")
         self.x = as_data(x, name=f"{name}[0]")
         self.y = as_data(y, name=f"{name}[1]")
         for part, tensor in (("x", self.x), ("y", self.y)):
@@ -162,6 +167,7 @@ class _Arrays(Samples):
         if wide and float(torch.stack(self.x.aminmax()).abs().max()) > largest:
             raise ValueError(f"{name}: expected inputs within {dtype}'s range, up to {largest:.3g}")
         super().__init__(name, len(self.x), device, dtype)
+        self.packing = packing
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
         content = _Content()
@@ -222,7 +228,10 @@ class _Fetched(Samples):
                 f"{self.name}: the collate function fails on samples {shown}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        x, y = (as_data(part, name=self.name) for part in _pair(batch, self.name))
+        x, y = _pair(batch, self.name)
+        if is_several(x):
+            x = self._packed(x)
+        x, y = (as_data(part, name=self.name) for part in (x, y))
         for part, what in ((x, "inputs"), (y, "targets")):
             if part.dim() == 0 or len(part) != len(indices):
                 got = f"of shape {list(part.shape)}" if part.dim() == 0 else f"for {len(part)}"
@@ -232,6 +241,17 @@ class _Fetched(Samples):
                     "by column, has to do so in the dataset (Hugging Face's: with_format('torch'))"
                 )
         return x, y
+
+    def _packed(self, inputs: Any) -> Tensor:
+        x, packing = pack(inputs, self.name)
+        if self.packing is not None and packing != self.packing:
+            raise ValueError(
+                f"{self.name}: expected inputs of the shapes and types of the first ones, "
+                f"{self.packing.shapes} {self.packing.dtypes}, got {packing.shapes} "
+                f"{packing.dtypes}; pad all samples to one length"
+            )
+        self.packing = packing
+        return x
 
     def _compare(self, x: Tensor, y: Tensor, indices: list[int]) -> None:
         """Set `random` where a sample is not what it was. Forms differ where batches are padded."""
@@ -293,8 +313,9 @@ def _pair(batch: Any, name: str) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         targets = [key for key in batch if key in _TARGETS]
         inputs = [key for key in batch if key not in _TARGETS]
-        if len(targets) == len(inputs) == 1:
-            return batch[inputs[0]], batch[targets[0]]
+        if len(targets) == 1 and inputs:
+            several = {key: batch[key] for key in inputs}
+            return several if len(inputs) > 1 else batch[inputs[0]], batch[targets[0]]
         raise ValueError(
             f"{name}: expected samples (x, y), got a mapping with {list(batch)}; pass a DataLoader "
             "whose collate_fn returns (x, y)"
