@@ -276,3 +276,30 @@ def test_nodes_that_nothing_tells_apart_are_not_proved():
     tp.nn.widen(model, N, example_input=nodes)
     verdict = tp.verify_expressivity(model, nodes, w="witness")
     assert verdict.status == "undecided" and [3, 7] in verdict.culprits, str(verdict)
+
+
+class PixelHead(nn.Module):
+    """Images of one pixel at the end, and a convolution in the place of an affine layer."""
+
+    def __init__(self, kernel=1, pool=1):
+        super().__init__()
+        self.body, self.pool = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(pool)
+        self.head = nn.Conv2d(8, 3, kernel)
+
+    def forward(self, x):
+        return self.head(self.pool(torch.tanh(self.body(x)))).flatten(1)
+
+
+def test_a_convolution_of_one_pixel_is_an_affine_layer():
+    torch.manual_seed(0)
+    x, model = torch.randn(N, 3, 6, 6), PixelHead()
+    with pytest.raises(ValueError, match="the output comes from the convolution 'head'"):
+        tp.verify_expressivity(model, x)
+    tp.nn.widen(model, N, example_input=x)
+    assert model(x).shape == (N, 3)
+    verdict = tp.verify_expressivity(model, x, w="witness")
+    assert verdict.status == "proved" and verdict.last_layer == "head.1.last_layer"
+    result = tp.Trainer(model, epochs=4, run_dir=False, progress=False).fit((x, Y))
+    assert result.status == "completed" and result.verdict.status == "proved"
+    with pytest.raises(ValueError, match="the output comes from the convolution 'head'"):
+        tp.nn.widen(PixelHead(2, 2), N, example_input=x)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..core.memory import available_memory, float64_rate
+from ..linalg.bounds import below
 from ..linalg.gram_tiles import MatrixSource
 from ..linalg.progress import Stage, Stages
 from .agreement import Reference, Stored, require_agreement, require_free_wide_layer
@@ -72,7 +73,7 @@ class Attempt:
             separation = separate(features.z, features.error, seed=self.seed)
         found = Evidence(
             method="separation",
-            margin=separation.margin,
+            margin=below(1 + separation.margin),  # distance over errors
             feature_error=float(features.error.max()),
             assumptions=features.assumptions,
             constants={"backbone": chosen},

@@ -93,7 +93,8 @@ class Problem:
     def compared(self) -> int:
         """Samples on which the model itself is run beside its bounds: all, up to OPERATIONS."""
         x = self.batches(2)[0].clone()
-        with torch.no_grad(), eager(), FlopCounterMode(display=False) as counter:
+        # gradients on: the counter fails on a module that is handed a parameter without
+        with torch.enable_grad(), eager(), FlopCounterMode(display=False) as counter:
             self.model(x)
         return max(min(self.n, int(OPERATIONS * len(x) // max(counter.get_total_flops(), 1))), 1)
 

@@ -51,9 +51,12 @@ def _compares(call: Call) -> list[Result]:
     """Rounded numbers, too, where none is as near the other as both can be off."""
     x, y = pair(call, "self", "other", masks=True)
     (result,) = _decides(call)
-    if bool(result.error.any()) and not (x.huge and y.huge):
-        apart = (x.value.double() - y.value.double()).abs()
-        apart = torch.where(apart.isnan(), 0.0, apart)  # of infinities
+    if bool(result.error.any()):
+        a, b = x.value.double(), y.value.double()
+        both = (a.abs() >= HUGE / 4) & (b.abs() >= HUGE / 4)
+        # infinities are exact; other huge numbers are not to be told from each other
+        apart = torch.where(both, 0.0, (a - b).abs())
+        apart = torch.where(both & a.isinf() & b.isinf(), torch.inf, apart)
         gap = call.made(result.dim, result.ids, apart).least
         if bool((gap > (x.error + y.error) * SLACK).all()):
             result.error = torch.zeros_like(result.error)

@@ -111,6 +111,9 @@ def _rsqrt(call: Call) -> list[Result]:
     x = call.operand("self")
     least = x.least - x.error
     error = torch.where(least > 0, x.error / (2 * least.clamp(min=1e-200) ** 1.5), torch.inf)
+    if x.exact:  # of 0, too: the degree of a node that nothing reaches
+        huge = bool(call.out.isinf().any()) and x.constant
+        return call.elementwise([x], call.zeros(x), 6, huge=huge)
     return call.elementwise([x], error * SLACK, 6)
 
 
@@ -127,6 +130,14 @@ def _pow(call: Call) -> list[Result]:
     Other powers k of x > 0: the slope |k| s^(k - 1) at the end where it is largest. libm's pow errs
     by a few u.
     """
+    base = float(call["self"]) if isinstance(call["self"], Real) else 0.0
+    if base > 0:
+        y = call.operand("exponent")
+        call.owner.assumed.add(LIBM)
+        made = call.elementwise([y], y.error)[0]
+        largest = call.made(made.dim, made.ids).largest
+        error = largest * torch.expm1(abs(math.log(base)) * y.error * SLACK)
+        return call.elementwise([y], error * SLACK, 2 * ULPS)
     if not isinstance(call["exponent"], Real) or not isinstance(call["self"], Tensor):
         return refuse("no rule for a power that is computed")
     power = float(call["exponent"])

@@ -25,7 +25,7 @@ from .products import affine_map, bias_of
 from .rules import RULES, Call, Result
 from .tape import Made, Step, Tape
 from .trace import Trace
-from .writes import ruled, with_underflow, write_through, written_by
+from .writes import holds_huge, ruled, with_underflow, write_through, written_by
 
 _FLOATS = (torch.float64, torch.float32)
 # in place, but of a tensor's shape and strides alone
@@ -348,10 +348,11 @@ class Running(TorchDispatchMode):
         if not value.is_floating_point() and bool(error.any()):
             error = torch.full_like(error, torch.inf)  # it hangs on how numbers were rounded
         error = with_underflow(error, value)
+        huge = result.huge and holds_huge(value)
         if result.ids is None or result.dim is None:
-            note = Note(error, ALL, result.ids, result.huge)
+            note = Note(error, ALL, result.ids, huge)
         else:
-            note = laid_out(value, result.dim, result.ids, error, result.huge)
+            note = laid_out(value, result.dim, result.ids, error, huge)
         self.notes.write(value, replace(note, decided=decided))
 
     def depends(self, tensor: Tensor) -> bool:

@@ -103,12 +103,40 @@ def _sums_at(source: str, kinds: Sequence[str] = ("sum",)) -> Rule:
         if "reduce" in ones:
             ones |= {"reduce": "sum", "include_self": True}
         times = max(float(call.func(**ones).max()), 1.0)
+        if kind == "sum" and _counts(x) and _counts(values) and _counted(call):
+            return [Result(call.out, dim, ids, call.zeros(x, values))]
         # a mean is no longer than the sum
         norm, terms = math.sqrt(times), call.gamma(times + 4)
         error = x.error + norm * values.error + terms * (x.norm + norm * values.norm)
         return [Result(call.out, dim, ids, error * SLACK)]
 
     return rule
+
+
+def _counts(x: Operand) -> bool:
+    """Whether these are exact whole numbers: degrees of nodes are sums of such."""
+    return x.exact and bool((x.value == x.value.round()).all())
+
+
+def _counted(call: Call) -> bool:
+    """Whether no sum of whole numbers has left those that the type holds exactly."""
+    return not call.out.numel() or float(call.out.abs().max()) * 2 * call.u < 1
+
+
+def _index_put(call: Call) -> list[Result]:
+    """Constants written at places that are constant, or each sample's own."""
+    x, values = call.operand("self", masks=True), call.operand("values")
+    places = [call.known(t) for t in call["indices"] if isinstance(t, Tensor)]
+    own = [p for p in places if not p.constant]
+    whole = len(own) == len(places) == 1 and own[0].value.dtype == torch.bool
+    if not values.constant or call["accumulate"] or (own and not whole):
+        return refuse("no rule for what it writes")
+    if own and (own[0].dim != x.dim or not torch.equal(own[0].ids, x.ids)):  # type: ignore[arg-type]
+        return refuse("it brings different samples together")
+    error = x.error
+    if not values.exact:
+        error = error + values.error * math.sqrt(call.out.numel()) * SLACK
+    return [Result(call.out, x.dim, x.ids, error, x.huge)]
 
 
 PLACES: dict[str, Rule] = {
@@ -118,4 +146,5 @@ PLACES: dict[str, Rule] = {
     "scatter_add": _sums_at("src"),
     "scatter_reduce": _sums_at("src", ("sum", "mean", "amax", "amin")),
     "index_add": _sums_at("source"),
+    "index_put": _index_put,
 }

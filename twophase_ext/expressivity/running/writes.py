@@ -13,6 +13,7 @@ from ...linalg.bounds import SLACK, UNDERFLOW
 from ..bounded import Refused, Unbounded, refuse
 from .call import Call, Pass, Result
 from .notes import ALL, Note, laid_out, sample_dim, shortest
+from .operand import HUGE
 from .rules import RULES
 
 
@@ -71,6 +72,7 @@ def _merge(owner: Pass, target: Tensor, result: Result, known: Note | None, deci
     error, huge = with_underflow(result.error, target), result.huge
     storage = target.untyped_storage()
     whole = target.numel() * target.element_size() >= storage.nbytes()
+    huge = huge and (not whole or holds_huge(target))
     if result.ids is None:
         if known is not None and known.ids is not None:
             error = error.expand(owner.samples)
@@ -114,6 +116,11 @@ def ruled(rule: Callable[[Call], list[Result]], call: Call) -> list[Result]:
         raise
     except Exception as error:  # whatever a shape that no rule foresees raises
         raise Unbounded(f"its rule fails ({type_and_line(error)})") from error
+
+
+def holds_huge(value: Tensor) -> bool:
+    """Whether a number that may be a mask's is there."""
+    return bool((value.abs() >= HUGE / 4).any())
 
 
 def with_underflow(error: Tensor, value: Tensor) -> Tensor:

@@ -82,10 +82,12 @@ def widen(
     Returns `model`.
 
     n: number of training samples. last_layer: the nn.Linear to replace, or its name. Without it,
-    the layer is found by running `example_input` (a batch; tensor or array, or a dict or
-    tuple of them), and without that by
-    tracing the model. Raises ValueError where the last layer is not found, is ambiguous, shares
-    its weights or is the model itself; TypeError where it is not an nn.Linear.
+    the layer is found by running `example_input` (a batch; tensor or array, or a dict or tuple of
+    them), and without that by tracing the model. A head that is a 1 x 1 convolution of one pixel,
+    found by `example_input`, is replaced by the same between a flattening and its undoing.
+
+    Raises ValueError where the last layer is not found, is ambiguous, shares its weights or is the
+    model itself; TypeError where it is not an nn.Linear.
     """
     probing.require_module(model)
     units = wide_units(n, ratio)
@@ -96,20 +98,29 @@ def widen(
             "model: it is itself the last layer (nn.Linear), which cannot be replaced in place; "
             "wrap it in nn.Sequential"
         )
+    old: nn.Linear | nn.Conv2d
     if example_input is not None:
         with one_tensor(inner, example_input, "example_input") as x:
             example = arrays.as_tensor(x, name="example_input")
-            parameter = next(inner.parameters(), example)
-            old = layers.find_last_layer(inner, example.to(parameter.device), last_layer).module
+            example = example.to(next(inner.parameters(), example).device)
+            try:
+                old = layers.find_last_layer(inner, example, last_layer).module
+            except ValueError:
+                pixel = None if last_layer is not None else layers.pixel_head(inner, example)
+                if pixel is None:
+                    raise
+                old = pixel
     else:
         named = _traced_last_layer(inner) if last_layer is None else last_layer
         old = layers.named_last_layer(inner, named).module
-    head = WideHead(
-        *(old.in_features, units, old.out_features),
-        beta=beta,
-        device=old.weight.device,
-        dtype=old.weight.dtype,
-    ).train(old.training)
+    if isinstance(old, nn.Conv2d):
+        sizes = old.in_channels, units, old.out_channels
+    else:
+        sizes = old.in_features, units, old.out_features
+    head: nn.Module = WideHead(*sizes, beta=beta, device=old.weight.device, dtype=old.weight.dtype)
+    if isinstance(old, nn.Conv2d):
+        head = nn.Sequential(nn.Flatten(), head, nn.Unflatten(1, (old.out_channels, 1, 1)))
+    head.train(old.training)
     for parent in list(inner.modules()):
         for name, child in parent._modules.items():
             if child is old:
