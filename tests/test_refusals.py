@@ -88,7 +88,8 @@ def test_samples_of_odd_structure():
         r"train: expected samples \(x, y\), got a mapping with \['left', 'right'\]",
         Listed(x, y, lambda x, y: {"left": x, "right": y}),
     )
-    refused(toy_mlp(), TypeError, "train", Listed(x, y, lambda x, y: ({"ids": x}, y)))
+    ids = Listed(x, y, lambda x, y: ({"ids": x}, y))
+    refused(toy_mlp(), ValueError, "train: the model does not run .* argument 'ids'", ids)
     refused(toy_mlp(), ValueError, r"train: .*\(x, y\)", Listed(x, y, lambda x, y: (x, y, 1)))
 
 

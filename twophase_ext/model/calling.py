@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arrays import as_data
-from .probing import eager, held_back, main_output, require_module, untouched, unwrap
+from .probing import eager, main_output, require_module, untouched, unwrap
+from .purity import held_back
 
 _EXACT = 1 << 24  # whole numbers that every real type of a model holds
 
@@ -138,6 +139,7 @@ def dismiss(model: nn.Module) -> None:
 @contextmanager
 def one_tensor(model: nn.Module, x: Any, name: str = "x") -> Iterator[Any]:
     """x, packed where it is several inputs; within it the model takes that and gives logits."""
+    require_module(model)
     packing = None
     if is_several(x):
         x, packing = pack(x, name)

@@ -372,29 +372,6 @@ def _picks_rows(model: nn.Module, call: Call, example: Tensor, output: Tensor) -
     )
 
 
-def pixel_head(model: nn.Module, example_input: Tensor) -> nn.Conv2d | None:
-    """The 1 x 1 convolution of one pixel whose numbers are the model's output; None without one.
-
-    On images of 1 x 1 it is the affine map of its weights.
-    """
-    model = unwrap(model)
-    calls, output = record(model, example_input, nn.Conv2d)
-    for call in calls:
-        conv = call.module
-        if (
-            type(conv) is nn.Conv2d
-            and isinstance(output, Tensor)
-            and call.output.data_ptr() == output.data_ptr()
-            and call.output.numel() == output.numel()
-            and call.input.shape[2:] == (1, 1) == conv.kernel_size == conv.stride
-            and conv.groups == 1
-            and conv.padding in ((0, 0), "valid")
-            and not intercepted(conv)
-        ):
-            return conv
-    return None
-
-
 def _not_affine(
     calls: list[Call], names: dict[nn.Module, str], output: Tensor, listing: str
 ) -> str:

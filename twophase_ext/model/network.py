@@ -9,7 +9,8 @@ from .. import ops
 from ..core.names import canonical_name
 from . import layers
 from .gate import wrapper_intercepted
-from .probing import require_pure, wraps
+from .probing import wraps
+from .purity import require_pure
 
 
 class Network:

@@ -88,7 +88,7 @@ def copy_model(model: nn.Module) -> nn.Module:
     of its own where another parameter or an attribute is a view of it: here the copies share too.
     """
     memo: dict[int, Any] = {}
-    tensors = list(_tensors(model))
+    tensors = list(reached_tensors(model))
     owners = Counter(_storage(t) for t in tensors)
     for t in tensors:
         if not t.is_leaf:
@@ -104,7 +104,7 @@ def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata if ordinary else -id(t)
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
+def reached_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Every tensor that the model's modules hold, in whatever containers and objects, once."""
     # what deepcopy does not copy, or what holds nothing
     alone = (type, ModuleType, FunctionType, BuiltinFunctionType, str, bytes, int, float)
@@ -175,7 +175,7 @@ def rows_into(model: nn.Module, chain: list[nn.Module], x: Tensor) -> Tensor:
             object.__delattr__(module, "forward")
 
 
-def _require_runnable(model: nn.Module, example: Any) -> None:
+def require_runnable(model: nn.Module, example: Any) -> None:
     """Raise TypeError or ValueError where no run of the model on the example would say anything."""
     if not isinstance(example, Tensor):
         raise TypeError(f"example_input: expected a tensor, got {type(example).__name__}")
@@ -192,7 +192,7 @@ def record(model: nn.Module, example: Tensor, wanted: Any) -> tuple[list[Call], 
 
     Raises ValueError where torch.func runs one of them.
     """
-    _require_runnable(model, example)
+    require_runnable(model, example)
     calls: list[Call] = []
     inputs: dict[nn.Module, list[tuple[Any, int]]] = {}
 
@@ -320,73 +320,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return len(parts[0]) == len(parts[1]) and all(map(same_bits, *parts))
     if a.layout is not torch.strided or b.layout is not torch.strided:
         return a.layout is b.layout and same_bits(a.to_dense(), b.to_dense())
-    if _plain(a) and _plain(b):
+    if in_plain_memory(a) and in_plain_memory(b):
         one, other = (t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b))
         return torch.equal(one, other)
     return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())
 
 
-@contextmanager
-def held_back(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Tensors that a model holds beside its parameters and buffers, as they were afterwards."""
-    state = {id(t) for t in state_tensors(model)}
-    held = [t for t in _tensors(model) if id(t) not in state and _plain(t)]
-    own = [t.detach().clone() for t in held]
-    try:
-        yield held
-    finally:
-        for t, value in zip(held, own, strict=True):
-            if not same_bits(t, value):
-                t.data.copy_(value)
-
-
-def require_pure(model: nn.Module, example: Tensor) -> None:
-    """Raise ValueError where a forward pass in evaluation mode changes parameters or buffers.
-
-    A first pass may fill caches: what the second one changes again is refused. The claims of the
-    second phase are about hidden layers that stay as they are. Tensors that the model holds in
-    other ways (a BatchNorm in a plain list, which eval() does not reach) count too; they come back.
-    Raises ValueError too where the model does not run on the example.
-    """
-    _require_runnable(model, example)
-    state = {id(t) for t in state_tensors(model)}
-    held = [t for t in _tensors(model) if id(t) not in state and _plain(t)]
-    own = [t.detach().clone() for t in held]
-    with untouched(model), eager():
-        _run_once(model, example)
-        before = State(model)
-        values = [t.detach().clone() for t in held]
-        _run_once(model, example)
-        changed = before.changed()
-        hidden = [t for t, value in zip(held, values, strict=True) if not same_bits(t, value)]
-        if hidden:
-            for t, value in zip(held, own, strict=True):
-                t.data.copy_(value)
-    if hidden and not changed:
-        raise ValueError(
-            f"model: its forward pass changes a tensor {list(hidden[0].shape)} that is neither a "
-            f"parameter nor a buffer of its modules, in evaluation mode ({len(hidden)} such); "
-            "modules in a plain list or dict are not reached by eval(): use nn.ModuleList, "
-            "nn.ModuleDict or register_buffer"
-        )
-    if changed:
-        raise ValueError(
-            f"model: its forward pass changes {changed[0]!r} in evaluation mode ({len(changed)} "
-            "such parameters and buffers); hidden layers that change as they run cannot be frozen. "
-            "Change them in training mode alone (if self.training: ...)"
-        )
-
-
-def _run_once(model: nn.Module, example: Tensor) -> None:
-    try:
-        unwrap(model)(example.clone())
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever the user's own forward pass raises
-        raise DoesNotRun(example, error) from error
-
-
-def _plain(t: Tensor) -> bool:
+def in_plain_memory(t: Tensor) -> bool:
+    """Whether its numbers lie in memory as of any ordinary tensor."""
     ordinary = type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
     return ordinary and not is_lazy(t) and not t.is_meta and not t.is_inference()
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.messages import first_line
-from ..model.probing import DoesNotRun, eager, main_output, require_pure, untouched
+from ..model.probing import DoesNotRun, eager, main_output, untouched
+from ..model.purity import require_pure
 from .data.samples import Samples
 
 

@@ -12,6 +12,7 @@ from twophase_ext.core import arrays
 from twophase_ext.model import layers, probing
 
 from ..calling import one_tensor
+from ..gate import intercepted
 from ..softplus import Softplus, checked_beta
 from .tracing import trace
 
@@ -106,7 +107,7 @@ def widen(
             try:
                 old = layers.find_last_layer(inner, example, last_layer).module
             except ValueError:
-                pixel = None if last_layer is not None else layers.pixel_head(inner, example)
+                pixel = None if last_layer is not None else _pixel_head(inner, example)
                 if pixel is None:
                     raise
                 old = pixel
@@ -126,6 +127,28 @@ def widen(
             if child is old:
                 parent._modules[name] = head
     return model
+
+
+def _pixel_head(model: nn.Module, example_input: Tensor) -> nn.Conv2d | None:
+    """The 1 x 1 convolution of one pixel whose numbers are the model's output; None without one.
+
+    On images of 1 x 1 it is the affine map of its weights.
+    """
+    calls, output = probing.record(model, example_input, nn.Conv2d)
+    for call in calls:
+        conv = call.module
+        if (
+            type(conv) is nn.Conv2d
+            and isinstance(output, Tensor)
+            and call.output.data_ptr() == output.data_ptr()
+            and call.output.numel() == output.numel()
+            and call.input.shape[2:] == (1, 1) == conv.kernel_size == conv.stride
+            and conv.groups == 1
+            and conv.padding in ((0, 0), "valid")
+            and not intercepted(conv)
+        ):
+            return conv
+    return None
 
 
 def _traced_last_layer(model: nn.Module) -> str:
