@@ -94,6 +94,12 @@ def _by_numpy(x):
     return y + 0
 
 
+def _into_a_constant(x):
+    kept = torch.zeros(12, 6, dtype=x.dtype)
+    kept.numpy()[:] = x.numpy()
+    return (kept * 2).tanh() + x
+
+
 def _by_thread(x):
     y = (x * 1e-3).tanh()
     thread = threading.Thread(target=lambda: y.mul_(1e12))
@@ -125,6 +131,7 @@ REFUSED = {
     "shifted samples": (lambda x: x + x.roll(1, 0), "it brings different samples together"),
     "NumPy": (lambda x: x + torch.from_numpy(x.numpy() * 2), "something else for other samples"),
     "NumPy, in place": (_by_numpy, "an operand was written by what is no operator"),
+    "NumPy, into a constant": (_into_a_constant, "an operand was written by what is no operator"),
     "another thread, in place": (_by_thread, "an operand was written by what is no operator"),
     "a list": (lambda x: x + torch.tensor(x.tolist()).to(x), "something else for other samples"),
     "another thread": (from_another_thread, "something else for other samples"),
@@ -143,7 +150,7 @@ REFUSED = {
     "a path": (lambda x: x * 2 if bool((x > 0).any()) else x, "any: it adds up the samples"),
     "places": (lambda x: x + (x * 3).sort(1).indices, "it decides by numbers that are rounded"),
     "a rounded constant's number": (
-        lambda x: x * torch.ones(3, dtype=x.dtype).div(3).sum().item(),
+        lambda x: x * x.new_ones(3).div(3).sum().item(),
         "it makes a plain number of one that is rounded",
     ),
     "bits": (lambda x: (x * 3).tanh().view(torch.int64).to(x.dtype), "as of another type"),

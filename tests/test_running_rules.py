@@ -74,6 +74,8 @@ RULES = {
     "norm inf": rows(lambda x: torch.linalg.vector_norm(x, torch.inf, dim=1)),
     "glu": rows(lambda x: F.glu(x, 1)),
     "smooth maximum": images(tp.nn.SmoothMaxPool(3, 2, 1, beta=20.0)),
+    "constants of no rule": rows(lambda x: x * torch.fft.fft(torch.arange(8.0)).real),
+    "constants of powers": rows(lambda x: x + torch.pow(torch.tensor(0.7), torch.arange(8))),
     "lerp": rows(lambda x: x[:, :6].lerp(x[:, 6:], 0.7)),
     "softplus": rows(lambda x: F.softplus(x, 3.0)),
     "log1p": rows(lambda x: x.abs().log1p()),

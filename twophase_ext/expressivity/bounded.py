@@ -21,6 +21,10 @@ ARITHMETIC = (
     "products in some order"
 )
 LIBM = f"torch's float64 exp, erf and tanh err by at most {ULPS} units in the last place"
+CONSTANTS = (
+    "numbers that are computed of neither weights nor samples (position tables, distances) are "
+    "constants of the network, as this machine computes them"
+)
 LIFTED = (
     "casts to float32 within the model are rounding, not part of the function: they are left out"
 )

@@ -26,6 +26,14 @@ class Pass(Protocol):
         """Whether its storage holds samples' numbers."""
         ...
 
+    def is_made(self, tensor: Tensor) -> bool:
+        """Whether its numbers are made of neither weights nor samples."""
+        ...
+
+    def note_made(self, tensors: list[Tensor], *, exact: bool) -> None:
+        """Constants of neither weights nor samples."""
+        ...
+
     def decides(self, tensor: Tensor) -> bool:
         """Whether its numbers are samples' real numbers, or integers that hang on such."""
         ...

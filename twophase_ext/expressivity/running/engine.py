@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ..bounded import LIFTED, Bounded, Lost, Refused, Unbounded, refuse
+from ..bounded import CONSTANTS, LIFTED, Bounded, Lost, Refused, Unbounded, refuse
 from ..operator_norms import convolve
-from .moves import MOVES, factory_error
+from .moves import EXACT, MOVES
 from .notes import ALL, Note, Notes, laid_out, sample_dim
 from .operand import Operand
 from .products import affine_map, bias_of
@@ -207,7 +207,7 @@ class Running(TorchDispatchMode):
             if not results:
                 self._plain_number(tensors, out)
             if any(r.dtype not in {t.dtype for t in tensors} for r in results) and not any(
-                note.lost for note in map(self.notes.of, results) if note
+                note.lost or note.made for note in map(self.notes.of, results) if note
             ):
                 refuse("it reads numbers as of another type")
             return out  # views: the storage's note is theirs
@@ -310,10 +310,8 @@ class Running(TorchDispatchMode):
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], fresh: list[Tensor]
     ) -> None:
         name = func._schema.name
-        if not tensors or name == "aten::lift_fresh_copy":
-            for t in fresh:
-                self.fresh.add(t.untyped_storage()._cdata)
-                self.notes.write(t, Note(factory_error(name, t)))
+        if not tensors or name == "aten::lift_fresh_copy" or all(map(self.is_made, tensors)):
+            self.note_made(fresh, exact=name.removeprefix("aten::") in EXACT)
             return
         rule = RULES.get(name.removeprefix("aten::"))
         whole = not any(t.is_floating_point() or t.is_complex() for t in [*tensors, *fresh])
@@ -354,6 +352,24 @@ class Running(TorchDispatchMode):
         else:
             note = laid_out(value, result.dim, result.ids, error, huge)
         self.notes.write(value, replace(note, decided=decided))
+
+    def is_made(self, tensor: Tensor) -> bool:
+        """Whether its numbers are made of neither weights nor samples."""
+        note = self.notes.checked(tensor)
+        if note is None:  # whole numbers of the model, or what Python brings to every pass
+            real = tensor.is_floating_point() or tensor.is_complex()
+            return not (real and tensor.untyped_storage()._cdata in self._state)
+        return note.made
+
+    def note_made(self, tensors: list[Tensor], *, exact: bool) -> None:
+        """Constants of neither weights nor samples; exact: whether that says all about them."""
+        for t in tensors:
+            real = t.is_floating_point()
+            self.fresh.add(t.untyped_storage()._cdata)
+            huge = real and holds_huge(t)
+            self.notes.write(t, Note(torch.zeros(1, dtype=torch.float64), huge=huge, made=True))
+            if real and not exact:
+                self.assumed.add(CONSTANTS)
 
     def depends(self, tensor: Tensor) -> bool:
         """Whether its storage holds samples' numbers."""

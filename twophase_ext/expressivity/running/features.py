@@ -11,11 +11,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...core.messages import type_and_line
 from ...model.probing import rows_into
-from ..bounded import ARITHMETIC, LIBM, LIFTED, SOFTPLUS, Bounded, BoundedFeatures, Lost, Unbounded
+from ..bounded import (
+    ARITHMETIC,
+    CONSTANTS,
+    LIBM,
+    LIFTED,
+    SOFTPLUS,
+    Bounded,
+    BoundedFeatures,
+    Lost,
+    Unbounded,
+)
 from .engine import Running
 from .tape import Step
 
-_ORDER = (SOFTPLUS, LIBM, LIFTED)
+_ORDER = (SOFTPLUS, LIBM, LIFTED, CONSTANTS)
 
 
 class _Known(NamedTuple):

@@ -4,7 +4,6 @@ Where each number of the result comes from is asked of the operator itself: it m
 and whose they are, as it moves the numbers. (Views need no rule: the note is their storage's.)
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +16,10 @@ from .call import Call, Result
 from .operand import HUGE, Operand
 
 Rule = Callable[[Call], list[Result]]
-_EXACT = {
+# what makes constants that are no function of rounding
+EXACT = {
     *("zeros", "ones", "empty", "full", "eye", "scalar_tensor", "lift_fresh_copy"),
-    *("empty_strided", "tensor"),
+    *("empty_strided", "tensor", "_to_copy", "clone", "arange", "expand", "triu", "tril"),
 }
 
 
@@ -133,19 +133,6 @@ def _constant(call: Call) -> list[Result]:
             huge = bool((out.abs() >= HUGE).any())
         results.append(Result(out, None, None, torch.zeros(1, dtype=torch.float64), huge))
     return results
-
-
-def factory_error(name: str, made: Tensor) -> Tensor:
-    """Of a constant that an operator makes of nothing: start + i step is rounded, others not."""
-    base = name.removeprefix("aten::")
-    if not made.is_floating_point() or base in _EXACT:
-        return torch.zeros(1, dtype=torch.float64)
-    if base not in ("arange", "linspace"):
-        return refuse("no rule for what it makes")
-    norm = float(torch.linalg.vector_norm(made.double()))
-    largest = float(made.abs().max()) if made.numel() else 0.0
-    size = 8 * torch.finfo(made.dtype).eps * (norm + math.sqrt(made.numel()) * largest)
-    return torch.full((1,), size * SLACK, dtype=torch.float64)
 
 
 MOVES: dict[str, Rule] = {

@@ -25,7 +25,8 @@ class Note:
     offset o belongs to sample ids[o // unit % len(ids)]; ids None: a constant. huge: numbers beyond
     HUGE may be there (masks), each right to a relative error of 2^-40 and outside of `error`.
     decided: integers that hang on samples' real numbers, by comparison or place. lost: why nothing
-    is known of the numbers; they may be any sample's.
+    is known of the numbers; they may be any sample's. made: of Python's numbers and whole numbers
+    of the model alone, neither of its weights nor of samples: as the machine has them.
     """
 
     error: Tensor
@@ -34,6 +35,7 @@ class Note:
     huge: bool = False
     decided: bool = False
     lost: str = ""
+    made: bool = False
 
 
 class Notes:
