@@ -190,3 +190,40 @@ def test_a_class_token_keeps_an_attention_branch():
     assert verdict.status == "proved", str(verdict)
     assert "off but for blocks.0.branch.2.weight" in verdict.constants["backbone"]
     assert verdict.recheck(model, x, say=lambda _: None)
+
+
+class Deep(nn.Module):
+    """Thirty convolutions without a shortcut, whose errors grow beyond their features."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(3, 16, 3, padding=1), nn.Tanh()]
+        for k in range(15):
+            layers += [nn.Conv2d(16, 16, 3, padding=1, groups=4 if k % 3 else 1), nn.Tanh()]
+            layers += [nn.Conv2d(16, 16, (1, 2) if k < 2 else 1), nn.Tanh()]
+        pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 26), tp.nn.Softplus()]
+        self.body, self.head = nn.Sequential(*layers), nn.Sequential(*pooled, nn.Linear(26, 3))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_isometries_where_there_is_no_shortcut():
+    torch.manual_seed(0)
+    model, x = Deep(), torch.randn(24, 3, 8, 8)
+    with torch.no_grad():
+        for layer in model.body[2:]:
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.mul_(8)
+    model.body[8].weight.requires_grad_(False)
+    verdict = tp.verify_expressivity(model, x, w="witness")
+    assert verdict.status == "proved", str(verdict)
+    assert verdict.constants["backbone"].startswith("isometries after the first map")
+    assert "body.0.weight" not in verdict.witness and "body.8.weight" not in verdict.witness
+    for name in ("body.2.weight", "body.6.weight"):
+        matrix = verdict.witness[name].double().flatten(2).sum(2)
+        for part in matrix.chunk(4 if matrix.shape[1] == 4 else 1):
+            torch.testing.assert_close(part @ part.T, torch.eye(len(part)).double())
+        assert int((verdict.witness[name].flatten(2).abs().sum((0, 1)) > 0).sum()) == 1
+    assert not verdict.witness["body.2.bias"].any()
+    assert verdict.recheck(model, x, say=lambda _: None)

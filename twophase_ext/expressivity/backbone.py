@@ -4,10 +4,11 @@ A deep network's error bounds may exceed the spread of its features. Assumption 
 weights, so a witness is free to choose tamer ones: factors on the weight and bias of the last
 affine map of each residual branch. With factor 0 a branch need not be computed; a few branches
 stay on where the samples would not be told apart without them (a class token sees the image through
-attention alone).
+attention alone). Where there are none that help, the affine maps after the first one become near
+isometries: orthogonal matrices, in a convolution on its middle pixel, whose norm is 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -47,16 +48,72 @@ def branches(
 
     Those whose last affine map is frozen (requires_grad=False) are left out.
     """
-    free = {
+    free = _free(model)
+    found = dict.fromkeys(
+        Branch(names, plain) for names, plain in running(model, stop, x, norms).tape.branches()
+    )
+    return [branch for branch in found if free.issuperset(branch.parameters)]
+
+
+def _free(model: nn.Module) -> set[str]:
+    """Names of trainable parameters."""
+    return {
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules()
         for name, _ in module.named_parameters(recurse=False)
         if trainable(module, name)
     }
-    found = dict.fromkeys(
-        Branch(names, plain) for names, plain in running(model, stop, x, norms).tape.branches()
-    )
-    return [branch for branch in found if free.issuperset(branch.parameters)]
+
+
+def isometries(model: nn.Module, stop: list[nn.Module], x: Tensor) -> dict[str, Tensor]:
+    """Entries of the state dict that make every trainable affine map but the first one orthogonal.
+
+    Of convolutions the middle pixel, for each group; biases are zero.
+    """
+    state, free = model.state_dict(), _free(model)
+    steps = running(model, stop, x).tape.steps.values()
+    weighted = list(dict.fromkeys(step.weights for step in steps if step.weights))
+    changed: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for names in weighted[1:]:
+        if not free.issuperset(names):
+            continue
+        weight = torch.zeros_like(state[names[0]])
+        if weight.dim() == 2:
+            weight.copy_(_orthogonal(weight.shape[0], weight.shape[1], generator))
+        else:
+            groups = max(1, _channels(model, names[0]) // weight.shape[1])
+            parts = [
+                _orthogonal(weight.shape[0] // groups, weight.shape[1], generator)
+                for _ in range(groups)
+            ]
+            taps = weight.flatten(2)
+            taps[:, :, _middle(weight.shape[2:])] = torch.cat(parts).to(weight)
+        changed[names[0]] = weight
+        changed |= {name: torch.zeros_like(state[name]) for name in names[1:]}
+    return changed
+
+
+def _middle(sizes: Sequence[int]) -> int:
+    """The middle pixel of a kernel, counted row by row."""
+    place = 0
+    for size in sizes:
+        place = place * size + size // 2
+    return place
+
+
+def _channels(model: nn.Module, name: str) -> int:
+    """Channels that go into the convolution whose weight has this name."""
+    found: int = getattr(model.get_submodule(name.rpartition(".")[0]), "in_channels", 1)
+    return found
+
+
+def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Orthonormal rows or columns, whichever are fewer."""
+    size = max(rows, columns), min(rows, columns)
+    drawn = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+    found = torch.linalg.qr(drawn).Q
+    return found if rows >= columns else found.T
 
 
 def damped(model: nn.Module, found: list[Branch], factors: list[float]) -> dict[str, Tensor]:
@@ -71,18 +128,20 @@ def damped(model: nn.Module, found: list[Branch], factors: list[float]) -> dict[
 
 
 class _Choice(NamedTuple):
-    """what: for a person. factors: of the branches. enough: share of the directions that there can
-    be; where an earlier choice resolves as many, this one is not tried.
+    """what: for a person. factors: of the branches; tame: whether the other maps are isometries.
+    enough: share of the directions that there can be; where an earlier choice resolves as many,
+    this one is not tried.
     """
 
     what: str
     factors: list[float]
     enough: float
+    tame: bool = False
 
 
 def _choices(found: list[Branch]) -> Iterator[_Choice]:
     """From the model's own backbone on; equal ones once."""
-    tried: set[tuple[float, ...]] = set()
+    tried: set[tuple[Any, ...]] = set()
 
     def choices() -> Iterator[_Choice]:
         for first, second in DAMPINGS:
@@ -95,10 +154,14 @@ def _choices(found: list[Branch]) -> Iterator[_Choice]:
                 factors = [float(k <= i < k + width) for i in range(len(found))]
                 kept = ", ".join(found[i].parameters[0] for i in range(k, k + width))
                 yield _Choice(f"residual branches off but for {kept}", factors, ENOUGH)
+        for factor in (1.0, 0.0) if found else (1.0,):
+            what = f"isometries after the first map, residual branches times {factor:g}"
+            yield _Choice(what, [factor] * len(found), ENOUGH, tame=True)
 
     for choice in choices():
-        if tuple(choice.factors) not in tried:
-            tried.add(tuple(choice.factors))
+        key = choice.tame, *choice.factors
+        if key not in tried:
+            tried.add(key)
             yield choice
 
 
@@ -125,6 +188,11 @@ def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
         if best and best.apart and best.resolved >= choice.enough * best.possible:
             break
         changes = damped(problem.model, found, choice.factors)
+        if choice.tame:
+            x = problem.batches(SHOWN)[0]
+            off = {name for name, value in changes.items() if not bool(value.any())}
+            tamed = isometries(problem.model, problem.chain(wide), x)
+            changes |= {name: value for name, value in tamed.items() if name not in off}
         try:
             with _changed(problem.model, changes):
                 features = problem.features(wide, stage, PILOT)
