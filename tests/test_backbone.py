@@ -9,7 +9,7 @@ import twophase_ext as tp
 from helpers import Given, toy_convnet
 from running_models import Attention, Residual
 from twophase.models import MLP, PreActResNet18
-from twophase_ext.expressivity.backbone import branches, damped
+from twophase_ext.expressivity.backbone import branches, damped, isometries
 from twophase_ext.expressivity.bounded import Unbounded
 from twophase_ext.expressivity.running.features import bounded_features, running
 
@@ -227,3 +227,15 @@ def test_isometries_where_there_is_no_shortcut():
         assert int((verdict.witness[name].flatten(2).abs().sum((0, 1)) > 0).sum()) == 1
     assert not verdict.witness["body.2.bias"].any()
     assert verdict.recheck(model, x, say=lambda _: None)
+
+
+def test_isometries_of_every_kind_of_weight():
+    """Transposed, grouped and channels-last convolutions; what has no middle is left."""
+    layers = [nn.Conv2d(3, 15, 3), nn.ConvTranspose2d(15, 7, 3), nn.Conv2d(7, 8, 3)]
+    model, x = _net(lambda m, x: m.body(x).mean((2, 3)), body=nn.Sequential(*layers))
+    model.body[2].to(memory_format=torch.channels_last)
+    found = isometries(model, [model.last], x)
+    assert found.keys() == {"body.2.weight", "body.2.bias"}  # 15 rows are no two groups
+    matrix = found["body.2.weight"][:, :, 1, 1]
+    torch.testing.assert_close(matrix.T @ matrix, torch.eye(7).double())
+    assert float(found["body.2.weight"].abs().sum()) == float(matrix.abs().sum())

@@ -76,13 +76,14 @@ def isometries(model: nn.Module, stop: list[nn.Module], x: Tensor) -> dict[str, 
     changed: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     for names in weighted[1:]:
-        if not free.issuperset(names):
+        own = state[names[0]]
+        groups = max(1, _channels(model, names[0]) // own.shape[1]) if own.dim() > 2 else 1
+        if not free.issuperset(names) or own.dim() < 2 or own.shape[0] % groups:
             continue
-        weight = torch.zeros_like(state[names[0]])
+        weight = torch.zeros(own.shape, dtype=own.dtype, device=own.device)
         if weight.dim() == 2:
             weight.copy_(_orthogonal(weight.shape[0], weight.shape[1], generator))
         else:
-            groups = max(1, _channels(model, names[0]) // weight.shape[1])
             parts = [
                 _orthogonal(weight.shape[0] // groups, weight.shape[1], generator)
                 for _ in range(groups)
@@ -177,9 +178,8 @@ def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
     """Damp residual branches where that resolves more directions of the features.
 
     Tried on the first PILOT samples; what tells them all apart, then what resolves most wins, the
-    earlier choice on a tie. wide:
-    the layer that the features enter. Loads the choice and returns what it is, for a person. Raises
-    Unbounded where no choice has bounds.
+    earlier choice on a tie. wide: the layer that the features enter. Loads the choice and returns
+    what it is, for a person. Raises Unbounded where no choice has bounds.
     """
     found = branches(problem.model, problem.chain(wide), problem.batches(SHOWN)[0], problem.norms)
     best: _Tried | None = None
