@@ -175,6 +175,7 @@ def test_equal_samples_are_found():
 
 REFUSED = {
     "lengths": ({"a": TOKENS, "b": MASK[:3]}, ValueError, "expected inputs of one length"),
+    "empty": ({"a": TOKENS[:0], "b": REAL[:0]}, ValueError, "the data set is empty"),
     "a scalar": ({"a": TOKENS, "b": torch.tensor(1)}, ValueError, "expected inputs of one length"),
     "no array": ({"a": None, "b": "text"}, TypeError, "expected arrays, got"),
     "text": ({"a": TOKENS, "b": ["some", "text"]}, TypeError, r"x\['b'\]"),
@@ -203,6 +204,19 @@ def test_samples_of_other_shapes_are_refused():
 
     with pytest.raises(ValueError, match=r"pad all samples to one length|collate"):
         tp.Trainer(model_of(), epochs=2, run_dir=False, progress=False).fit(Ragged())
+
+
+def test_the_order_of_a_dict_says_nothing():
+    x = INPUTS["mixed"]
+    turned = dict(reversed(x.items()))
+    assert torch.equal(pack(x, "x")[0], pack(turned, "x")[0])
+    model = tp.nn.widen(model_of(), N, last_layer="head")
+    trainer = tp.Trainer(model, epochs=2, run_dir=False, progress=False)
+    final = trainer.fit((x, Y), (turned, Y)).final
+    assert final["val_loss"] == pytest.approx(final["train_loss"], rel=1e-5)
+    for other in (INPUTS["dict"], {**x, "real": REAL[:, :1]}, TOKENS):
+        with pytest.raises(ValueError, match="val: expected inputs as those of train"):
+            tp.Trainer(model, epochs=2, run_dir=False, progress=False).fit((x, Y), (other, Y))
 
 
 def test_packing_is_a_value():

@@ -69,7 +69,8 @@ def pack(x: Any, name: str) -> tuple[Tensor, Packing]:
     they are not of one length, or where whole numbers beside real ones are beyond 2^24; TypeError
     where there is no array.
     """
-    entries = list(x.items()) if isinstance(x, Mapping) else [(None, part) for part in x]
+    # by name: the order of a dict says nothing
+    entries = sorted(x.items()) if isinstance(x, Mapping) else [(None, part) for part in x]
     arrays: list[tuple[str | None, Tensor]] = []
     rest: list[tuple[str, Any]] = []
     for key, part in entries:
@@ -96,7 +97,7 @@ def pack(x: Any, name: str) -> tuple[Tensor, Packing]:
                 f"{name}: whole numbers beside real inputs are kept as real ones, up to 2^24; "
                 f"{key!r} has larger ones"
             )
-        rows.append(part.reshape(len(part), -1).to(dtype))
+        rows.append(part.reshape(len(part), math.prod(part.shape[1:])).to(dtype))
     packing = Packing(
         tuple(key for key, _ in arrays),
         tuple(tuple(part.shape[1:]) for _, part in arrays),

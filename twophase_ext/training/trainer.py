@@ -284,6 +284,10 @@ class Trainer:
         form: dict[str, Any] = {"device": self.device, "dtype": config.dtype}
         samples = Samples.of(train, name="train", **form)
         held_out = None if val is None else Samples.of(val, name="val", **form)
+        if held_out is not None and held_out.packing != samples.packing:
+            raise ValueError(
+                f"val: expected inputs as those of train, {samples.packing}, got {held_out.packing}"
+            )
         serve(self.model, samples.packing, next(samples.in_order(2))[0][:2])
         if samples.batch_size is not None and samples.batch_size != config.batch_size:
             progress.say(f"batch_size: {samples.batch_size}, the DataLoader's")
