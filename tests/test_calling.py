@@ -312,7 +312,7 @@ def test_a_convolution_of_one_pixel_is_an_affine_layer():
     tp.nn.widen(model, N, example_input=x)
     assert model(x).shape == (N, 3)
     verdict = tp.verify_expressivity(model, x, w="witness")
-    assert verdict.status == "proved" and verdict.last_layer == "head.1.last_layer"
+    assert verdict.status == "proved" and verdict.last_layer == "head.last_layer"
     result = tp.Trainer(model, epochs=4, run_dir=False, progress=False).fit((x, Y))
     assert result.status == "completed" and result.verdict.status == "proved"
     with pytest.raises(ValueError, match="the output comes from the convolution 'head'"):

@@ -7,7 +7,6 @@ within the bounds. A float64 copy with random last-layer weights answers for the
 the user's own model in its own precision for the copy.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,105 +16,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.messages import type_and_line
-from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
-from ..linalg.norms import frobenius_upper, norm_upper
+from ..linalg.bounds import gamma
+from ..linalg.norms import frobenius_upper
 from ..linalg.progress import Stage
-from ..model.activations import SLOPE
 from ..model.drawn import drawn
 from ..model.holding import trainable
 from ..model.probing import State, compiled, cuda_devices, rows_into
 from .bounded import Disagrees
+from .expected import ERRORS, OWN_EPS, RELATIVE, Expected, Reference, Stored
 from .problem import Problem
 
 BATCH = 192  # samples; the features are computed 256 at a time
-# The model's own float64 evaluation rounds as the bounded one does, in another order: twice its
-# bound would do. Without bounds: networks that mix nothing agree to 1e-10 between batch sizes.
-ERRORS, RELATIVE = 8, 1e-9
 WHOLE = 1 << 20  # numbers of inputs that make one batch, too
-OWN_EPS = 256  # roundings of the model's own precision, relative to the sizes that enter
 SCALES = (1.0, 30.0)  # of the wide layer's weights drawn anew: guards show at large values
 NOISE = (1e-2, 3.0)  # relative, of the weights at which equal inputs have to give equal rows
 
 
 @dataclass
 class _Seen:
-    """One batch as the model computes it: z into the wide layer, h into the last, its output."""
+    """One batch as the model computes it: z into the wide layer, h into the last, its output.
+
+    x: its inputs; places: of all its rows those that count.
+    """
 
     z: Tensor | None
     h: Tensor
     output: Tensor
-
-
-@dataclass
-class Expected:
-    """z and h of a batch, with how far from them the model's own may be, a number a sample.
-
-    size: what rounding in another precision is relative to.
-    """
-
-    z: Tensor | None
-    z_allowed: Tensor | None
-    h: Tensor | None
-    h_allowed: Tensor | None
-    size: Tensor
-
-
-class Reference:
-    """What the bounded features say that the model computes."""
-
-    def __init__(self, problem: Problem, wide: nn.Linear | None) -> None:
-        """Of the weights as they are in the copy. wide: the layer whose input is bounded.
-
-        None: the bounded features are h itself.
-        """
-        found = problem.bounded
-        if found is None:
-            raise ValueError("problem: expected bounded features, got none yet")
-        self.problem, self.wide = problem, wide
-        self.z, self.error = found.z, found.error
-        if wide is not None:
-            self.weight = wide.weight.detach()
-            own = wide.bias
-            self.bias = self.weight.new_zeros(len(self.weight)) if own is None else own.detach()
-            self.norm, self.sizes = norm_upper(self.weight), frobenius_upper(self.weight)
-            self.shift = frobenius_upper(self.bias)
-
-    def __call__(self, index: Tensor) -> Expected:
-        """Of the samples `index`."""
-        z, error = self.z[index], self.error[index]
-        norms = z.norm(dim=1)
-        allowed = ERRORS * error + 64 * UNIT_ROUNDOFF * norms
-        if self.problem.narrowed:  # the model rounds to float32 what was bounded without
-            allowed = allowed + OWN_EPS * self.problem.eps * (norms + norms.mean())
-        if self.wide is None:
-            return Expected(None, None, z, allowed, norms)
-        d, m = z.shape[1], len(self.weight)
-        h = self.problem.activation(torch.addmm(self.bias, z, self.weight.T))
-        rounding = gamma(d + 2) * (self.sizes * norms + self.shift)
-        # near its kink softplus errs by the size of its bend
-        bend = 1 / self.problem.beta if self.problem.wide is not None else 1.0
-        evaluation = 8 * UNIT_ROUNDOFF * (h.norm(dim=1) + math.sqrt(m) * bend)
-        h_allowed = ERRORS * SLACK * SLOPE * (self.norm * error + rounding + evaluation)
-        if self.problem.narrowed:
-            h_allowed = h_allowed + SLOPE * self.norm * allowed
-        size = h.norm(dim=1) + self.sizes * norms + self.shift
-        return Expected(z, allowed, h, h_allowed, size)
-
-
-class Stored:
-    """Features that were computed without bounds, in index order: the model gives them again."""
-
-    def __init__(self, h: Tensor, eps: float) -> None:
-        """h [n, m_H]; eps: of the coarsest precision within the model."""
-        self.h = h
-        self.relative = max(RELATIVE, OWN_EPS * eps if eps > 1e-15 else 0.0)
-        self.mean = float(h.norm(dim=1).mean())
-
-    def __call__(self, index: Tensor) -> Expected:
-        """Of the samples `index`."""
-        h = self.h[index]
-        size = h.norm(dim=1) + self.mean
-        return Expected(None, None, h, self.relative * size, size)
+    x: Tensor
+    places: Tensor
 
 
 @torch.no_grad()
@@ -168,11 +96,13 @@ def require_equal_rows(problem: Problem, groups: list[list[int]]) -> None:
     Their places in the batches are drawn, and the trainable weights moved: a model that adds
     something by position, or mixes the samples of a batch, has other rows.
     """
-    group = torch.full((problem.n,), -1, device="cpu")
+    each = problem.network.last.rows
+    group = torch.full((problem.samples, each), -1, device="cpu")
     for k, members in enumerate(groups):
-        group[torch.tensor(members, device="cpu")] = k
+        group[torch.tensor(members, device="cpu")] = each * k + torch.arange(each, device="cpu")
+    group = group.flatten() if problem.kept is None else group.flatten()[problem.kept]
     equal = torch.tensor([i for g in groups for i in g], device="cpu")
-    chosen = None if problem.compared == problem.n else equal[: problem.compared]
+    chosen = None if problem.compared == problem.samples else equal[: problem.compared]
     tolerance = max(RELATIVE, OWN_EPS * problem.eps if problem.eps > 1e-15 else 0.0)
     for noise in NOISE:
         with _moved(problem, noise), _constant(problem.model):
@@ -205,8 +135,9 @@ def _require_equal(passes: Iterator[tuple[Tensor, _Seen]], group: Tensor, tolera
 
 def _sizes(problem: Problem) -> list[int]:
     """Of the batches of each pass: few samples come in several batches, and in one."""
-    small = [BATCH] if problem.n > BATCH else [-(-3 * problem.n // 8)]
-    return small + ([problem.n] if problem.n * problem.inputs[0][0].numel() <= WHOLE else [])
+    n = problem.samples
+    small = [BATCH] if n > BATCH else [-(-3 * n // 8)]
+    return small + ([n] if n * problem.inputs[0][0].numel() <= WHOLE else [])
 
 
 def _passes(
@@ -219,23 +150,25 @@ def _passes(
     size: int,
     chosen: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, _Seen]]:
-    """(samples, what the model computes of them) until every sample has come once.
+    """(rows of M, what the model computes of them) until every sample has come once.
 
     chosen: these alone.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    order = torch.randperm(problem.n, generator=generator, device="cpu")[: problem.compared]
+    order = torch.randperm(problem.samples, generator=generator, device="cpu")[: problem.compared]
     if chosen is not None:
         order = chosen[torch.randperm(len(chosen), generator=generator, device="cpu")]
     order = order if shuffled else order.sort().values
     for index in order.split(size):
-        x = problem.rows(index)
-        yield index, _observe(problem, model, x.to(dtype) if x.is_floating_point() else x)
+        x = problem.inputs_of(index)
+        rows, places = problem.rows_of(index)
+        x = x.to(dtype) if x.is_floating_point() else x
+        yield rows, _observe(problem, model, x, places)
         if stage is not None:
-            stage.advance(len(index))
+            stage.advance(len(rows))
 
 
-def _observe(problem: Problem, model: nn.Module, x: Tensor) -> _Seen:
+def _observe(problem: Problem, model: nn.Module, x: Tensor, places: Tensor) -> _Seen:
     """Run the model as its owner does, and see what enters the wide and the last layer."""
     chain = problem.chain_in(model)
     caught: dict[int, Tensor] = {}
@@ -263,10 +196,16 @@ def _observe(problem: Problem, model: nn.Module, x: Tensor) -> _Seen:
     h = caught.get(len(chain) - 1)
     if h is None or not isinstance(output, Tensor):
         raise Disagrees("the model does not reach its last layer on some samples")
-    if h.dim() == 3:  # one token's row is picked
+    if h.dim() > 2:  # every token's, of which the model gives all or one
         h = rows_into(model, [chain[-1]], x)
         caught[0] = h if len(chain) == 1 else rows_into(model, chain, x)
-    return _Seen(caught.get(0) if len(chain) > 1 else None, h, output)
+    z = caught[0] if len(chain) > 1 else None
+    if not len(h) == len(output) == problem.network.last.rows * len(x):
+        raise Disagrees(
+            f"the model gives {len(output)} outputs of {len(h)} rows of features for {len(x)} "
+            "samples"
+        )
+    return _Seen(None if z is None else z[places], h[places], output[places], x, places)
 
 
 def _compare(problem: Problem, expected: Expected, seen: _Seen, index: Tensor, what: str) -> None:
@@ -309,17 +248,15 @@ def _compare_compiled(
     problem: Problem, last: nn.Linear, seen: _Seen, index: Tensor, relative: float
 ) -> None:
     """The model as torch.compile compiled it, under weights of the last layer that hide nothing."""
-    dtype = problem.dtype
-    x = problem.rows(index)
     with drawn(list(last.parameters(recurse=False)), 1.0):
         try:
-            output = problem.network.model(x.to(dtype) if x.is_floating_point() else x)
+            output = problem.network.model(seen.x.clone())[seen.places]
         except Exception as error:
             raise Disagrees(f"the compiled model does not run ({type_and_line(error)})") from error
         outputs = F.linear(seen.h, last.weight, last.bias).double()
         shift = 0.0 if last.bias is None else frobenius_upper(last.bias.double())
         sizes = frobenius_upper(last.weight.double()) * seen.h.double().norm(dim=1) + shift
-    what = f"the model as torch.compile compiled it ({dtype})"
+    what = f"the model as torch.compile compiled it ({problem.dtype})"
     _require_close("its output", output, outputs, relative * sizes, index, what)
 
 
@@ -349,7 +286,7 @@ def _require_close(
     if bool(bad.any()):
         k = int(bad.nonzero()[0])
         raise Disagrees(
-            f"what the model computes is not what was bounded: {name} of sample {int(index[k])} "
+            f"what the model computes is not what was bounded: {name} of row {int(index[k])} "
             f"is {float(apart[k]):.2g} from it where rounding allows {float(allowed[k]):.2g} "
             f"({what}); "
             "hooks, replaced forwards, values that depend on other samples of the batch, "

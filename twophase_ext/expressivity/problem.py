@@ -35,8 +35,9 @@ OPERATIONS = 5e12  # of a pass of the model over all samples; beyond it over a r
 class Problem:
     """A float64 copy of the network in evaluation mode; the user's model is never touched.
 
-    inputs: batches [b, ...] as the model is fed, exact. ones: whether M has the column 1.
-    changes: entries of the state dict (the model's dtype) that differ from the user's model.
+    inputs: batches [b, ...] as the model is fed, exact. n: rows of M, of each sample
+    `network.last.rows`, or of these `kept` alone (ascending numbers). ones: whether M has the
+    column 1. changes: entries of the state dict (the model's dtype) that differ from the user's.
     damped: whether `choose_backbone` (backbone.py) has put another backbone in.
     """
 
@@ -44,12 +45,14 @@ class Problem:
     inputs: list[Tensor]
     n: int
     ones: bool
+    kept: Tensor | None = None
     changes: dict[str, Tensor] = field(default_factory=dict)
     damped: bool = False
     bounded: BoundedFeatures | None = None  # of all samples, as `features` found them last
 
     def __post_init__(self) -> None:
         """Copy the model; Unbounded where that fails, or where the copy does not run in float64."""
+        self.samples = sum(map(len, self.inputs))
         self.source = unwrap(self.network.model)
         self._names = {module: name for name, module in self.source.named_modules()}
         self.dtype = first_parameter(self.source).dtype
@@ -96,7 +99,8 @@ class Problem:
         # gradients on: the counter fails on a module that is handed a parameter without
         with torch.enable_grad(), eager(), FlopCounterMode(display=False) as counter:
             self.model(x)
-        return max(min(self.n, int(OPERATIONS * len(x) // max(counter.get_total_flops(), 1))), 1)
+        affordable = int(OPERATIONS * len(x) // max(counter.get_total_flops(), 1))
+        return max(min(self.samples, affordable), 1)
 
     def _twin(self, module: nn.Module) -> nn.Linear:
         return dict(self.model.named_modules())[self._names[module]]  # type: ignore[return-value]
@@ -195,7 +199,17 @@ class Problem:
                 state[name].data.copy_(value)  # no version moves: a graph of the user's stays whole
             yield self.source
 
-    def rows(self, index: Tensor) -> Tensor:
+    def rows_of(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(their numbers in M, their places in a batch's output) of the rows of samples `index`."""
+        each = self.network.last.rows
+        rows = (index[:, None] * each + torch.arange(each, device="cpu")).flatten()
+        if self.kept is None:
+            return rows, torch.arange(len(rows), device="cpu")
+        place = torch.searchsorted(self.kept, rows).clamp_(max=len(self.kept) - 1)
+        counts = self.kept[place] == rows
+        return place[counts], counts.nonzero()[:, 0]
+
+    def inputs_of(self, index: Tensor) -> Tensor:
         """The inputs of the samples `index`, as the model is fed."""
         starts = torch.tensor([0, *(len(x) for x in self.inputs)], device="cpu").cumsum(0)
         batch = torch.bucketize(index, starts[1:], right=True)
@@ -244,7 +258,7 @@ class Problem:
 
     def batches(self, count: int | None = None) -> list[Tensor]:
         """The first `count` inputs (all by default) in float64."""
-        parts, left = [], self.n if count is None else count
+        parts, left = [], self.samples if count is None else count
         for x in self.inputs:
             if left <= 0:
                 break
@@ -257,7 +271,7 @@ class Problem:
     def features(
         self, stop: nn.Module, stage: Stage, count: int | None = None, folder: Path | None = None
     ) -> BoundedFeatures:
-        """Input of `stop` with error bounds; Unbounded where a layer has no rule.
+        """Input of `stop` with error bounds, a row of M each; Unbounded where a layer has no rule.
 
         count: the first samples only. folder: keeps what is done, CHUNK samples a file, for a run
         that is killed; it belongs to one problem.
@@ -272,9 +286,13 @@ class Problem:
                 if sum(map(len, chunk)) >= CHUNK or k == len(batches):
                     parts.append(self._kept(stop, chunk, stage, folder))
                     chunk = []
+        z, error = (torch.cat([getattr(part, k) for part in parts]) for k in ("z", "error"))
+        if self.kept is not None:
+            kept = self.kept[: int((self.kept < len(z)).sum())]
+            z, error = z[kept], error[kept]
         found = BoundedFeatures(
-            torch.cat([part.z for part in parts]),
-            torch.cat([part.error for part in parts]),
+            z,
+            error,
             parts[0].assumptions,
             sum(part.seconds for part in parts),
         )
@@ -320,8 +338,9 @@ class Problem:
         (The values are compared with the model on every sample before a proof: agreement.py.)
         """
         k = draw % len(batches)
-        start = sum(map(len, batches[:k]))
-        rows = slice(start, start + len(batches[k]))
+        each = self.network.last.rows
+        start = each * sum(map(len, batches[:k]))
+        rows = slice(start, start + each * len(batches[k]))
         now = self._bounded(stop, [batches[k]])
         z, error = found.z[rows], found.error[rows]
         return (
@@ -337,13 +356,15 @@ class Problem:
         if self._plain is not None:
             return self._plain
         h = None
-        done = 0
+        done = seen = 0
         for x in self.batches():
             with eager():
                 rows = rows_into(self.model, [self.last], x).flatten(1)
+            if self.kept is not None:
+                rows = rows[self.rows_of(torch.arange(seen, seen + len(x), device="cpu"))[1]]
             h = rows.new_empty(self.n, rows.shape[1]) if h is None else h
             h[done : done + len(rows)] = rows
-            done += len(rows)
+            done, seen = done + len(rows), seen + len(x)
         if h is None:
             raise ValueError("x: expected at least one sample")
         self._plain = h

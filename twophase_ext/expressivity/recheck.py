@@ -35,7 +35,7 @@ NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 
 
 def recheck(
-    verdict: Outcome, model: nn.Module, x: Any, folder: str | Path | None
+    verdict: Outcome, model: nn.Module, x: Any, folder: str | Path | None, rows: Any = None
 ) -> tuple[bool, str]:
     """Whether the verdict holds for model and data, and what was found, for a person."""
     try:
@@ -45,7 +45,7 @@ def recheck(
             )
         if wrong := verdict.wrong_type():
             return False, wrong
-        reason, again = _compare(verdict, model, x, folder)
+        reason, again = _compare(verdict, model, x, folder, rows)
     except Exception as error:  # the model may do anything, and so may who wrote the fields
         return False, f"it cannot be proved again: {failure(error)}"
     if reason or again is None:
@@ -54,7 +54,7 @@ def recheck(
 
 
 def _compare(
-    verdict: Outcome, model: nn.Module, x: Any, folder: str | Path | None
+    verdict: Outcome, model: nn.Module, x: Any, folder: str | Path | None, rows: Any
 ) -> tuple[str, Outcome | None]:
     """(why it does not hold or "", what was proved now)."""
     last_layer = verdict.last_layer or None
@@ -69,6 +69,7 @@ def _compare(
         "last_layer": last_layer,
         "seed": verdict.seed,
         "folder": folder,
+        "rows": rows,
     }
     # what makes a verdict deficient is looked for first, whatever the method
     method = verdict.method if verdict.status == "proved" else "separation"

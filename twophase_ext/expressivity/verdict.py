@@ -53,6 +53,7 @@ class Verdict(Outcome):
         x: Any,
         *,
         folder: str | Path | None = None,
+        rows: Any = None,
         say: Callable[[str], None] = print,
     ) -> bool:
         """Prove the verdict again from the model and the data: does it hold?
@@ -61,10 +62,10 @@ class Verdict(Outcome):
         where any field but those that the printed line names as not compared is not what is proved
         now, or where nothing can be proved, for whatever reason: it raises nothing. A bound may
         exceed the one proved now, which is printed, by another processor's rounding (recheck.py
-        has the tolerances). Only "proved" and "deficient" can hold. x, folder as in
+        has the tolerances). Only "proved" and "deficient" can hold. x, folder, rows as in
         `verify_expressivity`.
         """
-        holds, found = recheck(self, model, x, folder)
+        holds, found = recheck(self, model, x, folder, rows)
         say(f"holds: {self.status}, {self.claim}{found}" if holds else f"does not hold: {found}")
         return holds
 
@@ -80,12 +81,15 @@ def verify_expressivity(
     last_layer: nn.Module | str | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
+    rows: Any = None,
     progress: bool = False,
 ) -> Verdict:
     """Whether [h_X^(H)(w), 1_n] has rank n: Assumption 1, or that this very w fulfils it.
 
     x: the n training inputs (tensor or array; uint8 becomes k / 255 in the model's dtype), or a
-    dict or tuple of them for a model of several inputs; of its outputs the logits count.
+    dict or tuple of them for a model of several inputs; of its outputs the logits count. Where the
+    model gives an output for every token or pixel, [b, t, k] or [b, k, height, width], its rows are
+    those, sample by sample: n counts them, and rows (bool [samples, t]) says which count.
     Everything is computed in float64, in evaluation mode, on a copy: the model is not changed,
     BatchNorm's running statistics are constants of it.
 
@@ -118,6 +122,7 @@ def verify_expressivity(
             last_layer=last_layer,
             seed=seed,
             folder=folder,
+            rows=rows,
             progress=progress,
         )
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arguments import integer
+from ..core.arrays import as_tensor
 from ..core.environment import environment
 from ..core.hashing import hash_hidden_layers, hash_tensors
 from ..core.messages import first_line
@@ -42,6 +43,7 @@ def verify_model(
     last_layer: nn.Module | str | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
+    rows: Any = None,
     progress: bool = False,
 ) -> Outcome:
     """`verify_expressivity` (verdict.py), as data."""
@@ -54,6 +56,7 @@ def verify_model(
             network,
             batches(inputs, parameter),
             n=len(inputs),
+            kept=None if rows is None else _kept(rows, len(inputs), network.last.rows),
             w=w,
             method=method,
             factorization=factorization,
@@ -62,6 +65,20 @@ def verify_model(
             progress=progress,
             say=print if progress else lambda _: None,
         )
+
+
+def _kept(rows: Any, n: int, each: int) -> Tensor:
+    """Numbers of the rows that count; ValueError where they are not told for each, or none does."""
+    given = as_tensor(rows, name="rows").cpu()
+    if given.dtype != torch.bool or given.numel() != n * each or len(given) != n:
+        raise ValueError(
+            f"rows: expected which of the {each} outputs of each of {n} samples count, bool "
+            f"[{n}, {each}], got {given.dtype} {list(given.shape)}"
+        )
+    kept = given.flatten().nonzero()[:, 0]
+    if not len(kept):
+        raise ValueError("rows: expected at least one that counts, got none")
+    return kept
 
 
 def _writable(folder: Any) -> Path | None:
@@ -85,10 +102,11 @@ def hashes_of(model: nn.Module, x: Any, last_layer: str | None) -> dict[str, str
         inputs = checked_inputs(packed)
         parameter = first_parameter(model)
         network = Network(model, as_example(inputs, parameter), last_layer)
-        return _hashes(network, [part for part, _ in batches(inputs, parameter)])
+        return network_hashes(network, [part for part, _ in batches(inputs, parameter)])
 
 
-def _hashes(network: Network, inputs: list[Tensor]) -> dict[str, str]:
+def network_hashes(network: Network, inputs: list[Tensor]) -> dict[str, str]:
+    """SHA-256 of inputs and hidden layers, as in an Outcome's `hashes`."""
     state = network.hidden_state()
     return {
         "data": hash_tensors(inputs),
@@ -101,6 +119,7 @@ def verify_samples(
     samples: Iterable[tuple[Tensor, Any]],
     *,
     n: int,
+    kept: Tensor | None = None,
     w: str = "current",
     method: str = "auto",
     factorization: str = "auto",
@@ -111,8 +130,9 @@ def verify_samples(
     progress: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
-    """`verify_model` for a Network and samples: batches (x, anything) in index order.
+    """`verify_model` for a Network and n samples: batches (x, anything) in index order.
 
+    kept: ascending numbers of the rows that count, where a sample has several (all).
     training: "auto" stops at a proof for some weights, unless the matrix is small.
     """
     for name, value, known in (
@@ -123,6 +143,7 @@ def verify_samples(
         if value not in known:
             raise ValueError(f"{name}: expected one of {known}, got {value!r}")
     started = time.perf_counter()
+    n = n * network.last.rows if kept is None else len(kept)
     bias = network.last.module.bias
     ones = bias is not None and bias.requires_grad
     stages = Stages(progress, say)
@@ -171,7 +192,7 @@ def verify_samples(
             "torch.autocast is on: what the model computes under it is not what is bounded",
         )
     inputs = [x for x, _ in samples]
-    common["hashes"] = _hashes(network, inputs)
+    common["hashes"] = network_hashes(network, inputs)
     columns = network.width + ones
     if n > columns and (why := _narrower_than_told(network, inputs)):
         return verdict(Evidence(method="none", reason=why))
@@ -183,7 +204,7 @@ def verify_samples(
         )
     culprits = identical_rows(torch.cat([x.cpu().reshape(len(x), -1) for x in inputs]))
     try:  # the model is copied, run, and may be initialised anew
-        problem = Problem(network, inputs, n, ones)
+        problem = Problem(network, inputs, n, ones, kept)
         if culprits:
             require_equal_rows(problem, culprits)
             return deficient(
@@ -216,7 +237,8 @@ def _narrower_than_told(network: Network, inputs: list[Tensor]) -> str:
             h = network.hidden(x)
     except Exception as error:  # whatever a user's forward raises
         return f"the model does not run on these samples ({failure(error)})"
-    return "" if h.shape == (len(x), network.width) else f"h has the shape {tuple(h.shape)}"
+    expected = (len(x) * network.last.rows, network.width)
+    return "" if h.shape == expected else f"h has the shape {tuple(h.shape)}"
 
 
 def _flushes_subnormals() -> bool:

@@ -15,7 +15,7 @@ from ..ops.perturb import checked_tensors
 from ..training import batchnorm
 from ..training.config import resolve_noise, resolve_tau
 from ..training.data.samples import BATCH, Samples
-from ..training.freeze import Frozen, freeze, samples_of
+from ..training.freeze import Frozen, freeze, serving
 from ..training.tau import perturb
 
 
@@ -47,7 +47,8 @@ class Transition:
         if data is None:
             last = self._named(model)
         else:
-            last = self._network(model, samples_of(model, data, "data")).last
+            with serving(model, data, "data") as samples:
+                last = self._network(model, samples).last
         batchnorm.check_freezable(model)
         hidden = checked_tensors(layers.hidden_parameters(model, last))
         if isinstance(self.noise_std, dict):
@@ -72,20 +73,20 @@ class Transition:
 
         data: as of `tp.freeze`; None leaves the statistics as they are and verifies nothing.
         """
-        network = None
         if data is None:
             last = self._named(model)
         else:
-            samples = samples_of(model, data, "data")
-            network = self._network(model, samples)
-            last = network.last
+            with serving(model, data, "data") as samples:
+                last = self._network(model, samples).last
         hidden = layers.hidden_parameters(model, last)
         perturb(hidden, self.noise_std, self.seed)
         self.frozen = freeze(model, train=data, last_layer=last.module)
         self.hash, self.name = self.frozen.hash, last.name
-        if network is not None and self.verify:
+        if data is None or not self.verify:
+            return
+        with serving(model, data, "data") as samples:
             self.verdict = verify_network(
-                network,
+                self._network(model, samples),
                 samples.in_order(BATCH),
                 n=samples.n,
                 method=str(self.verify),

@@ -2,8 +2,9 @@
 
 Several inputs (a dict, as tokenizers make it; a tuple) are packed into one tensor [n, numbers], a
 row a sample, which everything else sees: batches, hashes, comparisons of inputs, certificates. A
-pre-hook of the model unpacks it, and a hook takes the logits out of what comes back. Other calls,
-with the inputs as the model's owner gives them, pass by.
+pre-hook of the model unpacks it, and a hook takes the logits out of what comes back: of an output
+for each token or pixel, [b, t, k] or [b, k, height, width], a row each, [b t, k]. Other calls, with
+the inputs as the model's owner gives them, pass by.
 """
 
 import math
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arrays import as_data
-from .probing import eager, main_output, require_module, untouched, unwrap
+from .probing import Call, main_output, record, require_module, same_memory, unwrap
 from .purity import held_back
 
 _EXACT = 1 << 24  # whole numbers that every real type of a model holds
@@ -107,11 +108,13 @@ def pack(x: Any, name: str) -> tuple[Tensor, Packing]:
     return torch.cat(rows, 1), packing
 
 
-def serve(model: nn.Module, packing: Packing | None, example: Tensor) -> None:
-    """From now on the model takes one tensor and gives one, until `dismiss`.
+def serve(model: nn.Module, packing: Packing | None, example: Tensor) -> int | None:
+    """From now on the model takes one tensor and gives one, [rows, m_y], until `dismiss`.
 
     example: one or two samples as the model is fed them, to see what its output is. A model that
-    does that by itself stays as it is.
+    does that by itself stays as it is. Rows are samples; where the last layer runs on every token
+    or pixel and the model gives all of it, those, sample by sample. Returns the dimension of the
+    outputs then, 0 where [b, m_y] was reshaped, and None where it is [b, m_y] as it is.
     """
     require_module(model)
     inner = unwrap(model)
@@ -119,12 +122,17 @@ def serve(model: nn.Module, packing: Packing | None, example: Tensor) -> None:
     if packing is not None:
         inner.register_forward_pre_hook(_Unpacks(packing), with_kwargs=True, prepend=True)
     try:
-        with held_back(model), untouched(model), eager():
-            output = model(example.clone())
+        with held_back(model):
+            calls, output = record(model, example, nn.Linear)
     except Exception:  # what it does not take, it is asked again by whoever says why
-        return
-    if not isinstance(output, Tensor) and main_output(output) is not None:
-        inner.register_forward_hook(_TakesLogits())
+        return None
+    main = output if isinstance(output, Tensor) else main_output(output)
+    if main is None:
+        return None
+    form = _form(calls, main)
+    if form is not None or not isinstance(output, Tensor):
+        inner.register_forward_hook(_TakesLogits(form))
+    return form
 
 
 def dismiss(model: nn.Module) -> None:
@@ -176,5 +184,34 @@ class _Unpacks:
 
 
 class _TakesLogits:
+    """A forward hook. form: the dimension of the outputs, all others being rows (`_form`)."""
+
+    def __init__(self, form: int | None) -> None:
+        self.form = form
+
     def __call__(self, _: nn.Module, args: Any, output: Any) -> Any:
-        return output if isinstance(output, Tensor) else main_output(output)
+        main = output if isinstance(output, Tensor) else main_output(output)
+        if main is None or self.form is None:
+            return main
+        if self.form == 0:
+            return main.reshape(len(main), -1)
+        return main.movedim(self.form, -1).flatten(0, -2)
+
+
+def _form(calls: list[Call], output: Tensor) -> int | None:
+    """How the output is the last layer's, where it is not [b, m_y]; None where it is, or is not.
+
+    0: the layer ran on [b, m_H], and its output was reshaped. Else the dimension of the outputs:
+    the layer ran on every token or pixel.
+    """
+    for call in reversed(calls):
+        own = call.output
+        if not isinstance(own, Tensor) or not same_memory(own, call.output_version, output):
+            continue
+        if own.dim() == 2:
+            return None if output.shape == own.shape else 0
+        for dim in range(1, output.dim()):
+            moved = output.movedim(dim, -1)
+            if moved.shape == own.shape and moved.stride() == own.stride():
+                return dim
+    return None

@@ -7,7 +7,7 @@ replaced forward, no parametrization, no tensor that redefines arithmetic, no ot
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ def wrapper_intercepted(wrapper: nn.Module) -> str:
     return hooked(wrapper)
 
 
-def is_affine(module: nn.Module) -> bool:
+def is_affine(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the module's class computes x weight^T + bias, as nn.Linear does.
 
     nn.Linear itself does; a subclass is asked, with random weights and inputs: one that only casts,

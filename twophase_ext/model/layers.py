@@ -1,9 +1,10 @@
 """The last affine layer and the wide softplus layer of any model, found by running it once."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,14 @@ _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class LastLayer(NamedTuple):
-    """The affine last layer W^(H+1): its canonical name and the module."""
+    """The affine last layer W^(H+1): its canonical name and the module.
+
+    rows: outputs of a sample: 1, or its tokens or pixels where the model gives an output for each.
+    """
 
     name: str
     module: nn.Linear
+    rows: int = 1
 
 
 class WideLayer(NamedTuple):
@@ -55,11 +60,11 @@ class Split:
     wide: WideLayer | None
 
     def hidden_features(self, x: Tensor) -> Tensor:
-        """h, the input of the last layer: [batch, m_H]."""
+        """h, the input of the last layer: [rows, m_H]."""
         return rows_into(self.model, [self.last.module], x)
 
     def backbone_features(self, x: Tensor) -> Tensor:
-        """z, the input of the wide layer: [batch, d]. ValueError where there is no wide layer."""
+        """z, the input of the wide layer: [rows, d]. ValueError where there is no wide layer."""
         if self.wide is None:
             raise ValueError("model: it has no wide layer (nn.Linear, then tp.nn.Softplus)")
         return rows_into(self.model, wide_chain(self.model, self.wide, self.last), x)
@@ -92,7 +97,8 @@ def find_last_layer(
     is not met; the errors name the affine layers that ran, in the order of execution.
 
     A layer that runs on every token, [b, t, m_H], is the last one too where the model's output is
-    one row of its output for each sample (a decoder that reads its last token).
+    one row of its output for each sample (a decoder that reads its last token), or all of them,
+    [b t, k] (as `calling.serve` makes it of [b, t, k]).
     """
     model = unwrap(model)
     if last_layer is not None:
@@ -104,7 +110,7 @@ def find_last_layer(
     if not isinstance(output, Tensor):
         raise ValueError(f"model: expected one tensor as output, got {_kind(output)}; {listing}")
     if last_layer is None:
-        ends = [c for c in linear if unchanged(c.output, c.output_version, output)]
+        ends = [c for c in linear if _gives(c, output)]
         ends = ends or [c for c in linear[-1:] if _picks_rows(model, c, example_input, output)]
         if not ends:
             raise ValueError(_not_affine(calls, names, output, listing))
@@ -117,19 +123,27 @@ def find_last_layer(
             f"last_layer: {found.name!r} runs {len(own)} times in one forward pass, expected "
             f"once; {listing}"
         )
-    if not unchanged(own[0].output, own[0].output_version, output):
+    if not _gives(own[0], output):
         if _picks_rows(model, own[0], example_input, output):
             return found
         raise ValueError(
             f"last_layer: the model's output is not the output of {found.name!r}; {listing}"
         )
-    shape, rows = tuple(own[0].input.shape), example_input.shape[0]
-    if len(shape) != 2 or shape[0] != rows:
+    shape, samples = tuple(own[0].input.shape), example_input.shape[0]
+    if len(shape) < 2 or shape[0] != samples or output.dim() != 2:
         raise ValueError(
             f"last_layer: expected the input of {found.name!r} to have one row per sample, "
-            f"({rows}, {shape[-1]}), got {shape}"
+            f"({samples}, {shape[-1]}), got {shape}"
         )
-    return found
+    return found._replace(rows=math.prod(shape[1:-1]))
+
+
+def _gives(call: Call, output: Tensor) -> bool:
+    """Whether the output is the call's, row by row."""
+    own = call.output
+    if isinstance(own, Tensor) and own.dim() > 2 and output.dim() == 2:
+        own = own.flatten(0, -2)
+    return unchanged(own, call.output_version, output)
 
 
 def named_last_layer(model: nn.Module, last_layer: nn.Module | str) -> LastLayer:
@@ -152,7 +166,7 @@ def named_last_layer(model: nn.Module, last_layer: nn.Module | str) -> LastLayer
     if not isinstance(module, nn.Module):
         raise TypeError(f"last_layer: expected an nn.Linear or its name, got {_kind(module)}")
     module = unwrap(module)
-    if not _is_affine(module):
+    if not is_affine(module):
         name = f" ({names[module]!r})" if names.get(module) else ""
         raise TypeError(
             f"last_layer: expected an affine layer (nn.Linear), got {_kind(module)}{name}; "
@@ -283,10 +297,6 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _is_affine(module: nn.Module) -> TypeGuard[nn.Linear]:
-    return is_affine(module)
-
-
 def _check_parameters(model: nn.Module, names: dict[nn.Module, str], module: nn.Linear) -> None:
     name = names[module]
     own = dict(module.named_parameters(recurse=False))
@@ -345,7 +355,7 @@ def _picks_rows(model: nn.Module, call: Call, example: Tensor, output: Tensor) -
     The rows that are picked come out where the layer hands its input on.
     """
     layer = call.module
-    if call.input.dim() != 3 or len(call.input) != len(example) or not _is_affine(layer):
+    if call.input.dim() != 3 or len(call.input) != len(example) or not is_affine(layer):
         return False
     own = dict(layer.named_parameters(recurse=False))
     kept = {name: p.detach().clone() for name, p in own.items()}
@@ -353,7 +363,7 @@ def _picks_rows(model: nn.Module, call: Call, example: Tensor, output: Tensor) -
     try:
         with untouched(model):
             h = rows_into(model, [layer], example)
-            if h.dim() != 2 or h.shape != (len(example), layer.in_features):
+            if h.shape != (len(example), layer.in_features):
                 return False
             pairs = [(output, F.linear(h, layer.weight, layer.bias))]
             for p in own.values():
@@ -378,8 +388,9 @@ def _not_affine(
     for call in calls:
         if isinstance(call.module, _CONVOLUTIONS) and call.output.data_ptr() == output.data_ptr():
             return (
-                f"last_layer: the output comes from the convolution {names[call.module]!r}; put "
-                f"nn.Flatten and nn.Linear in its place; {listing}"
+                f"last_layer: the output comes from the convolution {names[call.module]!r}; "
+                "tp.nn.widen(model, n, example_input=x) puts affine layers in the place of a "
+                f"1 x 1 convolution; {listing}"
             )
     return (
         "last_layer: the model's output is not the output of one affine layer (is there a softmax "

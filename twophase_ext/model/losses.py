@@ -208,6 +208,7 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().flatten(1).sum(1).mean()
 
 
+IGNORED = -100  # the label of a row that does not count, as torch has it
 CROSS_ENTROPY = ConvexLoss(F.cross_entropy, 0.5, "cross_entropy")
 SQUARED_ERROR = ConvexLoss(squared_error, 2.0, "squared_error")
 _NAMED = {loss.name: loss for loss in (CROSS_ENTROPY, SQUARED_ERROR)}
@@ -231,10 +232,22 @@ def resolve_loss(loss: Any) -> ConvexLoss:
     )
 
 
+def counted(loss: ConvexLoss, y: Tensor) -> int:
+    """How many rows of targets count: those whose label is not IGNORED."""
+    return int((y != IGNORED).sum()) if loss is CROSS_ENTROPY else len(y)
+
+
 def prepare_targets(
-    loss: ConvexLoss, y: Tensor, outputs: int, name: str, indices: list[int] | None = None
+    loss: ConvexLoss,
+    y: Tensor,
+    outputs: int,
+    name: str,
+    indices: list[int] | None = None,
+    each: int = 1,
 ) -> Tensor:
     """Targets in the form that the loss takes: int64 labels, or float [n, m_y].
+
+    Labels IGNORED stay: their rows do not count. each: rows of a sample.
 
     Raises TypeError for complex targets and for labels that are not integers, ValueError for
     labels outside [0, outputs) (the first such sample is named) or a target of another shape.
@@ -250,12 +263,12 @@ def prepare_targets(
         if y.dim() != 1:
             raise ValueError(f"{name}: expected labels of shape [n], got {list(y.shape)}")
         y = y.long()  # before the comparison: `outputs` need not fit into uint8
-        wrong = ((y < 0) | (y >= outputs)).nonzero()
+        wrong = ((y != IGNORED) & ((y < 0) | (y >= outputs))).nonzero()
         if len(wrong):
-            i = int(wrong[0])
+            i = int(wrong[0]) // each
             raise ValueError(
                 f"{name}: expected labels in 0..{outputs - 1} (the last layer has {outputs} "
-                f"outputs), got {int(y[i])} at sample "
+                f"outputs), got {int(y[wrong[0]])} at sample "
                 f"{indices[i] if indices else i} ({len(wrong)} such samples)"
             )
         return y

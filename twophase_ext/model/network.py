@@ -18,7 +18,8 @@ class Network:
 
     analytic: the last hidden layer where it is affine and then one of layers.ANALYTIC.
     h = hidden(x) is the input of the last layer, z = backbone(x) the input of the wide layer,
-    widen(z) = h. These three run without gradients, in whatever mode the model is.
+    widen(z) = h, a row for each output of a sample (`last.rows`). These three run without
+    gradients, in whatever mode the model is.
     """
 
     def __init__(self, model: nn.Module, example: Tensor, last_layer: Any = None) -> None:
@@ -56,12 +57,12 @@ class Network:
 
     @torch.no_grad()
     def hidden(self, x: Tensor) -> Tensor:
-        """h: the input of the last layer, [b, m_H]."""
+        """h: the input of the last layer, [rows, m_H]."""
         return self._split.hidden_features(x)
 
     @torch.no_grad()
     def backbone(self, x: Tensor) -> Tensor:
-        """z: the input of the wide layer, [b, d]."""
+        """z: the input of the wide layer, [rows, d]."""
         return self._split.backbone_features(x)
 
     @torch.no_grad()

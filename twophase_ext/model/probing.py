@@ -144,13 +144,14 @@ def input_of(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
 
 
 def rows_into(model: nn.Module, chain: list[nn.Module], x: Tensor) -> Tensor:
-    """The input of chain[0], one row a sample, [b, features]; the chain ends at the last layer.
+    """The input of chain[0], [rows, features]; the chain ends at the last layer.
 
-    Where the layers run on every token and the model picks one of them, the rows that it picks:
-    each layer of the chain hands its input on, and the model's output is returned.
+    A row is a sample. Where the layers run on every token, the rows that the model gives, all or
+    one that it picks: each layer of the chain hands its input on, and the model's output is
+    returned.
     """
     caught = input_of(model, chain[0], x)
-    if caught.dim() != 3:
+    if caught.dim() <= 2:
         return caught
 
     handed = 0  # modules of the chain that have, in their order: one may run elsewhere too
@@ -339,13 +340,18 @@ def unchanged(then: Tensor, version: int, now: Any, now_version: int | None = No
     """
     if not isinstance(now, Tensor) or not isinstance(then, Tensor):
         return False
-    written = (_version(now) if now_version is None else now_version) != version
+    seen_alike = then.shape == now.shape and then.stride() == now.stride()
+    return seen_alike and same_memory(then, version, now, now_version)
+
+
+def same_memory(then: Tensor, version: int, now: Tensor, now_version: int | None = None) -> bool:
+    """Whether these are the same numbers, seen in whatever way, and not written since."""
     if version == -1:  # of inference mode: nothing tells whether it was written
         return False
+    written = (_version(now) if now_version is None else now_version) != version
     same = then is now or (
         then.data_ptr() == now.data_ptr()
-        and then.shape == now.shape
-        and then.stride() == now.stride()
+        and then.numel() == now.numel()
         and then.dtype == now.dtype
     )
     return same and not written

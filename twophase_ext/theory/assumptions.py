@@ -109,7 +109,11 @@ def _check(
     parts = x.split(256)
     ends = [place(parts[0]), place(parts[-1])]  # of other sizes
     table.rows += analytic_premises(model, ends, whole=len(parts) <= 2)
-    table.rows += [loss_row, depth_premise(model, network), width_premise(network, len(x))]
+    table.rows += [
+        loss_row,
+        depth_premise(model, network),
+        width_premise(network, len(x) * network.last.rows),
+    ]
     table.rows.append(_distinct(x, parameter.dtype))
     table.rows.append(_assumption_3(x))
     table.verdict = verify_network(

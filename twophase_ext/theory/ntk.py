@@ -17,9 +17,10 @@ from torch.func import functional_call, jacrev, vmap
 from ..core.memory import available_memory
 from ..core.messages import first_line, type_and_line
 from ..expressivity import Verdict, verify_network
-from ..expressivity.verify import hashes_of
+from ..expressivity.verify import network_hashes
 from ..linalg.bounds import bound_text
-from ..model.inputs import as_example, checked_inputs, first_parameter
+from ..model.calling import one_tensor
+from ..model.inputs import as_example, batches, checked_inputs, first_parameter
 from ..model.layers import named_last_layer
 from ..model.network import Network
 from ..model.probing import copy_model, unwrap
@@ -91,7 +92,8 @@ def ntk_rank(
 ) -> NtkRank:
     """Rank of the neural tangent kernel K(w) at the model's weights, over all trainable parameters.
 
-    x: the n inputs (tensor or array [n, ...]; uint8 is scaled to [0, 1]). Everything is computed in
+    x: the n inputs (tensor or array [n, ...]; uint8 is scaled to [0, 1]), or a dict or tuple of
+    them. Everything is computed in
     float64 on a copy in evaluation mode (BatchNorm with its running statistics): the model is not
     changed. method: "full" forms K by torch.func, parameter by parameter, with 8 (n m_y)^2 bytes
     for K and 8 n m_y |p| for the largest parameter p; "bound" uses
@@ -108,7 +110,17 @@ def ntk_rank(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
-    x = checked_inputs(x)
+    with one_tensor(model, x) as packed:
+        return _ntk_rank(model, checked_inputs(packed), last_layer, method, verdict)
+
+
+def _ntk_rank(
+    model: nn.Module,
+    x: Tensor,
+    last_layer: nn.Module | str | None,
+    method: str,
+    verdict: Verdict | None,
+) -> NtkRank:
     parameter = first_parameter(model)
     network = Network(model, as_example(x, parameter), last_layer)
     if not network.last.module.weight.requires_grad:
@@ -116,10 +128,10 @@ def ntk_rank(
             f"last_layer: {network.last.name}.weight does not require a gradient: K then lacks "
             "the part that its rank is shown by"
         )
-    found = NtkRank(len(x), network.outputs, method)
+    found = NtkRank(len(x) * network.last.rows, network.outputs, method)
     if verdict is not None:
         _check_verdict(verdict, network, found.n)
-        if verdict.hashes != hashes_of(model, x, network.last.name):
+        if verdict.hashes != network_hashes(network, [part for part, _ in batches(x, parameter)]):
             raise ValueError("verdict: expected one about these weights and inputs, hashes differ")
     if method != "bound":
         refused = _too_large(network, found.size, parameter.device)
@@ -135,7 +147,7 @@ def ntk_rank(
         verdict = verify_network(
             network,
             ((part, None) for part in x.split(256)),
-            n=found.n,
+            n=len(x),
             method=by_size if given is None else given.method,
         )
         if given is not None and not rank_shown(verdict):
@@ -239,7 +251,7 @@ def _kernel(model: nn.Module, x: Tensor, size: int) -> Tensor:
     for names in groups:
 
         def output(chosen: dict[str, Tensor], sample: Tensor) -> Tensor:
-            return functional_call(model, {**state, **chosen}, (sample[None],))[0]
+            return functional_call(model, {**state, **chosen}, (sample[None],)).flatten()
 
         try:
             jacobian = vmap(jacrev(output), (None, 0), chunk_size=CHUNK)(

@@ -39,7 +39,7 @@ def premises(context: Context, state: RunState) -> list[Premise]:
         ("analytic modules", lambda: _analytic(context)),
         ("loss", lambda: [_loss(context)]),
         ("depth", lambda: [_plain(depth_premise(network.model, network))]),
-        ("width", lambda: [_plain(width_premise(network, context.train.n))]),
+        ("width", lambda: [_plain(width_premise(network, context.train.rows))]),
         ("expressivity (Assumption 1)", lambda: [_expressivity(state)]),
     ]
     if second == "none":
@@ -136,7 +136,7 @@ def _features(context: Context, state: RunState) -> Premise:
             FAILED,
             (
                 f"{copies} augmented copies in the place of random transforms: what holds, holds "
-                f"for these {copies * context.train.n} samples"
+                f"for these {copies * context.train.rows} samples"
             ),
         )
     return fixed_premise(context, state)

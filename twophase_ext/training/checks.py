@@ -52,10 +52,11 @@ def check_runs(model: nn.Module, samples: Samples) -> Tensor:
     return x
 
 
-def check_trains(model: nn.Module, example: Tensor, outputs: int) -> None:
+def check_trains(model: nn.Module, example: Tensor, outputs: int, each: int = 1) -> None:
     """ValueError where training mode gives no output [b, m_y], alone or as a tuple's first.
 
-    example: two samples, or one. Nothing of the model has changed afterwards.
+    each: rows of a sample. example: two samples, or one. Nothing of the model has changed
+    afterwards.
     """
     try:
         with untouched(model), eager(), torch.enable_grad():
@@ -68,7 +69,7 @@ def check_trains(model: nn.Module, example: Tensor, outputs: int) -> None:
             f"model: it runs in evaluation mode, but not in training mode: {first_line(error)}"
         ) from error
     main = main_output(found)
-    expected = [len(example), outputs]
+    expected = [len(example) * each, outputs]
     if main is None or list(main.shape) != expected:
         first = "" if isinstance(found, Tensor) else f" a {type(found).__name__} with first"
         shape = type(main).__name__ if main is None else list(main.shape)

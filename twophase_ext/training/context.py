@@ -51,6 +51,15 @@ class Context:
         """Where model and data are."""
         return self.train.device
 
+    @property
+    def row_batch(self) -> int:
+        """Rows of a mini-batch of the last layer's: those of batch_size samples."""
+        return self.config.batch_size * self.train.each
+
+    def row_offsets(self) -> list[int]:
+        """As `offsets`, of the rows that the last layer is trained on."""
+        return batch_bounds(self.network.model, self.train.rows, self.row_batch)
+
     def offsets(self) -> list[int]:
         """Step s takes samples offsets[s] to offsets[s + 1] - 1 of the epoch's order."""
         return batch_bounds(self.network.model, self.train.n, self.config.batch_size)

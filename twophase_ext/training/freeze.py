@@ -1,5 +1,7 @@
 """Hidden layers that do not move any more, and the proof of it: a hash of their whole state."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 from ..core.hashing import tensors_hash
 from ..model import layers
+from ..model.calling import dismiss, serve
 from ..model.holding import hold, is_held, release
 from ..model.inputs import first_parameter
 from ..model.network import Network
@@ -16,18 +19,22 @@ from .checks import check_runs, model_device
 from .data.samples import Samples
 
 
-def samples_of(model: nn.Module, source: Any, name: str) -> Samples:
+@contextmanager
+def serving(model: nn.Module, source: Any, name: str) -> Iterator[Samples]:
     """`source` as `Trainer.fit` takes it, on the model's device and in its dtype; checked to run.
 
-    Raises ValueError or TypeError that name the argument `name`.
+    Within it the model takes one tensor and gives [rows, m_y] (`calling.serve`). Raises ValueError
+    or TypeError that name the argument `name`.
     """
     device = model_device(model, "auto")
     dtype = first_parameter(model).dtype
     samples = Samples.of(source, name=name, device=device, dtype=dtype)
-    if samples.packing is not None:
-        raise ValueError(f"{name}: several inputs are taken by Trainer.fit alone; pass one tensor")
-    check_runs(model, samples)
-    return samples
+    samples.form = serve(model, samples.packing, next(samples.in_order(2))[0][:2])
+    try:
+        check_runs(model, samples)
+        yield samples
+    finally:
+        dismiss(model)
 
 
 class Frozen:
@@ -110,7 +117,7 @@ def freeze(
         if last_layer is None:
             raise ValueError("last_layer: expected a module or a name where train is None")
         return Frozen(model, layers.named_last_layer(model, last_layer))
-    samples = samples_of(model, train, "train")
-    network = Network(model, next(samples.in_order(2))[0][:2], last_layer)
-    batchnorm.recalibrate_over(network, samples)
+    with serving(model, train, "train") as samples:
+        network = Network(model, next(samples.in_order(2))[0][:2], last_layer)
+        batchnorm.recalibrate_over(network, samples)
     return Frozen(model, network.last)

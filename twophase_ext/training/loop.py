@@ -67,18 +67,18 @@ class Loop:
     def _finish_epoch(self, phase: Phase, seconds: float) -> None:
         """Metrics, callbacks, checkpoint; Diverged where the weights are not finite."""
         run, state, context = self.run, self.state, self.context
-        n = context.train.n
-        loss = float(state.sums[0]) / n
+        rows = context.train.rows
+        loss = float(state.sums[0]) / rows
         # The loss is that before each update: the last update may have broken the weights.
         if not (math.isfinite(loss) and all_finite(phase.moving())):
             samples = None
             if phase is self.first:
-                order = epoch_order(context.config.seed, state.epoch, n)
+                order = epoch_order(context.config.seed, state.epoch, context.train.n)
                 samples = order[context.offsets()[-2] :]
             raise Diverged(phase.steps() - 1, loss, samples)
         accuracy: float | None = None
         if context.loss is CROSS_ENTROPY:
-            accuracy = float(state.sums[1]) / n
+            accuracy = float(state.sums[1]) / rows
             if phase is self.second and state.cache_mode != "none":
                 accuracy = run.measure(run.train_features, context.train)[1]
         measured: tuple[float | None, float | None] = (None, None)

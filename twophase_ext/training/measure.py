@@ -24,9 +24,15 @@ def measure(
     if isinstance(source, Features):
         batches = source.outputs(network, BATCH)
     else:
-        own = source.batches(BATCH, ranks.shard(source.n))
+        own = source.batches(max(1, BATCH // source.each), ranks.shard(source.n))
         batches = ((model(x), y) for x, y in source.visit(own))
+    rows = source.n if isinstance(source, Features) else source.rows
     for outputs, y in batches:
+        if isinstance(source, Samples) and source.kept is not None:
+            counted = source.counted(y)
+            outputs, y = outputs[counted], y[counted]
+            if not len(y):
+                continue
         total += float(loss(outputs, y)) * len(y)
         if loss is CROSS_ENTROPY:
             correct += int((outputs.argmax(1) == y).sum())
@@ -34,4 +40,4 @@ def measure(
     if not isinstance(source, Features):
         sums = ranks.all_reduce_(torch.tensor([total, correct], dtype=torch.float64, device="cpu"))
         total, correct = float(sums[0]), int(sums[1])
-    return total / source.n, correct / source.n if loss is CROSS_ENTROPY else None
+    return total / rows, correct / rows if loss is CROSS_ENTROPY else None

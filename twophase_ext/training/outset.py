@@ -41,13 +41,14 @@ def look_at(
     """
     if ranks.size > 1:
         check_model(network.model)
-    check_trains(network.model, example, network.outputs)
+    each = network.last.rows
+    check_trains(network.model, example, network.outputs, each)
     train = sets[0]
     offsets = batch_bounds(network.model, train.n, config.batch_size)
     if any(end - begin == 1 for begin, end in pairwise(offsets)):
         check_single(network.model, example)
     with train.held():
-        train.prepare(loss, network.outputs)
+        train.prepare(loss, network.outputs, each)
         check_loss(loss, network.outputs, train, config)
         if train.random and config.augment_copies is None:
             compare = False  # nothing is cached or claimed
@@ -56,7 +57,7 @@ def look_at(
             accumulate = config.accumulate
             fixed = agreement(network, train, config.batch_size, ranks, accumulate=accumulate)
     for samples in sets[1:]:
-        samples.prepare(loss, network.outputs)
+        samples.prepare(loss, network.outputs, each)
     return fixed
 
 
@@ -69,9 +70,12 @@ def describe(network: Network, samples: Samples, progress: Progress) -> None:
     elif network.wide is None:
         kind = type(network.analytic.activation).__name__
         progress.say(f"the last hidden layer is affine + {kind}: separation can prove Assumption 1")
-    if network.width < samples.n:
+    if samples.each > 1 or samples.kept is not None:
+        progress.say(f"outputs that count: {samples.rows}, of {samples.n} samples")
+    if network.width < samples.rows:
+        what = "samples" if samples.rows == samples.n else "outputs"
         warnings.warn(
-            f"the last hidden layer has {network.width} units for n = {samples.n} samples: "
+            f"the last hidden layer has {network.width} units for n = {samples.rows} {what}: "
             "Theorem 1's premise m_H >= n fails and no guarantee is claimed. "
             "tp.nn.widen(model, n) adds such a layer",
             stacklevel=6,

@@ -9,12 +9,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import optim
 from ..core.arguments import integer
 from ..core.seeds import epoch_order
 from ..model import layers
+from ..model.calling import dismiss, serve
 from ..model.losses import ConvexLoss, resolve_loss
 from ..model.network import Network
 from .batchnorm import batch_bounds
@@ -22,7 +23,7 @@ from .control.interrupt import Interrupt
 from .data.samples import BATCH
 from .features.agreement import cache_disagreement
 from .features.cache import Features, plan_for
-from .freeze import samples_of
+from .freeze import serving
 from .optimizer.averaged import Averaged
 from .steps.last_layer import LastLayerStep
 
@@ -33,7 +34,8 @@ class FeatureCache(Features):
     """h(x_i), the input of the last layer, and y_i of all training samples of a frozen network.
 
     `batch(index)` gives (h [b, m_H], y) of the samples `index` (int64), `in_order(size)` batches of
-    all; `mode` is what is cached, `bytes` its size, `n` the number of samples.
+    all; `mode` is what is cached, `bytes` its size, `n` the number of samples. Where the model
+    gives an output for every token or pixel, those whose label counts (not -100) are the samples.
     """
 
     @torch.inference_mode(False)
@@ -60,10 +62,10 @@ class FeatureCache(Features):
         """
         self.loss = resolve_loss(loss)
         require_eval(model)
-        samples = samples_of(model, data, "data")
-        network = Network(model, next(samples.in_order(2))[0][:2], last_layer)
-        with samples.held():
-            samples.prepare(self.loss, network.outputs)
+        with serving(model, data, "data") as samples, samples.held():
+            self._example = next(samples.in_order(2))[0][:2]
+            network = Network(model, self._example, last_layer)
+            samples.prepare(self.loss, network.outputs, network.last.rows)
             mode = plan_for(network, [samples], mode, name="mode").mode
             super().__init__(samples, network, mode)
             if mode in ("none", "hidden-bfloat16"):
@@ -75,6 +77,14 @@ class FeatureCache(Features):
                 f"model: its features are not fixed, {evidence}; mode='none' computes them at "
                 "every step"
             )
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """Of the model as its owner left it: other calls of it get what it gives by itself."""
+        serve(self.network.model, self.samples.packing, self._example)
+        try:
+            return super()._hidden(x)
+        finally:
+            dismiss(self.network.model)
 
 
 def require_eval(model: nn.Module) -> None:

@@ -16,8 +16,9 @@ def verified(context: Context, method: str) -> Verdict:
     try:
         return verify_network(
             network,
-            context.train.in_order(BATCH),
+            context.train.in_order(max(1, BATCH // context.train.each)),
             n=context.train.n,
+            kept=context.train.kept,
             method=method,
             batch_norm=context.config.batch_norm,
             training=True,
@@ -30,7 +31,7 @@ def verified(context: Context, method: str) -> Verdict:
             status="undecided",
             claim="at w",
             method="none",
-            n=context.train.n,
+            n=context.train.rows,
             width=network.width,
             batch_norm=context.config.batch_norm,
             bias=bias is not None and bias.requires_grad,

@@ -16,6 +16,11 @@ def check_several(context: Context, mode: str) -> None:
     ranks, phase = context.ranks, context.config.second_phase
     if ranks.size == 1:
         return
+    if context.train.each > 1 or context.train.kept is not None:
+        raise ValueError(
+            "train: expected one output and a label that counts for each sample on several "
+            f"processes, got {context.train.rows} outputs that count of {context.train.n} samples"
+        )
     for name, value in context.identity().items():
         ranks.agree(name, value)
     x, y = context.train.fetch(torch.arange(min(2, context.train.n), device="cpu"), augmented=False)

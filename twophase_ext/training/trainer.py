@@ -281,14 +281,14 @@ class Trainer:
         ranks = joined()
         progress = Progress(self.progress and ranks.rank == 0)
         self.model.to(config.dtype)
-        form: dict[str, Any] = {"device": self.device, "dtype": config.dtype}
-        samples = Samples.of(train, name="train", **form)
-        held_out = None if val is None else Samples.of(val, name="val", **form)
+        place: dict[str, Any] = {"device": self.device, "dtype": config.dtype}
+        samples = Samples.of(train, name="train", **place)
+        held_out = None if val is None else Samples.of(val, name="val", **place)
         if held_out is not None and held_out.packing != samples.packing:
             raise ValueError(
                 f"val: expected inputs as those of train, {samples.packing}, got {held_out.packing}"
             )
-        serve(self.model, samples.packing, next(samples.in_order(2))[0][:2])
+        form = serve(self.model, samples.packing, next(samples.in_order(2))[0][:2])
         if samples.batch_size is not None and samples.batch_size != config.batch_size:
             progress.say(f"batch_size: {samples.batch_size}, the DataLoader's")
             config = replace(config, batch_size=samples.batch_size)
@@ -296,7 +296,7 @@ class Trainer:
             batchnorm.check_freezable(self.model)
         sets = [part for part in (samples, held_out) if part is not None]
         for part in sets:
-            part.seed = config.seed
+            part.seed, part.form = config.seed, form
         if self.augment is not None:
             samples.augment, samples.random = self.augment, True
         with config.autocast(self.device):
@@ -306,7 +306,7 @@ class Trainer:
         fixed = outset.look_at(network, self.loss, config, sets, examples[0], ranks, compare)
         fixed = self.known or fixed
         if config.second_phase != "none":
-            require_memory(str(config.verify), samples.n, network.width + 1, self.device)
+            require_memory(str(config.verify), samples.rows, network.width + 1, self.device)
         outset.describe(network, samples, progress)
         mode = outset.plan(network, sets, config, progress, ranks, fixed)
         optimizer = make_optimizer(self.optimizer, network, config.noise_std)

@@ -89,7 +89,7 @@ class Running(TorchDispatchMode):
             self.notes.write(x, laid_out(x, 0, ids, error))
 
     def bounded(self, value: Tensor) -> Bounded:
-        """A tensor [b, d] of this pass, with its error by sample."""
+        """A tensor [rows, d] of this pass, with its error by row: that of all of its sample's."""
         if self.failed:
             return refuse(self.failed)
         with self._there:
@@ -101,11 +101,13 @@ class Running(TorchDispatchMode):
             operand = self.operand(value)
             if operand.ids is None or (operand.dim != 0 and self.samples > 1):
                 return refuse("stop: its input has the samples in another dimension")
-            if self.samples > 1 and not torch.equal(operand.ids, torch.arange(self.samples)):
-                refuse("stop: its input does not have a row for each sample, in their order")
+            each = len(value) // self.samples
+            ids = torch.arange(self.samples).repeat_interleave(each)
+            if len(ids) != len(value) or (len(ids) > each and not torch.equal(operand.ids, ids)):
+                refuse("stop: its input does not have the rows of each sample, in their order")
             if note.huge:
                 refuse("stop: its input may hold masks")
-        return Bounded(value, operand.error)
+        return Bounded(value, operand.error[ids])
 
     def skippable(self, value: Tensor) -> dict[int, Step]:
         """Steps that a further pass up to `value` need not compute."""

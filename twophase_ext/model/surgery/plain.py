@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 
+import torch
 from torch import nn
 
 from twophase_ext.model import holding, layers, probing
@@ -10,7 +11,7 @@ from twophase_ext.model import holding, layers, probing
 from ..softplus import Softplus
 from . import smooth
 from .functions import calls_analytic
-from .widen import WideHead
+from .widen import PixelHead, WideHead
 
 # exp(-40) is below half an ulp of 40 in float64: from there on x itself is softplus, rounded
 THRESHOLD = 40.0
@@ -19,11 +20,12 @@ THRESHOLD = 40.0
 def plain(model: nn.Module) -> nn.Module:
     """A copy of the model without this package's classes, in evaluation mode; same state-dict keys.
 
-    `Softplus` becomes torch.nn.Softplus(beta, threshold=40), `WideHead` an nn.Sequential, and a
-    frozen model is unfrozen. torch's own class and not a formula, because every exporter,
-    quantizer and explainer knows it; with threshold 40 it differs by roundings alone, in float64
-    too, where torch's 20 would show. `torch.load`, torch.jit, torch.onnx, torch.fx and
-    state_dict() of the copy then need no twophase_ext, as far as the model's other classes do not.
+    `Softplus` becomes torch.nn.Softplus(beta, threshold=40), `WideHead` an nn.Sequential (of
+    1 x 1 convolutions where it was put over pixels), and a frozen model is unfrozen. torch's own
+    class and not a formula, because every exporter, quantizer and explainer knows it; with
+    threshold 40 it differs by roundings alone, in float64 too, where torch's 20 would show.
+    `torch.load`, torch.jit, torch.onnx, torch.fx and state_dict() of the copy then need no
+    twophase_ext, as far as the model's other classes do not.
 
     It is for inference: with a threshold the activation is piecewise, hence not real analytic, and
     a claim about the model is none about the copy. Calls of `tp.softplus` in a forward of your own
@@ -54,6 +56,8 @@ def plain(model: nn.Module) -> nn.Module:
                 new = nn.Softplus(module.beta, threshold=THRESHOLD)
             elif type(module) is WideHead:
                 new = nn.Sequential(OrderedDict(module.named_children()))
+            elif type(module) is PixelHead:
+                new = _over_pixels(module)
             done[module] = new
             for name, child in list(new._modules.items()):
                 if child is not None:
@@ -61,3 +65,21 @@ def plain(model: nn.Module) -> nn.Module:
         return done[module]
 
     return stand_in(twin).eval()
+
+
+def _over_pixels(head: PixelHead) -> nn.Sequential:
+    """The same as 1 x 1 convolutions, under the same names."""
+    parts = OrderedDict[str, nn.Module]()
+    for name, child in head.named_children():
+        parts[name] = child
+        if isinstance(child, nn.Linear):
+            weight = child.weight
+            conv = head.kind(
+                child.in_features, child.out_features, 1, device=weight.device, dtype=weight.dtype
+            )
+            with torch.no_grad():
+                conv.weight.copy_(weight.view_as(conv.weight))
+                if conv.bias is not None and child.bias is not None:
+                    conv.bias.copy_(child.bias)
+            parts[name] = conv
+    return nn.Sequential(parts)

@@ -16,6 +16,8 @@ from ..gate import intercepted
 from ..softplus import Softplus, checked_beta
 from .tracing import trace
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
 
 class WideHead(nn.Module):
     """last_layer(activation(wide(x))): what `widen` puts in place of a model's last layer.
@@ -43,6 +45,20 @@ class WideHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The model's output from the old last layer's input."""
         return self.last_layer(self.activation(self.wide(x)))
+
+
+class PixelHead(WideHead):
+    """A WideHead over every pixel: in the place of a 1 x 1 convolution.
+
+    Input [batch, in_features, ...], output [batch, out_features, ...]. kind: the convolution's
+    class, for `plain`.
+    """
+
+    kind: type[Convolution] = nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's output from the old convolution's input."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def wide_units(n: int, ratio: float = 1.1) -> int:
@@ -84,8 +100,9 @@ def widen(
 
     n: number of training samples. last_layer: the nn.Linear to replace, or its name. Without it,
     the layer is found by running `example_input` (a batch; tensor or array, or a dict or tuple of
-    them), and without that by tracing the model. A head that is a 1 x 1 convolution of one pixel,
-    found by `example_input`, is replaced by the same between a flattening and its undoing.
+    them), and without that by tracing the model. A head that is a 1 x 1 convolution, found by
+    `example_input`, is replaced by the same layers over its pixels, a `PixelHead`. Where the model
+    gives an output for every token or pixel, n is the number of those.
 
     Raises ValueError where the last layer is not found, is ambiguous, shares its weights or is the
     model itself; TypeError where it is not an nn.Linear.
@@ -99,7 +116,7 @@ def widen(
             "model: it is itself the last layer (nn.Linear), which cannot be replaced in place; "
             "wrap it in nn.Sequential"
         )
-    old: nn.Linear | nn.Conv2d
+    old: nn.Linear | Convolution
     if example_input is not None:
         with one_tensor(inner, example_input, "example_input") as x:
             example = arrays.as_tensor(x, name="example_input")
@@ -107,44 +124,43 @@ def widen(
             try:
                 old = layers.find_last_layer(inner, example, last_layer).module
             except ValueError:
-                pixel = None if last_layer is not None else _pixel_head(inner, example)
-                if pixel is None:
+                head = None if last_layer is not None else _pixel_head(inner, example)
+                if head is None:
                     raise
-                old = pixel
+                old = head
     else:
         named = _traced_last_layer(inner) if last_layer is None else last_layer
         old = layers.named_last_layer(inner, named).module
-    if isinstance(old, nn.Conv2d):
-        sizes = old.in_channels, units, old.out_channels
+    place: dict[str, Any] = {"beta": beta, "device": old.weight.device, "dtype": old.weight.dtype}
+    if isinstance(old, nn.Linear):
+        new = WideHead(old.in_features, units, old.out_features, **place)
     else:
-        sizes = old.in_features, units, old.out_features
-    head: nn.Module = WideHead(*sizes, beta=beta, device=old.weight.device, dtype=old.weight.dtype)
-    if isinstance(old, nn.Conv2d):
-        head = nn.Sequential(nn.Flatten(), head, nn.Unflatten(1, (old.out_channels, 1, 1)))
-    head.train(old.training)
+        new = PixelHead(old.in_channels, units, old.out_channels, **place)
+        new.kind = type(old)
+    new.train(old.training)
     for parent in list(inner.modules()):
         for name, child in parent._modules.items():
             if child is old:
-                parent._modules[name] = head
+                parent._modules[name] = new
     return model
 
 
-def _pixel_head(model: nn.Module, example_input: Tensor) -> nn.Conv2d | None:
-    """The 1 x 1 convolution of one pixel whose numbers are the model's output; None without one.
+def _pixel_head(model: nn.Module, example_input: Tensor) -> Convolution | None:
+    """The 1 x 1 convolution whose numbers are the model's output; None without one.
 
-    On images of 1 x 1 it is the affine map of its weights.
+    On every pixel it is the affine map of its weights.
     """
-    calls, output = probing.record(model, example_input, nn.Conv2d)
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    calls, output = probing.record(model, example_input, kinds)
     for call in calls:
         conv = call.module
         if (
-            type(conv) is nn.Conv2d
+            isinstance(conv, kinds)
+            and type(conv) in kinds
             and isinstance(output, Tensor)
-            and call.output.data_ptr() == output.data_ptr()
-            and call.output.numel() == output.numel()
-            and call.input.shape[2:] == (1, 1) == conv.kernel_size == conv.stride
-            and conv.groups == 1
-            and conv.padding in ((0, 0), "valid")
+            and probing.same_memory(call.output, call.output_version, output)
+            and {*conv.kernel_size, *conv.stride, conv.groups} == {1}
+            and (conv.padding == "valid" or not any(conv.padding))
             and not intercepted(conv)
         ):
             return conv

@@ -16,8 +16,9 @@ from ...core.hashing import flat
 from ...core.memory import available_memory
 from ...core.seeds import host_stream, stream_seed
 from ...model.calling import Packing, is_several, pack
-from ...model.losses import ConvexLoss, Telling, prepare_targets
+from ...model.losses import ConvexLoss, Telling
 from .loaders import batching, chosen, is_loader, is_map_style, tell_ignored
+from .rows import Rows, counts_of
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _CHECKED = 256  # samples of a Dataset looked at together before training
@@ -28,7 +29,7 @@ _TARGETS = ("y", "label", "labels", "target", "targets")  # names of y in sample
 BATCH = 256
 
 
-class Samples:
+class Samples(Rows):
     """n samples (x_i, y_i), fetched by index as tensors on one device.
 
     Made by `Samples.of` from a pair of arrays, a map-style Dataset or a DataLoader over one. uint8
@@ -37,11 +38,14 @@ class Samples:
     by a hash, with what it was before; `changed` says which. What its transforms draw comes from
     (seed, epoch), which the engine sets, and the batch. augment: a transform of whole batches,
     (x [b, ...], torch.Generator) -> x, likewise.
+
+    Targets are fetched row by row, [b each, ...] (rows.py).
     """
 
     def __init__(self, name: str, n: int, device: torch.device, dtype: torch.dtype) -> None:
         """Use `Samples.of`."""
-        self.name, self.n, self.device, self.dtype = name, n, device, dtype
+        super().__init__(name, n)
+        self.device, self.dtype = device, dtype
         self.batch_size: int | None = None
         self.packing: Packing | None = None  # of several inputs, as one tensor
         self.random, self.changed = False, "the inputs are transformed at random at every visit"
@@ -88,8 +92,16 @@ class Samples:
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def prepare(self, loss: ConvexLoss, outputs: int) -> None:
-        """Check every sample, and convert the targets for `loss` and `outputs` outputs."""
+    def prepare(self, loss: ConvexLoss, outputs: int, each: int = 1) -> None:
+        """Check every sample, and convert the targets for `loss` and `outputs` outputs.
+
+        each: rows of outputs of a sample. ValueError where no label counts.
+        """
+        self.outputs, self.each = outputs, each
+        self.keep(self._look_at_all(loss))
+
+    def _look_at_all(self, loss: ConvexLoss) -> Tensor:
+        """Which rows count, bool [n each], on the CPU."""
         raise NotImplementedError
 
     @contextmanager
@@ -169,24 +181,26 @@ class _Arrays(Samples):
         super().__init__(name, len(self.x), device, dtype)
         self.packing = packing
 
-    def prepare(self, loss: ConvexLoss, outputs: int) -> None:
+    def _look_at_all(self, loss: ConvexLoss) -> Tensor:
         content = _Content()
         for start, end in self.batches(_CHECKED):
             content.add(self.x[start:end], self.y[start:end])
         self.content = content.digest()
-        self.y = prepare_targets(loss, _real(self.y, self.name), outputs, name=self.name)
+        self.y = self.targets_of(loss, self.y)
         if self.y.is_floating_point():
             self.y = self.y.to(self.dtype)
-        self.telling.add(self.y)
+        counts = counts_of(loss, self.by_row(self.y))
+        self.telling.add(self.by_row(self.y)[counts.to(self.y.device)])
         # Labels are small: on the device once. So are inputs that fit; others move batch by batch.
         self.y = self.y.to(self.device)
         if _SHARE * self.x.nbytes <= available_memory(self.device):
             self.x = self.x.to(self.device)
+        return counts
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         index = index.to(self.x.device, non_blocking=True)
         x = self.x.index_select(0, index)
-        return self._place(x), self.y.index_select(0, index.to(self.y.device))
+        return self._place(x), self.by_row(self.y.index_select(0, index.to(self.y.device)))
 
 
 class _Fetched(Samples):
@@ -204,7 +218,6 @@ class _Fetched(Samples):
         super().__init__(name, len(dataset), device, dtype)
         self.dataset, self.collate = dataset, collate
         self.loss: ConvexLoss | None = None
-        self.outputs = 0
         self._hashed: _Content | None = None  # while all are looked at
         self._seen = np.zeros((self.n, 2), np.int64)  # of each sample: its form, and a hash of it
         self._kept: dict[Any, tuple[Tensor, Tensor]] | None = None
@@ -274,12 +287,14 @@ class _Fetched(Samples):
         finally:
             self._kept = None
 
-    def prepare(self, loss: ConvexLoss, outputs: int) -> None:
-        self.loss, self.outputs = loss, outputs
-        self._hashed = _Content()
+    def _look_at_all(self, loss: ConvexLoss) -> Tensor:
+        self.loss = loss
+        self._hashed, counts = _Content(), []
         for _, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
-            self.telling.add(y)
+            counts.append(counts_of(loss, y))
+            self.telling.add(y[counts[-1].to(y.device)])
         self.content, self._hashed = None if self.random else self._hashed.digest(), None
+        return torch.cat(counts)
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         indices = index.tolist()
@@ -291,7 +306,8 @@ class _Fetched(Samples):
                 self._room -= x.nbytes + y.nbytes
             x = x.clone()  # a model may write into its inputs
         y = y.to(self.device)
-        return self._place(x), y.to(self.dtype) if y.is_floating_point() else y
+        y = y.to(self.dtype) if y.is_floating_point() else y
+        return self._place(x), y if self.loss is None else self.by_row(y)
 
     def _read(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         # in one epoch a sample comes once: the first one tells the batch
@@ -302,10 +318,7 @@ class _Fetched(Samples):
         self._compare(x, y, indices)
         if self._hashed is not None:
             self._hashed.add(x, y)
-        if self.loss is not None:
-            y = _real(y, self.name)
-            y = prepare_targets(self.loss, y, self.outputs, name=self.name, indices=indices)
-        return x, y
+        return x, y if self.loss is None else self.targets_of(self.loss, y, indices)
 
 
 def _pair(batch: Any, name: str) -> tuple[Any, Any]:
@@ -323,12 +336,6 @@ def _pair(batch: Any, name: str) -> tuple[Any, Any]:
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         raise ValueError(f"{name}: expected samples (x, y), got {type(batch).__name__}")
     return batch[0], batch[1]
-
-
-def _real(y: Tensor, name: str) -> Tensor:
-    if y.is_complex():
-        raise TypeError(f"{name}: expected real targets, got {y.dtype}")
-    return y
 
 
 def _rows(x: Tensor) -> list[bytes]:

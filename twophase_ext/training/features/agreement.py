@@ -39,12 +39,17 @@ class Agreement:
 
 
 class _Block(NamedTuple):
-    """Samples, and what the model gives for them."""
+    """Samples, and what the model gives for them, row by row; `each` rows of a sample."""
 
     samples: Tensor  # their indices
     x: Tensor
     h: Tensor
     outputs: Any
+    each: int = 1
+
+    def part(self, index: Tensor) -> Tensor:
+        """Rows of the samples with these places."""
+        return (index[:, None] * self.each + torch.arange(self.each, device="cpu")).flatten()
 
 
 def tolerance(device: torch.device, dtype: torch.dtype) -> float:
@@ -89,7 +94,7 @@ def agreement(
                 continue
             if number % ranks.size == ranks.rank:
                 try:
-                    block = _Block(index, x, *_run(network, x))
+                    block = _Block(index, x, *_run(network, x), network.last.rows)
                 except Exception as error:  # whatever the user's own forward pass raises
                     raise ValueError(
                         f"{samples.name}: the model does not run on samples {start} to {end - 1}: "
@@ -104,7 +109,10 @@ def agreement(
                     first.append(block)
             done = end
         if first and not found.evidence:
-            whole = _Block(*map(torch.cat, zip(*first, strict=True)))
+            whole = first[0]
+            for block in first[1:]:
+                parts = zip(whole[:4], block[:4], strict=True)
+                whole = _Block(*map(torch.cat, parts), whole.each)  # type: ignore[call-arg, arg-type]
             of_sizes = (torch.arange(k, device="cpu") for k in sizes if k <= len(whole.x))
             found.evidence = _regrouped(network, whole, of_sizes, held)
     found.compared = True
@@ -126,9 +134,12 @@ def cache_disagreement(
     """
     done = 0
     with _other_last_layer(network), untouched(network.model):
-        for x, h in features.beside_inputs():
+        each = network.last.rows
+        for x, h, places in features.beside_inputs():
             index = torch.arange(done, done + len(x), device="cpu")
-            block = _Block(index, x, h, network.logits(h))
+            if len(places) < len(x) * each:  # rows that do not count are in no cache
+                h = network.hidden(x).index_copy_(0, places.to(h.device), h)
+            block = _Block(index, x, h, network.logits(h), each)
             found = _regrouped(network, block, _parts(len(x), batch_size), batch_size)
             if found := found or _compiled_apart(network, block):
                 return found
@@ -171,18 +182,20 @@ def _regrouped(network: Network, block: _Block, parts: Iterable[Tensor], held: i
         index = block.samples[part]
         try:
             with torch.set_grad_enabled(len(part) <= held):
-                now = _Block(index, block.x[part], *_run(network, block.x[part]))
+                now = _Block(index, block.x[part], *_run(network, block.x[part]), block.each)
         except Exception as error:  # whatever the user's own forward pass raises
             return _does_not_run(index, error)
-        h = block.h[part]
+        rows = block.part(part)
+        h = block.h[rows]
         bad = _first_apart(now.h, h, h.flatten(1).norm(dim=1))
         if bad is not None:
             row, apart, allowed = bad
             return (
-                f"h of sample {int(index[row])} is another one in another batch: apart by "
+                f"h of sample {int(index[row // block.each])} is another one in another batch: "
+                "apart by "
                 f"{apart:.2g} of its norm, rounding explains {allowed:.2g}"
             )
-        if found := _outputs_apart(network, now, block.outputs[part]):
+        if found := _outputs_apart(network, now, block.outputs[rows]):
             return found
     return None
 
@@ -208,15 +221,16 @@ def _outputs_apart(network: Network, block: _Block, expected: Tensor) -> str | N
     if not isinstance(outputs, Tensor) or outputs.shape != expected.shape:
         found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         return (
-            f"the model's output is {found} for {len(block.h)} samples, "
+            f"the model's output is {found} for {len(block.samples)} samples, "
             f"{list(expected.shape)} expected"
         )
     bad = _first_apart(outputs, expected, scale)
     if bad is None:
         return None
     row, apart, allowed = bad
+    sample = int(block.samples[row // block.each])
     return (
-        f"the model's output for sample {int(block.samples[row])} is not the last layer's of its "
+        f"the model's output for sample {sample} is not the last layer's of its "
         f"features: apart by {apart:.2g} of |h| |W|, rounding explains {allowed:.2g}"
     )
 

@@ -149,7 +149,7 @@ def plan_for(
     train, device = sets[0], sets[0].device
     return plan_cache(
         requested,
-        n=train.n * (copies or 1) + sum(samples.n for samples in sets[1:]),
+        n=train.rows * (copies or 1) + sum(samples.rows for samples in sets[1:]),
         width=-(-network.width // ranks.size),
         backbone_width=None if network.wide is None else network.wide.linear.in_features,
         itemsize=train.dtype.itemsize,
@@ -168,7 +168,7 @@ def free_disk(device: torch.device) -> int:
 
 
 class Stored(NamedTuple):
-    """What a cache holds: rows of h or z [n, ...], targets [n, ...]."""
+    """What a cache holds: rows of h or z [n, ...], targets [n, ...]; n counts rows."""
 
     rows: Tensor
     targets: Tensor
@@ -177,10 +177,10 @@ class Stored(NamedTuple):
 class Features:
     """h(x_i) and y_i of samples under a frozen network, from the cache or recomputed.
 
-    Filled in index order in batches of BATCH samples; the same network and number of threads give
-    the same bits again. With copies, the samples are visited so many times, each with its own
-    random transforms, and `copy` says which visit `batch` and `rows` mean; `in_order` and `n` are
-    of all.
+    Numbered by row: a sample each, or each of its outputs that counts. Filled in index order in
+    batches of BATCH rows; the same network and number of threads give the same bits again.
+    With copies, the samples are visited so many times, each with its own random transforms, and
+    `copy` says which visit `batch` and `rows` mean; `in_order` and `n` are of all.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Features:
         """mode: one of MODES but "auto"; on_batch(count) is called as samples are done."""
         self.samples, self.network, self.mode = samples, network, mode
         self.copies, self.copy = copies or 1, 0
-        self.n = samples.n * self.copies
+        self.n = samples.rows * self.copies
         self.stored = None if mode == "none" else self._fill(copies, on_batch)
 
     def _fill(self, copies: int | None, on_batch: Any) -> Stored:
@@ -216,11 +216,12 @@ class Features:
         function = self.network.backbone if self.mode == "backbone" else self.network.hidden
         for job in self._jobs():
             x, y = self._visit(job, copies)
-            yield function(x), y
+            counted = self.samples.counted(y)
+            yield function(x)[counted], y[counted]
 
     def _jobs(self) -> list[tuple[int, int, int]]:
-        """(copy, start, end) of the batches that fill the cache."""
-        batches = self.samples.batches(BATCH)
+        """(copy, start, end) of the batches that fill the cache, some BATCH rows each."""
+        batches = self.samples.batches(max(1, BATCH // self.samples.each))
         return [(copy, *batch) for copy in range(self.copies) for batch in batches]
 
     def _visit(self, job: tuple[int, int, int], copies: int | None) -> tuple[Tensor, Tensor]:
@@ -249,11 +250,18 @@ class Features:
             )
         return flat.view(shape)
 
-    def beside_inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, h) of the batches that filled the cache, without copies: the inputs again."""
-        for copy, start, end in self._jobs():
-            x, _ = self._visit((copy, start, end), None)
-            yield x, self.batch(torch.arange(start, end, device="cpu"))[0]
+    def beside_inputs(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(x, h, which of their rows these are) of the batches that filled the cache.
+
+        Without copies: the inputs again.
+        """
+        done = 0
+        for job in self._jobs():
+            x, y = self._visit(job, None)
+            places = torch.arange(len(y), device=y.device)[self.samples.counted(y)].cpu()
+            rows = torch.arange(done, done + len(places), device="cpu")
+            yield x, self.batch(rows)[0], places
+            done += len(places)
 
     @property
     def hidden(self) -> Stored | None:
@@ -266,28 +274,44 @@ class Features:
         return 0 if self.stored is None else self.stored.rows.nbytes
 
     def rows(self, index: Tensor) -> Tensor:
-        """The cache's rows of the samples `index` in this copy."""
-        return index + self.copy * self.samples.n
+        """The cache's rows of the rows `index` in this copy."""
+        return index + self.copy * self.samples.rows
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(h [b, m_H], y) of the samples `index` (int64 on the CPU)."""
+        """(h [b, m_H], y) of the rows `index` (int64 on the CPU)."""
         if self.stored is None:
-            x, y = self.samples.fetch(index)
-            return self.network.hidden(x), y
+            return self._recomputed(index)
         kept, targets = self.stored
         index = self.rows(index).to(kept.device)
         return self._h(kept.index_select(0, index)), targets.index_select(0, index)
 
     def in_order(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches (h, y) of `size` in index order, of all copies; without a cache not augmented."""
+        if self.stored is None:
+            each = self.samples.each
+            for x, y in self.samples.in_order(max(1, size // each) if each > 1 else size):
+                counted = self.samples.counted(y)
+                yield self._hidden(x)[counted], y[counted]
+            return
         for start in range(0, self.n, size):
             end = min(start + size, self.n)
-            if self.stored is None:
-                x, y = self.samples.fetch(torch.arange(start, end, device="cpu"), augmented=False)
-                yield self.network.hidden(x), y
-            else:
-                kept, targets = self.stored
-                yield self._h(kept[start:end]), targets[start:end]
+            kept, targets = self.stored
+            yield self._h(kept[start:end]), targets[start:end]
+
+    def _recomputed(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(h, y) of the rows `index`; of whole samples, as the model gives them."""
+        samples, each = self.samples, self.samples.each
+        if each == 1 and samples.kept is None:
+            x, y = samples.fetch(index)
+            return self._hidden(x), y
+        numbers = index if samples.kept is None else samples.kept[index]
+        owners, place = (numbers // each).unique(return_inverse=True)
+        x, y = samples.fetch(owners)
+        rows = (place * each + numbers % each).to(y.device)
+        return self._hidden(x)[rows], y[rows]
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        return self.network.hidden(x)
 
     @torch.no_grad()
     def outputs(self, network: Network, size: int) -> Iterator[tuple[Tensor, Tensor]]:

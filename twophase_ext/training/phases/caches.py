@@ -84,8 +84,8 @@ def _fill_in(run: Run, mode: str) -> None:
     config = run.context.config
     shared = {} if run.branch_cache is None else run.branch_cache
     held_out = run.context.val if config.batch_norm == "frozen" else None
-    total = run.context.train.n * (config.augment_copies or 1)
-    run.context.progress.begin("features", total + (held_out.n if held_out is not None else 0))
+    total = run.context.train.rows * (config.augment_copies or 1)
+    run.context.progress.begin("features", total + (held_out.rows if held_out is not None else 0))
 
     def advance(rows: int) -> None:
         run.context.progress.advance("features", rows)

@@ -37,7 +37,7 @@ class FirstPhase(Phase):
         while state.batch < last and not (interrupt.requested and state.batch):
             index = order[offsets[state.batch] : offsets[state.batch + 1]]
             loss, correct = self.step(index)
-            sums[0] += loss.double() * len(index)
+            sums[0] += loss.double() * context.train.count(index)
             if correct is not None:
                 sums[1] += correct
             state.batch += 1

@@ -39,7 +39,7 @@ class GradientDescentPhase(TheoremPhase):
         while state.batch < steps and not (interrupt.requested and state.batch):
             loss = self._descend()
             if state.batch == 0:
-                state.sums[0] = loss * self.context.train.n
+                state.sums[0] = loss * self.context.train.rows
             state.batch += 1
             self.context.progress.advance(f"epoch {state.epoch}")
             if self.run.due() and state.batch < steps:

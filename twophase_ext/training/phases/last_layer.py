@@ -38,8 +38,8 @@ class LastLayer(SecondPhase):
         """The rest of the epoch's mini-batches."""
         features, state, context = self.features, self.state, self.context
         features.copy = state.epoch % features.copies
-        order = epoch_order(context.config.seed, state.epoch, context.train.n)
-        return self.mini_batches(context.optimizer, interrupt, order, context.offsets())
+        order = epoch_order(context.config.seed, state.epoch, context.train.rows)
+        return self.mini_batches(context.optimizer, interrupt, order, context.row_offsets())
 
     def mini_batches(
         self,
@@ -90,7 +90,8 @@ class LastLayer(SecondPhase):
                 losses = step.run(features, order, part, rates and rates[steps], count)
             for loss, begin, end in zip(losses, part[:-1], part[1:], strict=True):
                 if not math.isfinite(loss):
-                    raise Diverged(state.batch, loss, order[begin:end] % context.train.n)
+                    rows = order[begin:end] % context.train.rows
+                    raise Diverged(state.batch, loss, context.train.samples_of(rows))
                 state.sums[0] += loss * (end - begin)
                 state.batch += 1
             if one_by_one and rates is None:

@@ -77,7 +77,7 @@ class LazyPhase(SecondPhase):
     def verify(self, method: str | None = None) -> Verdict:
         """As of SecondPhase; "auto" is what says something of these very weights."""
         if self.context.config.verify == "auto":
-            method = method_at_w(self.context.train.n, self.context.network.width + 1)
+            method = method_at_w(self.context.train.rows, self.context.network.width + 1)
         return super().verify(method)
 
     # --- one step ----------------------------------------------------------------------------
@@ -108,6 +108,7 @@ class LazyPhase(SecondPhase):
     def _gradient(self, interrupt: Interrupt) -> bool:
         """grad L(w) over all samples into the parameters' .grad; False where interrupted."""
         n, size, done = self.context.train.n, self.context.config.batch_size, 0
+        rows = self.context.train.rows
         sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
         self.context.optimizer.zero_grad(set_to_none=True)
         stage = f"epoch {self.state.epoch}"
@@ -116,9 +117,12 @@ class LazyPhase(SecondPhase):
             for x, y in self.context.train.in_order(size):
                 if interrupt.requested:
                     break
-                outputs = self.context.network.model(x)
+                outputs, counted = self.context.network.model(x), self.context.train.counted(y)
+                outputs, y = outputs[counted], y[counted]
+                if not len(y):
+                    continue
                 loss = self.context.loss(outputs, y)
-                (loss * (len(y) / n)).backward()
+                (loss * (len(y) / rows)).backward()
                 sums[0] += loss.detach().double() * len(y)
                 correct = self.run.correct(outputs.detach(), y)
                 if correct is not None:
@@ -171,7 +175,7 @@ class LazyPhase(SecondPhase):
         """A verification's outcome into this epoch's row, with Lemma 7 where the rank was shown."""
         bound, shown = None, rank_shown(verdict)
         if (
-            shown and method_at_w(self.context.train.n, self.context.network.width + 1) == "svd"
+            shown and method_at_w(self.context.train.rows, self.context.network.width + 1) == "svd"
         ):  # M fits, too
             with self.run.timed("lemma 7"), self.run.own_rng():
                 batches = list(self.context.train.in_order(BATCH))
@@ -179,7 +183,7 @@ class LazyPhase(SecondPhase):
         names = ("status", "method", "rank", "sigma_min", "sigma_min_lower", "reason")
         found = {name: getattr(verdict, name) for name in names}
         if shown:
-            found["rank"] = self.context.train.n  # a certificate counts none
+            found["rank"] = self.context.train.rows  # a certificate counts none
         self.row["checks"].append({"steps": steps, **found, "lemma7": bound})
         if steps:
             sigma = found["sigma_min"]

@@ -71,6 +71,10 @@ class SecondPhase(Phase):
     moves = "only the last layer is"
     stopped: str | None = None
 
+    def steps(self) -> int:
+        """Steps in an epoch, over rows of features."""
+        return len(self.context.row_offsets()) - 1
+
     @staticmethod
     def frozen(context: Context) -> dict[str, Tensor]:
         """What stays as it is from tau on, by name."""

@@ -32,8 +32,8 @@ class StochasticPhase(TheoremPhase):
 
     def draws(self) -> tuple[Tensor, list[int]]:
         """Indices of this epoch's mini-batches, uniform with replacement, and their offsets."""
-        size, config = self.context.config.batch_size, self.context.config
-        steps = math.ceil(self.context.train.n / size)
+        size, config = self.context.row_batch, self.context.config
+        steps = math.ceil(self.context.train.rows / size)
         seed = stream_seed(config.seed, "draw", self.state.epoch)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randint(self.features.n, (steps * size,), generator=generator, device="cpu")
@@ -57,7 +57,7 @@ class StochasticPhase(TheoremPhase):
         rates = self.rates(state.epoch, len(offsets) - 1)
         if not self.mini_batches(optimizer, interrupt, order, offsets, rates):
             return False
-        state.sums *= self.context.train.n / len(order)
+        state.sums *= self.context.train.rows / len(order)
         self.row = self._evaluate()
         return True
 
@@ -88,7 +88,7 @@ class StochasticPhase(TheoremPhase):
             return self.bound(status)
         if self.run.train_features is None:  # resumed at its end
             self.fill_caches()
-        steps = math.ceil(self.context.train.n / config.batch_size)
+        steps = math.ceil(self.context.train.rows / self.context.row_batch)
         epochs = range(config.tau_epoch, state.epoch)
         rows = [state.second.first or {}, *(row for row in state.history if row["phase"] == 2)]
         measured = max(row["gradient_square"] for row in rows)

@@ -137,8 +137,9 @@ class TheoremPhase(LastLayer):
             fixed = None if layer.bias is None or self.ones else layer.bias.detach()
             context.progress.say("guarantee: the bound is minimised over comparators")
             # A pass in float64, with what is bounded, costs less than three of the phase's steps.
-            rows = config.batch_size if config.second_phase == "sgd" else context.train.n
-            passes = max(arguments["steps"]) * rows / context.train.n / 3
+            n = context.train.rows
+            rows = context.row_batch if config.second_phase == "sgd" else n
+            passes = max(arguments["steps"]) * rows / n / 3
             try:
                 with self.run.timed("guarantee"):
                     found = guarantee(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core.messages import first_line
-from ...model.losses import ConvexLoss
+from ...model.losses import ConvexLoss, counted
 from ...model.network import Network
 from ...model.probing import main_output
 from ..batchnorm import batch_norms
@@ -62,7 +62,7 @@ class BaseStep:
         """(mean loss before the update, outputs [b, m_y]) of a batch x [b, ...], y [b, ...].
 
         The batch goes through in config.accumulate parts as equal as can be, each weighted by its
-        number of samples: the gradient is that of the whole batch. Of several outputs in training
+        rows that count: the gradient is that of the whole batch. Of several outputs in training
         mode (auxiliary heads) the first one is trained. On several processes, forward:
         in place of the model; weight: a factor of the loss; rows: of the shortest of their parts.
 
@@ -90,16 +90,21 @@ class BaseStep:
     ) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         run = self.forward if forward is None else forward
-        parts = max(1, min(self.config.accumulate, (rows or len(y)) // self.least))
+        parts = max(1, min(self.config.accumulate, (rows or len(x)) // self.least))
         total, outputs = torch.zeros((), device=self.device, dtype=torch.float64), []
-        for inputs, targets in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+        own = y.unflatten(0, (len(x), -1)).tensor_split(parts)  # targets of each sample
+        for inputs, targets in zip(
+            x.tensor_split(parts), (t.flatten(0, 1) for t in own), strict=True
+        ):
             with self.config.autocast(self.device):
                 output = run(inputs)
             main = output if isinstance(output, Tensor) else main_output(output)
             if main is None:  # at this batch: `check_trains` saw one
                 raise TypeError(f"model: expected logits, got {type(output).__name__}")
             output = main.to(self.config.dtype)
-            share = weight * len(targets) / len(y)
+            share = weight * (
+                1.0 if parts == 1 else counted(self.loss, targets) / counted(self.loss, y)
+            )
             loss = self.loss(output, targets)
             loss = loss if share == 1 else loss * share
             self.scaler.scale(loss).backward()

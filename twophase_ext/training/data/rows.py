@@ -1,0 +1,79 @@
+"""Samples of several outputs: which of them count, and their targets."""
+
+import torch
+from torch import Tensor
+
+from ...model.losses import CROSS_ENTROPY, IGNORED, ConvexLoss, prepare_targets
+
+
+class Rows:
+    """n samples of `each` outputs, rows: one, or a token's or pixel's each.
+
+    kept: numbers of the rows whose label counts, None where all do. form: the dimension of the
+    model's outputs (`calling.serve`).
+    """
+
+    def __init__(self, name: str, n: int) -> None:
+        """One row a sample, until the model is known. name: for errors."""
+        self.name, self.n = name, n
+        self.each, self.outputs = 1, 0
+        self.form: int | None = None
+        self.kept: Tensor | None = None
+        self._counts: Tensor | None = None  # of each sample, its rows that count
+
+    def keep(self, counts: Tensor) -> None:
+        """counts: which rows do, bool [n each]; ValueError where none does."""
+        if not bool(counts.any()):
+            raise ValueError(f"{self.name}: expected a label that counts, all are {IGNORED}")
+        if not bool(counts.all()):
+            self.kept, self._counts = counts.nonzero()[:, 0], counts.view(-1, self.each).sum(1)
+
+    @property
+    def rows(self) -> int:
+        """Outputs that count, n where a sample has one."""
+        return self.n * self.each if self.kept is None else len(self.kept)
+
+    def count(self, index: Tensor) -> int:
+        """Rows that count of the samples `index`."""
+        if self._counts is None:
+            return len(index) * self.each
+        return int(self._counts[index].sum())
+
+    def counted(self, y: Tensor) -> Tensor | slice:
+        """Which rows of targets as they are fetched count; all of them without looking."""
+        return slice(None) if self.kept is None else y != IGNORED
+
+    def samples_of(self, rows: Tensor) -> Tensor:
+        """Whose the rows are, by their numbers among those that count."""
+        numbers = rows if self.kept is None else self.kept[rows]
+        return numbers // self.each
+
+    def targets_of(self, loss: ConvexLoss, y: Tensor, indices: list[int] | None = None) -> Tensor:
+        """Targets of some samples for `loss`: [b, ...], or [b, each, ...]."""
+        if y.is_complex():
+            raise TypeError(f"{self.name}: expected real targets, got {y.dtype}")
+        if self.form is not None and y.dim() > 1 + (self.form > 0):
+            y = y.movedim(self.form, -1) if self.form and y.numel() > len(y) * self.each else y
+            y = y.reshape(len(y), -1) if self.form == 0 else y
+        if self.each == 1:
+            return prepare_targets(loss, y, self.outputs, name=self.name, indices=indices)
+        b, shape = len(y), list(y.shape)
+        if y.numel() not in (b * self.each, b * self.each * self.outputs):
+            raise ValueError(
+                f"{self.name}: expected a target for each of the {self.each} outputs of a sample, "
+                f"[n, {self.each}], got {shape}"
+            )
+        y = y.reshape(b * self.each, *([] if y.numel() == b * self.each else [self.outputs]))
+        y = prepare_targets(loss, y, self.outputs, name=self.name, indices=indices, each=self.each)
+        return y.unflatten(0, (b, self.each))
+
+    def by_row(self, y: Tensor) -> Tensor:
+        """Targets of samples, [b, ...] or [b, each, ...], row by row."""
+        return y if self.each == 1 else y.flatten(0, 1)
+
+
+def counts_of(loss: ConvexLoss, y: Tensor) -> Tensor:
+    """Which rows of targets count, bool, on the CPU."""
+    if loss is CROSS_ENTROPY:
+        return (y != IGNORED).cpu()
+    return torch.ones(len(y), dtype=torch.bool, device="cpu")
