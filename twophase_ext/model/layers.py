@@ -388,9 +388,9 @@ def _not_affine(
     for call in calls:
         if isinstance(call.module, _CONVOLUTIONS) and call.output.data_ptr() == output.data_ptr():
             return (
-                f"last_layer: the output comes from the convolution {names[call.module]!r}; "
-                "tp.nn.widen(model, n, example_input=x) puts affine layers in the place of a "
-                f"1 x 1 convolution; {listing}"
+                f"last_layer: the output comes from the convolution {names[call.module]!r}; put "
+                "nn.Flatten and nn.Linear in its place, or, if it is a 1 x 1 convolution, call "
+                f"tp.nn.widen(model, n, example_input=x); {listing}"
             )
     return (
         "last_layer: the model's output is not the output of one affine layer (is there a softmax "
