@@ -127,7 +127,7 @@ REFUSED = {
     "a sample's number": (lambda x: x * x[0, 0].item(), "it decides by what the samples are"),
     "one sample for all": (lambda x: x - x[:1], "it takes one sample of a batch"),
     "a product of samples": (lambda x: (x @ x.T) @ x, "it brings different samples together"),
-    "another order": (lambda x: x.flip(0), "does not have a row for each sample"),
+    "another order": (lambda x: x.flip(0), "does not have the rows of each sample"),
     "shifted samples": (lambda x: x + x.roll(1, 0), "it brings different samples together"),
     "NumPy": (lambda x: x + torch.from_numpy(x.numpy() * 2), "something else for other samples"),
     "NumPy, in place": (_by_numpy, "an operand was written by what is no operator"),

@@ -1,5 +1,6 @@
 """One application of an operator, as a rule sees it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -99,8 +100,8 @@ class Call:
         if not tensor.is_floating_point() and not found.exact:
             refuse("it decides by numbers that are rounded")
         if not masks and tensor.is_floating_point():
-            if not found.huge and found.constant and bool((tensor.abs() >= HUGE).any()):
-                found.huge = True
+            if not found.huge and found.constant and tensor.numel():
+                found.huge = bool(torch.linalg.vector_norm(tensor, math.inf) >= HUGE)
             if found.huge:
                 refuse("an operand may hold masks")
         return found

@@ -67,26 +67,32 @@ class Operand:
             return value.reshape(1, -1)
         return value.movedim(self.dim, 0).reshape(value.shape[self.dim], -1)
 
+    def _norms(self, value: Tensor, order: float) -> Tensor:
+        """[len(ids)], or 0-d without a dim: norms of what `rows` has, which need not be copied."""
+        others = [d for d in range(value.dim()) if d != self.dim]
+        if not others and self.dim is not None:
+            return value.abs()
+        return torch.linalg.vector_norm(value, order, dim=others or None)
+
     @cached_property
     def norm(self) -> Tensor:
         """Upper bounds of the 2-norm, by sample; huge numbers are left out."""
-        rows = self.rows().double()
+        value = self.value.double()
         if self.huge:
-            rows = torch.where(rows.abs() >= HUGE, 0.0, rows)
-        norms = torch.linalg.vector_norm(rows, dim=1)
+            value = torch.where(value.abs() >= HUGE, 0.0, value)
+        norms = self._norms(value, 2)
         size = self.value.numel()
         if self.dim is not None:
             norms = self.by_sample(norms.square(), "sum").sqrt()
         else:
-            norms = self.by_sample(norms[0], "sum") / math.sqrt(self.share)
+            norms = self.by_sample(norms, "sum") / math.sqrt(self.share)
         # squares below 2^-1022 may vanish
         return (norms * (1 + gamma(size + 8)) + math.sqrt(size) * 2.0**-510) * SLACK
 
     @cached_property
     def largest(self) -> Tensor:
         """The largest absolute value, by sample."""
-        rows = self.rows().double().abs()
-        return self.by_sample(rows.amax(1) if self.dim is not None else rows.amax(), "amax")
+        return self.by_sample(self._norms(self.value.double(), math.inf), "amax")
 
     @cached_property
     def least(self) -> Tensor:
