@@ -1,5 +1,6 @@
 """Losses that satisfy Assumption 2: differentiable and convex in the output, Lipschitz gradient."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ class ConvexLoss:
     function: (outputs [b, m_y], targets [b, ...]) -> 0-d tensor, the mean over the b samples, for
     outputs of any floating dtype: bounds are evaluated in float64.
     smoothness: L_ell, the Lipschitz constant of the gradient of one sample's loss in the 2-norm
-    (Assumption 2), > 0. name appears in logs.
+    (Assumption 2), > 0. name appears in logs. least: a number that one sample's loss is never
+    below, where there is one (0 for most): it bounds `tp.loss_floor` where nothing else does.
 
     A declaration is tried on a few samples: torch's own losses when it is made, others by the
     Trainer and `guarantee` with the targets. Raises TypeError for what is no function, ValueError
@@ -35,6 +37,7 @@ class ConvexLoss:
     function: Callable[[Tensor, Tensor], Tensor]
     smoothness: float
     name: str = "custom"
+    least: float = -math.inf
     known: ClassVar[bool] = False  # whether the package has derived what is declared
 
     def __post_init__(self) -> None:
@@ -43,6 +46,8 @@ class ConvexLoss:
             raise TypeError(f"function: expected a callable, got {type(self.function).__name__}")
         if not (isinstance(self.smoothness, int | float) and 0 < self.smoothness < float("inf")):
             raise ValueError(f"smoothness: expected a number L_ell > 0, got {self.smoothness!r}")
+        if not (isinstance(self.least, int | float) and self.least < math.inf):
+            raise ValueError(f"least: expected a number, got {self.least!r}")
         reduction = getattr(self.function, "reduction", "mean")
         if reduction in ("sum", "none"):
             raise ValueError(
