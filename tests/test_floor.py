@@ -178,6 +178,30 @@ def test_cross_entropy_encloses_forty_digits(seed):
         assert mpmath.mpf(found.upper) - mpmath.mpf(found.lower) <= mpmath.mpf(1e-12) * exact
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_large_groups_whose_sums_are_rounded_much(seed):
+    n = 6000
+    x, c = torch.zeros(n, 1), torch.rand(n, generator=torch.Generator().manual_seed(seed)).double()
+    y = random(n, 1, seed=seed) * 0.1 + 3
+    weights, values = ([Fraction(v) for v in part.flatten().tolist()] for part in (c, y))
+    whole = sum(weights)
+    first = sum(w * v for w, v in zip(weights, values, strict=True))
+    exact = sum(w * v * v for w, v in zip(weights, values, strict=True)) - first**2 / whole
+    for loss, share in (("mse", 1), (nn.HuberLoss(delta=1e3), 2)):
+        found = tp.loss_floor(x, y, loss, weights=c)
+        assert Fraction(found.lower) <= exact / (share * n) <= Fraction(found.upper)
+        assert found.upper - found.lower < 1e-10 * found.upper
+    p = (c * 1e-3)[:, None]
+    found = tp.loss_floor(x, torch.cat([p, 1 - p], 1), "cross_entropy")
+    rows = torch.cat([p, 1 - p], 1)
+    sums = [sum(Fraction(v) for v in column.tolist()) for column in rows.T]
+    with mpmath.workdps(50):
+        a, b = (mpmath.mpf(s.numerator) / s.denominator for s in sums)
+        least = (a * mpmath.log((a + b) / a) + b * mpmath.log((a + b) / b)) / n
+        assert mpmath.mpf(found.lower) <= least <= mpmath.mpf(found.upper)
+    assert found.upper - found.lower < 1e-8 * found.upper
+
+
 def test_cross_entropy_is_what_scikit_learn_says():
     groups, y = GROUPS.numpy(), LABELS.numpy()
     shares = np.stack([np.bincount(y[groups == g], minlength=K) for g in range(12)]).astype(float)
