@@ -66,6 +66,7 @@ class FeatureCache(Features):
             self._example = next(samples.in_order(2))[0][:2]
             network = Network(model, self._example, last_layer)
             samples.prepare(self.loss, network.outputs, network.last.rows)
+            self.loss = samples.objective
             mode = plan_for(network, [samples], mode, name="mode").mode
             super().__init__(samples, network, mode)
             if mode in ("none", "hidden-bfloat16"):

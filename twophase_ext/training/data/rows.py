@@ -1,9 +1,13 @@
 """Samples of several outputs: which of them count, and their targets."""
 
+import sys
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ...model.losses import CROSS_ENTROPY, IGNORED, ConvexLoss, prepare_targets
+from ...model.losses import IGNORED, ConvexLoss, SoftmaxLoss, counting, prepare_targets
 
 
 class Rows:
@@ -56,7 +60,7 @@ class Rows:
             y = y.movedim(self.form, -1) if self.form and y.numel() > len(y) * self.each else y
             y = y.reshape(len(y), -1) if self.form == 0 else y
         if self.each == 1:
-            return prepare_targets(loss, y, self.outputs, name=self.name, indices=indices)
+            return _marked(loss, prepare_targets(loss, y, self.outputs, self.name, indices))
         b, shape = len(y), list(y.shape)
         if y.numel() not in (b * self.each, b * self.each * self.outputs):
             raise ValueError(
@@ -64,16 +68,34 @@ class Rows:
                 f"[n, {self.each}], got {shape}"
             )
         y = y.reshape(b * self.each, *([] if y.numel() == b * self.each else [self.outputs]))
-        y = prepare_targets(loss, y, self.outputs, name=self.name, indices=indices, each=self.each)
-        return y.unflatten(0, (b, self.each))
+        y = prepare_targets(loss, y, self.outputs, self.name, _Owners(indices, self.each))
+        return _marked(loss, y).unflatten(0, (b, self.each))
 
     def by_row(self, y: Tensor) -> Tensor:
         """Targets of samples, [b, ...] or [b, each, ...], row by row."""
         return y if self.each == 1 else y.flatten(0, 1)
 
 
-def counts_of(loss: ConvexLoss, y: Tensor) -> Tensor:
-    """Which rows of targets count, bool, on the CPU."""
-    if loss is CROSS_ENTROPY:
-        return (y != IGNORED).cpu()
-    return torch.ones(len(y), dtype=torch.bool, device="cpu")
+class _Owners(Sequence[int]):
+    """Whose the rows of some samples are; indices: the samples' numbers, None for all."""
+
+    def __init__(self, indices: Sequence[int] | None, each: int) -> None:
+        self.indices, self.each = indices, each
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, row: Any) -> Any:
+        sample = row // self.each
+        return sample if self.indices is None else self.indices[sample]
+
+
+def _marked(loss: ConvexLoss, y: Tensor) -> Tensor:
+    """Labels that the loss ignores as IGNORED, whatever its own is."""
+    return y if bool(counting(loss, y).all()) else torch.where(counting(loss, y), y, IGNORED)
+
+
+def rows_that_count(loss: ConvexLoss, y: Tensor) -> Tensor:
+    """Of targets in rows, bool [n]."""
+    labels = isinstance(loss, SoftmaxLoss) and not y.is_floating_point()
+    return y != IGNORED if labels else torch.ones(len(y), dtype=torch.bool, device=y.device)

@@ -16,9 +16,9 @@ from ...core.hashing import flat
 from ...core.memory import available_memory
 from ...core.seeds import host_stream, stream_seed
 from ...model.calling import Packing, is_several, pack
-from ...model.losses import ConvexLoss, Telling
+from ...model.losses import ConvexLoss, Telling, objective
 from .loaders import batching, chosen, is_loader, is_map_style, tell_ignored
-from .rows import Rows, counts_of
+from .rows import Rows, rows_that_count
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _CHECKED = 256  # samples of a Dataset looked at together before training
@@ -53,6 +53,7 @@ class Samples(Rows):
         self.augment: Augment | None = None
         # once `prepare` has looked at them all:
         self.telling = Telling()
+        self.objective: ConvexLoss  # the loss as a mean over these samples
         self.content: str | None = None  # a hash of inputs and targets; None where they are random
 
     @staticmethod
@@ -189,13 +190,15 @@ class _Arrays(Samples):
         self.y = self.targets_of(loss, self.y)
         if self.y.is_floating_point():
             self.y = self.y.to(self.dtype)
-        counts = counts_of(loss, self.by_row(self.y))
-        self.telling.add(self.by_row(self.y)[counts.to(self.y.device)])
+        rows = self.by_row(self.y)
+        counts = rows_that_count(loss, rows)
+        self.telling.add(rows[counts])
+        self.objective = objective(loss, rows[counts], self.outputs)
         # Labels are small: on the device once. So are inputs that fit; others move batch by batch.
         self.y = self.y.to(self.device)
         if _SHARE * self.x.nbytes <= available_memory(self.device):
             self.x = self.x.to(self.device)
-        return counts
+        return counts.cpu()
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         index = index.to(self.x.device, non_blocking=True)
@@ -289,12 +292,14 @@ class _Fetched(Samples):
 
     def _look_at_all(self, loss: ConvexLoss) -> Tensor:
         self.loss = loss
-        self._hashed, counts = _Content(), []
+        self._hashed, counts, targets = _Content(), [], []
         for _, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
-            counts.append(counts_of(loss, y))
-            self.telling.add(y[counts[-1].to(y.device)])
+            counts.append(rows_that_count(loss, y))
+            targets.append(y[counts[-1]])
+            self.telling.add(targets[-1])
+        self.objective = objective(loss, torch.cat(targets), self.outputs)
         self.content, self._hashed = None if self.random else self._hashed.digest(), None
-        return torch.cat(counts)
+        return torch.cat(counts).cpu()
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         indices = index.tolist()

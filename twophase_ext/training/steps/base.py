@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core.messages import first_line
-from ...model.losses import ConvexLoss, counted
+from ...model.losses import IGNORED, ConvexLoss
 from ...model.network import Network
 from ...model.probing import main_output
 from ..batchnorm import batch_norms
@@ -33,8 +33,14 @@ class BaseStep:
         config: Config,
         schedule: Schedule,
         compile_options: Mapping[str, Any] | None = None,
+        *,
+        ignores: bool = False,
     ) -> None:
-        """compile_options: torch.compile's arguments; None runs the model as it is."""
+        """compile_options: torch.compile's arguments; None runs the model as it is.
+
+        ignores: whether there are labels that do not count (IGNORED).
+        """
+        self.ignores = ignores
         self.model, self.tried = network.model, False
         self.after_first: Callable[[], None] = lambda: None  # may refuse it: no step is made then
         self.withdraw: Callable[[], None] = lambda: None  # called where it was refused
@@ -92,6 +98,7 @@ class BaseStep:
         run = self.forward if forward is None else forward
         parts = max(1, min(self.config.accumulate, (rows or len(x)) // self.least))
         total, outputs = torch.zeros((), device=self.device, dtype=torch.float64), []
+        whole = max(1, int((y != IGNORED).sum())) if self.ignores else len(y)
         own = y.unflatten(0, (len(x), -1)).tensor_split(parts)  # targets of each sample
         for inputs, targets in zip(
             x.tensor_split(parts), (t.flatten(0, 1) for t in own), strict=True
@@ -102,10 +109,12 @@ class BaseStep:
             if main is None:  # at this batch: `check_trains` saw one
                 raise TypeError(f"model: expected logits, got {type(output).__name__}")
             output = main.to(self.config.dtype)
-            share = weight * (
-                1.0 if parts == 1 else counted(self.loss, targets) / counted(self.loss, y)
-            )
-            loss = self.loss(output, targets)
+            scored, counts = output, len(targets)
+            if self.ignores:
+                kept = targets != IGNORED
+                scored, targets, counts = output[kept], targets[kept], int(kept.sum())
+            share = weight * counts / whole
+            loss = self.loss(scored, targets) if counts else scored.sum()  # of nothing: 0
             loss = loss if share == 1 else loss * share
             self.scaler.scale(loss).backward()
             total += loss.detach()
