@@ -16,6 +16,7 @@ from ...core.hashing import flat
 from ...core.memory import available_memory
 from ...core.seeds import host_stream, stream_seed
 from ...model.calling import Packing, is_several, pack
+from ...model.groups import Grouping
 from ...model.losses import ConvexLoss, Telling, prepare_targets
 from .loaders import batching, chosen, is_loader, is_map_style, tell_ignored
 
@@ -50,6 +51,8 @@ class Samples:
         # once `prepare` has looked at them all:
         self.telling = Telling()
         self.objective: ConvexLoss  # the loss as a mean over these samples
+        self.targets: Tensor  # of all, on the CPU
+        self.groups: Tensor | None = None  # of equal inputs, as the model is fed; see model/groups
         self.content: str | None = None  # a hash of inputs and targets; None where they are random
 
     @staticmethod
@@ -121,10 +124,14 @@ class Samples:
             yield self.fetch(torch.arange(start, end, device="cpu"), augmented=augmented)
 
     def _place(self, x: Tensor) -> Tensor:
-        x = x.to(self.device, non_blocking=True)
-        if x.dtype == torch.uint8:
-            return x.to(self.dtype).div_(255)
-        return x.to(self.dtype) if x.is_floating_point() else x
+        return _as_fed(x.to(self.device, non_blocking=True), self.dtype)
+
+
+def _as_fed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inputs in the model's dtype; uint8 becomes k / 255, other whole numbers stay."""
+    if x.dtype == torch.uint8:
+        return x.to(dtype).div_(255)
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 class _Content:
@@ -171,15 +178,16 @@ class _Arrays(Samples):
         self.packing = packing
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
-        content = _Content()
+        content, grouping = _Content(), Grouping()
         for start, end in self.batches(_CHECKED):
             content.add(self.x[start:end], self.y[start:end])
-        self.content = content.digest()
+            grouping.add(_as_fed(self.x[start:end], self.dtype))
+        self.content, self.groups = content.digest(), grouping.index()
         self.y = prepare_targets(loss, _real(self.y, self.name), outputs, name=self.name)
         if self.y.is_floating_point():
             self.y = self.y.to(self.dtype)
         self.telling.add(self.y)
-        self.objective = loss.over(self.y, outputs)
+        self.objective, self.targets = loss.over(self.y, outputs), self.y.cpu()
         # Labels are small: on the device once. So are inputs that fit; others move batch by batch.
         self.y = self.y.to(self.device)
         if _SHARE * self.x.nbytes <= available_memory(self.device):
@@ -279,11 +287,15 @@ class _Fetched(Samples):
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
         self.loss, self.outputs = loss, outputs
         self._hashed = _Content()
-        targets = []
-        for _, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
+        targets, grouping = [], Grouping()
+        for x, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
             self.telling.add(y)
+            grouping.add(x)
             targets.append(y)
-        self.objective = loss.over(torch.cat(targets), outputs)
+        whole = torch.cat(targets)
+        self.objective, self.targets, self.groups = loss.over(whole, outputs), whole.cpu(), None
+        if not self.random:
+            self.groups = grouping.index()
         self.content, self._hashed = None if self.random else self._hashed.digest(), None
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
