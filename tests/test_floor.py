@@ -15,6 +15,7 @@ import twophase_ext as tp
 from helpers import toy_mlp
 from twophase_ext.model.groups import groups_of
 from twophase_ext.model.losses import prepare_targets, resolve_loss
+from twophase_ext.theory.floor import floor_of
 
 N, K = 40, 3
 W = torch.tensor([2.0, 0.5, 3.0])
@@ -299,14 +300,13 @@ def test_a_declared_loss_whose_infimum_is_not_attained_is_undecided():
     assert found.lower == 0.0 and found.upper >= known.lower * (1 - 1e-12)
 
 
-def test_too_many_declared_solves_are_not_begun(monkeypatch):
-    floor = __import__("sys").modules["twophase_ext.theory.floor"]
-    monkeypatch.setattr(floor, "SOLVES", 3)
+def test_too_many_declared_solves_are_not_begun():
     loss = tp.ConvexLoss(lambda q, y: (q - y).square().mean(), 2.0, least=0.0)
-    found = tp.loss_floor(X, REALS, loss)
     known = tp.loss_floor(X, REALS, "mse")
-    assert found.lower <= known.lower and found.upper >= known.upper
-    assert "more than 3 kinds" in found.reason
+    for solves, reason in ((3, "more than 3 kinds"), (0, "no minimisation")):
+        found = floor_of(loss, GROUPS, REALS, K, solves=solves)
+        assert -1e-300 <= found.lower < known.lower
+        assert found.upper == math.inf and reason in found.reason
 
 
 ERRORS = {

@@ -16,6 +16,7 @@ from ...core.hashing import flat
 from ...core.memory import available_memory
 from ...core.seeds import host_stream, stream_seed
 from ...model.calling import Packing, is_several, pack
+from ...model.groups import Grouping
 from ...model.losses import ConvexLoss, Telling, objective
 from .loaders import batching, chosen, is_loader, is_map_style, tell_ignored
 from .rows import Rows, rows_that_count
@@ -54,6 +55,8 @@ class Samples(Rows):
         # once `prepare` has looked at them all:
         self.telling = Telling()
         self.objective: ConvexLoss  # the loss as a mean over these samples
+        self.targets: Tensor  # of all, on the CPU
+        self.groups: Tensor | None = None  # of equal inputs, as the model is fed; see model/groups
         self.content: str | None = None  # a hash of inputs and targets; None where they are random
 
     @staticmethod
@@ -100,6 +103,8 @@ class Samples(Rows):
         """
         self.outputs, self.each = outputs, each
         self.keep(self._look_at_all(loss))
+        if self.groups is not None:
+            self.groups = self.of_rows(self.groups)
 
     def _look_at_all(self, loss: ConvexLoss) -> Tensor:
         """Which rows count, bool [n each], on the CPU."""
@@ -133,10 +138,14 @@ class Samples(Rows):
             yield self.fetch(torch.arange(start, end, device="cpu"), augmented=augmented)
 
     def _place(self, x: Tensor) -> Tensor:
-        x = x.to(self.device, non_blocking=True)
-        if x.dtype == torch.uint8:
-            return x.to(self.dtype).div_(255)
-        return x.to(self.dtype) if x.is_floating_point() else x
+        return _as_fed(x.to(self.device, non_blocking=True), self.dtype)
+
+
+def _as_fed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inputs in the model's dtype; uint8 becomes k / 255, other whole numbers stay."""
+    if x.dtype == torch.uint8:
+        return x.to(dtype).div_(255)
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 class _Content:
@@ -183,16 +192,18 @@ class _Arrays(Samples):
         self.packing = packing
 
     def _look_at_all(self, loss: ConvexLoss) -> Tensor:
-        content = _Content()
+        content, grouping = _Content(), Grouping()
         for start, end in self.batches(_CHECKED):
             content.add(self.x[start:end], self.y[start:end])
-        self.content = content.digest()
+            grouping.add(_as_fed(self.x[start:end], self.dtype))
+        self.content, self.groups = content.digest(), grouping.index()
         self.y = self.targets_of(loss, self.y)
         if self.y.is_floating_point():
             self.y = self.y.to(self.dtype)
         rows = self.by_row(self.y)
         counts = rows_that_count(loss, rows)
         self.telling.add(rows[counts])
+        self.targets = rows[counts].cpu()
         self.objective = objective(loss, rows[counts], self.outputs)
         # Labels are small: on the device once. So are inputs that fit; others move batch by batch.
         self.y = self.y.to(self.device)
@@ -292,12 +303,16 @@ class _Fetched(Samples):
 
     def _look_at_all(self, loss: ConvexLoss) -> Tensor:
         self.loss = loss
-        self._hashed, counts, targets = _Content(), [], []
-        for _, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
+        self._hashed, grouping = _Content(), Grouping()
+        counts, targets = [], []
+        for x, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
+            grouping.add(x)
             counts.append(rows_that_count(loss, y))
             targets.append(y[counts[-1]])
             self.telling.add(targets[-1])
-        self.objective = objective(loss, torch.cat(targets), self.outputs)
+        whole = torch.cat(targets)
+        self.objective, self.targets = objective(loss, whole, self.outputs), whole.cpu()
+        self.groups = None if self.random else grouping.index()
         self.content, self._hashed = None if self.random else self._hashed.digest(), None
         return torch.cat(counts).cpu()
 
