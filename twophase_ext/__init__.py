@@ -23,6 +23,7 @@ from .training import (
     Trainer,
     fit_last_layer,
     freeze,
+    load_run,
     stream_seed,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "freeze",
     "gram_logdet",
     "guarantee",
+    "load_run",
     "nn",
     "ntk_rank",
     "ops",

@@ -210,7 +210,7 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 CROSS_ENTROPY = ConvexLoss(F.cross_entropy, 0.5, "cross_entropy")
 SQUARED_ERROR = ConvexLoss(squared_error, 2.0, "squared_error")
-_NAMED = {loss.name: loss for loss in (CROSS_ENTROPY, SQUARED_ERROR)}
+NAMED = {loss.name: loss for loss in (CROSS_ENTROPY, SQUARED_ERROR)}
 
 
 def resolve_loss(loss: Any) -> ConvexLoss:
@@ -221,9 +221,9 @@ def resolve_loss(loss: Any) -> ConvexLoss:
     if isinstance(loss, ConvexLoss):
         return loss
     if isinstance(loss, str):
-        if loss in _NAMED:
-            return _NAMED[loss]
-        raise ValueError(f"loss: expected one of {sorted(_NAMED)} or a ConvexLoss, got {loss!r}")
+        if loss in NAMED:
+            return NAMED[loss]
+        raise ValueError(f"loss: expected one of {sorted(NAMED)} or a ConvexLoss, got {loss!r}")
     raise ValueError(
         f"loss: {getattr(loss, '__name__', type(loss).__name__)} is not declared convex in the "
         "output, which the guarantee needs (Assumption 2). If it is, wrap it: "

@@ -263,6 +263,8 @@ class Trainer:
             # in the lazy phase the hidden layers move: no claim that they did not
             hidden_hash=None if config.second_phase == "lazy" else state.hidden_hash,
             feature_cache=state.cache_mode if state.hidden_hash else None,
+            loss=context.loss,
+            last_layer=context.network.last.name,
         )
         if context.folder is not None:
             context.folder.write_result(result, state.epoch)
