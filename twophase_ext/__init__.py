@@ -1,5 +1,8 @@
 """Two-phase training with a global-convergence guarantee (Kawaguchi & Sun, AAAI 2021)."""
 
+from importlib import import_module  # noqa: TID251  of one name
+from typing import Any
+
 from . import nn, ops, optim
 from ._load import build_info
 from .expressivity import Verdict, verify_expressivity
@@ -63,3 +66,10 @@ __all__ = [
     "stream_seed",
     "verify_expressivity",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`sklearn`, whose package is optional."""
+    if name == "sklearn":
+        return import_module(f"{__name__}.sklearn")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
