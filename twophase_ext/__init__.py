@@ -30,6 +30,8 @@ from .training import (
     stream_seed,
 )
 
+__version__: str = build_info()["version"]
+
 __all__ = [
     "Assumptions",
     "Callback",
