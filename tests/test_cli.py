@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import twophase.cli
+import twophase.commands
 import twophase.runs
 import twophase_ext as tp
 
@@ -172,3 +174,53 @@ def test_ctrl_c_outside_of_training_exits_with_130(monkeypatch, capsys):
     monkeypatch.setattr(twophase.cli.data, "load", interrupted)
     assert run("train", *TRAIN) == 130
     assert capsys.readouterr().err == "twophase train: interrupted\n"
+
+
+def test_help_and_unknown_commands_need_no_torch():
+    code = (
+        "import sys; from twophase.console import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert bool(end.code) == (sys.argv[1] != '--help')\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    for word, told in [
+        ("--help", "reproduce"),
+        ("trian", "did you mean train?"),
+        ("xyzzy", "'xyz"),
+    ]:
+        found = subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True)
+        assert found.returncode == 0 and told in found.stdout + found.stderr, found
+    assert "did you mean" not in found.stderr
+    module = [sys.executable, "-m", "twophase", "-h"]
+    assert "download" in subprocess.run(module, capture_output=True, text=True, check=True).stdout
+
+
+def test_commands_are_what_their_functions_say():
+    assert {
+        name: function.__doc__.splitlines()[0] for name, function in twophase.cli.COMMANDS.items()
+    } == twophase.commands.SUMMARIES
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "--optimiser", "Adam"], "--optimiser Adam (did you mean --optimizer?)"),
+        (["train", "--batchsize=3"], "(did you mean --batch_size?)"),
+        (["reproduce", "tabel1"], "(did you mean table1?)"),
+    ],
+)
+def test_near_misses_are_named(words, told, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(*words)
+    assert end.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_far_misses_are_not(capsys):
+    with pytest.raises(SystemExit):
+        run("train", "--qqq", "1")
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_the_version_is_the_projects():
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert f'version = "{tp.__version__}"' in text

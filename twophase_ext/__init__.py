@@ -1,5 +1,8 @@
 """Two-phase training with a global-convergence guarantee (Kawaguchi & Sun, AAAI 2021)."""
 
+from importlib import import_module  # noqa: TID251  of one name
+from typing import Any
+
 from . import nn, ops, optim
 from ._load import build_info
 from .expressivity import Verdict, verify_expressivity
@@ -24,8 +27,11 @@ from .training import (
     Trainer,
     fit_last_layer,
     freeze,
+    load_run,
     stream_seed,
 )
+
+__version__ = str(build_info()["version"])
 
 __all__ = [
     "Assumptions",
@@ -52,6 +58,7 @@ __all__ = [
     "freeze",
     "gram_logdet",
     "guarantee",
+    "load_run",
     "loss_floor",
     "nn",
     "ntk_rank",
@@ -64,3 +71,10 @@ __all__ = [
     "stream_seed",
     "verify_expressivity",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`sklearn`, whose package is optional."""
+    if name == "sklearn":
+        return import_module(f"{__name__}.sklearn")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """The command line: twophase demo | train | verify | doctor | report | reproduce | download."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import twophase_ext as tp
 
 from . import data
 from .assembly import DataName, build_model, load_inputs
+from .commands import DESCRIPTION, SUMMARIES, did_you_mean
 from .report import write_report
 from .reproduce import WHAT
 from .reproduce import reproduce as run_experiment
@@ -121,20 +123,31 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 
 
+class Parser(ArgumentParser):
+    """Says of an unknown option which one it nearly is."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """Exit with code 2."""
+        for word in re.findall(r"(?<!\S)--[\w.]+", message):
+            if word not in self._option_string_actions:
+                message += did_you_mean(word, self._option_string_actions)
+        for word in re.findall(r"invalid choice: '([^']*)'", message):
+            choices = re.findall(r"'([^']*)'", message.partition("choose from")[2])
+            message += did_you_mean(word, choices)
+        super().error(message, ex)
+
+
 def make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     """The parser and its subcommands' parsers."""
-    parser = ArgumentParser(
-        prog="twophase", description="Two-phase training with a global-convergence guarantee."
-    )
+    parser = Parser(prog="twophase", description=DESCRIPTION)
     subcommands = parser.add_subcommands(required=True)
     parts = {}
     for name, function in COMMANDS.items():
-        summary = (function.__doc__ or "").splitlines()[0]
-        part = ArgumentParser(description=summary)
+        part = Parser(description=SUMMARIES[name])
         own = _positional(part, function)
         part.add_function_arguments(function, skip={*HIDDEN, *own})
         part.add_argument("--config", action="config", help="YAML file with these options")
-        subcommands.add_subcommand(name, part, help=summary)
+        subcommands.add_subcommand(name, part, help=SUMMARIES[name])
         parts[name] = part
     return parser, parts
 

@@ -1,9 +1,11 @@
 """What a verification found, in words and as data."""
 
+import textwrap
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
+from ..core.notebook import folded, paragraph
 from ..linalg.bounds import bound_text
 from . import certificate_file
 from .evidence import Evidence
@@ -37,17 +39,27 @@ class Outcome(Evidence):
     environment: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        """An explanation for a person."""
+    @property
+    def summary(self) -> str:
+        """The status and of which weights, in a few words."""
         where = "at these weights" if self.claim == "at w" else "for some weights (Assumption 1)"
         if self.status == "deficient":
             where = "for all weights (proved)"
         elif self.status == "full rank":
             where += " (counted numerically, not proved)"
+        return f"{self.status} {where}"
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the first line, everything else folded behind it."""
+        first, _, rest = str(self).partition("\n")
+        return paragraph(first) + folded("Evidence", textwrap.dedent(rest))
+
+    def __str__(self) -> str:
+        """An explanation for a person."""
         matrix = "[h_X, 1]" if self.bias else "h_X"
         lines = [
             f"expressivity condition, rank {matrix} = n = {self.n} (m_H = {self.width}): "
-            f"{self.status} {where}"
+            f"{self.summary}"
         ]
         if self.reason:
             lines.append(f"  {self.reason}")

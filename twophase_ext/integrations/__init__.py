@@ -1,5 +1,5 @@
-"""Callbacks for other trainers; importing this package imports none of them.
+"""Callbacks for other trainers, and estimators; importing this package imports none of them.
 
 lightning.py: `TwoPhaseCallback` for Lightning. huggingface.py: the same for transformers.
-switch.py: what they share.
+transition.py: what they share. scikit.py: estimators of scikit-learn, `twophase_ext.sklearn`.
 """

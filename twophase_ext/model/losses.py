@@ -52,7 +52,7 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 # the two that there are kernels for
 CROSS_ENTROPY = SoftmaxLoss(F.cross_entropy, 0.5, "cross_entropy")
 SQUARED_ERROR = SquaresLoss(squared_error, 2.0, "squared_error", averaged=False)
-_NAMED: dict[str, ConvexLoss] = {
+NAMED: dict[str, ConvexLoss] = {
     "cross_entropy": CROSS_ENTROPY,
     "squared_error": SQUARED_ERROR,
     "mse": squares_loss(),
@@ -114,10 +114,10 @@ def resolve_loss(loss: Any) -> ConvexLoss:
     if isinstance(loss, ConvexLoss):
         return loss
     if isinstance(loss, str):
-        if loss in _NAMED:
-            return _NAMED[loss]
+        if loss in NAMED:
+            return NAMED[loss]
         raise ValueError(
-            f"loss: expected one of {sorted(_NAMED)}, a loss of torch.nn or a ConvexLoss, got "
+            f"loss: expected one of {sorted(NAMED)}, a loss of torch.nn or a ConvexLoss, got "
             f"{loss!r}"
         )
     if found := _of_torch(loss):

@@ -19,6 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
 from ..core.arrays import as_tensor
+from ..core.dynamo import allowed_in_graph
 from ._arguments import require_tensor
 from ._softplus_terms import Term, Terms, batch_first, evaluate
 
@@ -243,7 +244,7 @@ class _SoftplusDoubleBackward(torch.autograd.Function):
         return _SoftplusDoubleBackward.apply(*tensors, beta), (0, 0)
 
 
-@torch.compiler.allow_in_graph
+@allowed_in_graph
 def _traced(x: Tensor, beta: float) -> Tensor:
     # Kept whole by dynamo, traced by AOTAutograd: transforms inside a compiled function meet the
     # Functions above, which know their derivatives, and not the raw operators.

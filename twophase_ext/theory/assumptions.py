@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import notebook
 from ..expressivity import Verdict, verify_network
 from ..linalg.bounds import bound_text
 from ..model.calling import one_tensor
@@ -41,6 +42,19 @@ class Assumptions:
     def hold(self) -> bool:
         """Whether no premise failed (some may be unchecked)."""
         return all(row.status != FAILED for row in self.rows)
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the table, with the verdict folded behind it."""
+        rows = [
+            (
+                row.name,
+                row.status,
+                row.evidence + (f" → {row.advice}" if row.advice and row.status != HELD else ""),
+            )
+            for row in self.rows
+        ]
+        behind = "" if self.verdict is None else self.verdict._repr_html_()
+        return notebook.table(("premise", "status", "evidence"), rows) + behind
 
     def __str__(self) -> str:
         """A table for a person, 100 columns wide."""

@@ -9,6 +9,7 @@ from ..model.losses import ConvexLoss
 from ..theory.lazy_guarantee import LazyGuarantee
 from .callbacks import Callback, RunView
 from .freeze import Frozen, freeze
+from .load import load_run
 from .own_loop import FeatureCache, fit_last_layer
 from .result import Result
 from .settings import GradientDescent, Lazy, StochasticDescent
@@ -29,5 +30,6 @@ __all__ = [
     "Trainer",
     "fit_last_layer",
     "freeze",
+    "load_run",
     "stream_seed",
 ]

@@ -1,12 +1,20 @@
 """What `Trainer.fit` returns."""
 
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..core.notebook import folded, paragraph
+from ..linalg.bounds import bound_text
+from ..model.losses import ConvexLoss
+from ..model.probing import require_module
 from .minimum import Minimum
+from .predict import outputs_of, score_of
+
+COLUMNS = 100  # of the printed paragraph
 
 
 @dataclass
@@ -29,10 +37,14 @@ class Result:
     and accuracies of the trained network over the whole sets; empty unless completed. timings:
     seconds by stage. hidden_hash: SHA-256 of the frozen hidden layers, the same before and after
     the second phase. minimum: how far the training loss is from the global minimum over all
-    weights; its str is one sentence.
+    weights; its str is one sentence. loss: the one that was trained on; last_layer: the name of
+    that layer.
+
+    `tp.load_run` makes one of a run folder: model is None there where none is given, and loss
+    where it was one of the user's own.
     """
 
-    model: nn.Module
+    model: nn.Module  # typed as what fit returns
     history: list[dict[str, Any]]
     status: str
     run_dir: Path | None
@@ -44,11 +56,99 @@ class Result:
     hidden_hash: str | None = None
     feature_cache: str | None = None
     minimum: Minimum | None = None
+    loss: ConvexLoss | None = None
+    last_layer: str | None = None
+
+    def predict(self, x: Any) -> Tensor:
+        """The trained network's outputs [n, m_y] of inputs x, on its device, without gradients.
+
+        Logits where it was trained on cross-entropy: `.argmax(1)` are the labels, `.softmax(1)` the
+        probabilities. x: tensor or array [n, ...], uint8 scaled to [0, 1], or a dict or tuple of
+        them, in the form that it was trained on. Evaluation mode, 256 samples at a time; the model
+        keeps its mode. Raises ValueError for x empty, with NaN or infinity, or of a shape that the
+        model does not take, and without a model.
+        """
+        return outputs_of(self._model(), x)
+
+    def score(self, data: Any) -> dict[str, float | None]:
+        """{"loss": the mean over all samples, "accuracy": its share, None but for cross-entropy}.
+
+        data: as `Trainer.fit` takes it. The trained network in evaluation mode, by the loss that it
+        was trained on; over the training data these are `final`'s numbers. Raises as `fit` for
+        unusable data, ValueError without a model or a loss.
+        """
+        model = self._model()
+        if self.loss is None:
+            raise ValueError(
+                "loss: the run's own is not known, as a run folder keeps no function; set "
+                "result.loss, a tp.ConvexLoss"
+            )
+        loss, accuracy = score_of(model, self.loss, data, self.last_layer)
+        return {"loss": loss, "accuracy": accuracy}
+
+    def _model(self) -> nn.Module:
+        if self.model is None:
+            raise ValueError("model: expected one, got none: tp.load_run(folder, model)")
+        require_module(self.model)
+        return self.model
+
+    @property
+    def lead(self) -> str:
+        """How far it is from the global minimum, what was run, and what is known of it."""
+        first = [] if self.minimum is None else [str(self.minimum)]
+        rest = [self._training(), *self._losses(), self._condition(), *self._bound()]
+        return " ".join([*first, *rest])
+
+    def _training(self) -> str:
+        first, second = (sum(r["phase"] == phase for r in self.history) for phase in (1, 2))
+        said = f"{self.status.capitalize()}: {first} epoch{'s' if first != 1 else ''} on all layers"
+        what = "all layers in the second phase" if not self.hidden_hash else "the last layer alone"
+        return f"{said}, then {second} on {what}." if second else f"{said}, no second phase."
+
+    def _losses(self) -> list[str]:
+        said = []
+        for key, name in (("train", "training"), ("val", "validation")):
+            loss, accuracy = self.final.get(f"{key}_loss"), self.final.get(f"{key}_accuracy")
+            if loss is not None:
+                also = "" if accuracy is None else f" (accuracy {100 * accuracy:.2f} %)"
+                said.append(f"the {name} loss is {loss:.4g}{also}")
+        return [f"At the end {' and '.join(said)}."] if said else []
+
+    def _condition(self) -> str:
+        known = "not verified" if self.verdict is None else self.verdict.summary
+        return f"The expressivity condition, under which the minimum is global: {known}."
+
+    def _bound(self) -> list[str]:
+        """What Theorem 1 says of the loss, where a curve of it is claimed."""
+        found = self.guarantee
+        if not getattr(found, "curve", []):
+            return []
+        last = found.curve[-1]
+        bound = f"{bound_text(last['bound'], upper=True)} after {last['steps']:g} steps"
+        if found.refuted:
+            return [f"The bound of Theorem 1, {bound}, is REFUTED by a measured loss."]
+        what = "objective, loss and l2 term," if found.constants.get("l2") else "training loss"
+        if found.in_expectation:
+            what = "least training loss so far, on average over the draws,"
+        weak = [
+            f"{name} {'is not established' if status == 'not checked' else 'failed'}"
+            for name, status, _ in found.premises
+            if status != "held"
+        ]
+        weak += [] if found.rigorous else ["a constant was measured, not proved"]
+        but = f", but no guarantee: {', '.join(weak)}" if weak else ""
+        return [f"Theorem 1 bounds the {what} by {bound}{but}."]
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the lead, everything else folded behind it."""
+        return paragraph(self.lead) + folded("Evidence", "\n".join(self._details()))
 
     def __str__(self) -> str:
-        """A few lines for a person; the first says how far from the global minimum the run is."""
-        lines = [] if self.minimum is None else [str(self.minimum)]
-        lines += [f"run {self.status} after {len(self.history)} epochs"]
+        """The lead, then a few lines of evidence for a person."""
+        return "\n".join([textwrap.fill(self.lead, COLUMNS), *self._details()])
+
+    def _details(self) -> list[str]:
+        lines = [f"run {self.status} after {len(self.history)} epochs"]
         phases = {p: [r for r in self.history if r["phase"] == p] for p in (1, 2)}
         for phase, rows in phases.items():
             if rows:
@@ -67,7 +167,7 @@ class Result:
                 f"  hidden layers in phase 2: bit-identical (SHA-256 {self.hidden_hash[:12]}), "
                 f"features cached: {self.feature_cache}"
             )
-            if not self.model.training:
+            if self.model is not None and not self.model.training:
                 lines.append("  the model is in evaluation mode, the one that this is about")
         if self.verdict is not None:
             lines += ["  " + line for line in str(self.verdict).splitlines()]
@@ -75,4 +175,4 @@ class Result:
             lines += ["  " + line for line in str(self.guarantee).splitlines()]
         if self.run_dir is not None:
             lines.append(f"  run folder: {self.run_dir}")
-        return "\n".join(lines)
+        return lines

@@ -274,6 +274,8 @@ class Trainer:
             minimum=minimum(
                 context.network, context.train, final.get("train_loss"), state.verdict, constants
             ),
+            loss=self.loss,
+            last_layer=context.network.last.name,
         )
         if context.folder is not None:
             context.folder.write_result(result, state.epoch)

@@ -206,16 +206,23 @@ def find(resume: Any, run_dir: Any) -> tuple[dict[str, Any] | None, Path | None]
     return load(path)
 
 
-def check_matches(state: dict[str, Any], model: dict[str, str], config: dict[str, Any]) -> None:
-    """Raise ValueError where a checkpoint belongs to another model or another configuration."""
+def difference(state: dict[str, Any], model: dict[str, str]) -> str:
+    """How a checkpoint's tensors differ from a model's, as of `describe`; "" where they do not."""
     theirs = describe(state["model"])
     differing = [name for name in {**theirs, **model} if theirs.get(name) != model.get(name)]
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"resume: the checkpoint is of another model: {len(differing)} entries differ, first "
-            f"{name}: expected {model.get(name, 'nothing')}, got {theirs.get(name, 'nothing')}"
-        )
+    if not differing:
+        return ""
+    name = differing[0]
+    return (
+        f"the checkpoint is of another model: {len(differing)} entries differ, first {name}: "
+        f"expected {model.get(name, 'nothing')}, got {theirs.get(name, 'nothing')}"
+    )
+
+
+def check_matches(state: dict[str, Any], model: dict[str, str], config: dict[str, Any]) -> None:
+    """Raise ValueError where a checkpoint belongs to another model or another configuration."""
+    if differing := difference(state, model):
+        raise ValueError(f"resume: {differing}")
     for key, value in config.items():
         if state["config"].get(key) != value:
             raise ValueError(

@@ -1,0 +1,23 @@
+"""The commands in a few words, and near misses of words, without importing what they need."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+DESCRIPTION = "Two-phase training with a global-convergence guarantee."
+SUMMARIES = {
+    "demo": "Train a small softplus network in two phases on real images and verify its condition.",
+    "train": "Train a model in two phases and leave a run folder.",
+    "verify": "Prove that [h_X, 1] has rank n for a model and data, and write a certificate.",
+    "doctor": "Say which premises of Theorem 1 hold for a model, its loss and its data, and what "
+    "to do.",
+    "report": "Write one HTML file about one run folder or several: what ran, what was guaranteed.",
+    "reproduce": "Reproduce a table or figure of the paper, at the scale that this machine allows.",
+    "download": "Fetch data sets, with their checksums verified, to where every command finds "
+    "them.",
+}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ " (did you mean ...?)" for a word that is nearly a known one, "" otherwise."""
+    near = get_close_matches(word, list(known), n=1, cutoff=0.75)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -1,0 +1,45 @@
+"""What importing the package costs: nothing that is heavy, optional or tried out."""
+
+import subprocess
+import sys
+
+CODE = """
+import sys
+import time
+
+import torch
+
+before, started = set(sys.modules), time.process_time()
+import twophase_ext as tp
+
+seconds = time.process_time() - started
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert not new & {"scipy", "sklearn", "pandas", "matplotlib", "rich", "lightning", "sympy"}, new
+assert "torch._dynamo" not in sys.modules and "torch._inductor" not in sys.modules
+assert seconds < 2, seconds
+
+assert tp.sklearn.TwoPhaseClassifier and "sklearn" in sys.modules
+try:
+    tp.nothing
+except AttributeError as error:
+    assert str(error) == "module 'twophase_ext' has no attribute 'nothing'"
+else:
+    raise AssertionError("tp.nothing")
+
+
+def compiled(x):  # in one graph: dynamo, imported after the package, keeps softplus whole
+    return torch.func.vmap(torch.func.grad(lambda v: tp.softplus(v, 2.0).sum()))(x)
+
+
+assert len([finder for finder in sys.meta_path if "WithDynamo" in type(finder).__name__]) == 1
+x = torch.randn(3, 4)
+found = torch.compile(compiled, backend="aot_eager", fullgraph=True)(x)
+assert torch.allclose(found, torch.sigmoid(2 * x), atol=1e-6)
+assert not [finder for finder in sys.meta_path if "WithDynamo" in type(finder).__name__]
+trace_rules = sys.modules["torch._dynamo.trace_rules"]
+assert id(sys.modules["twophase_ext.ops.softplus"]._traced) in trace_rules._allowed_callable_ids
+"""
+
+
+def test_a_light_import_and_what_comes_on_demand():
+    subprocess.run([sys.executable, "-c", CODE], check=True)
