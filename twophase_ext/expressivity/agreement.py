@@ -82,7 +82,8 @@ class Reference:
 
     def __call__(self, index: Tensor) -> Expected:
         """Of the samples `index`."""
-        z, error = self.z[index], self.error[index]
+        row = self.problem.data.group[index]
+        z, error = self.z[row], self.error[row]
         norms = z.norm(dim=1)
         allowed = ERRORS * error + 64 * UNIT_ROUNDOFF * norms
         if self.problem.narrowed:  # the model rounds to float32 what was bounded without
@@ -105,15 +106,16 @@ class Reference:
 class Stored:
     """Features that were computed without bounds, in index order: the model gives them again."""
 
-    def __init__(self, h: Tensor, eps: float) -> None:
-        """h [n, m_H]; eps: of the coarsest precision within the model."""
-        self.h = h
+    def __init__(self, h: Tensor, problem: Problem) -> None:
+        """h [N, m_H]: of the distinct inputs."""
+        self.h, self.group = h, problem.data.group
+        eps = problem.eps
         self.relative = max(RELATIVE, OWN_EPS * eps if eps > 1e-15 else 0.0)
         self.mean = float(h.norm(dim=1).mean())
 
     def __call__(self, index: Tensor) -> Expected:
         """Of the samples `index`."""
-        h = self.h[index]
+        h = self.h[self.group[index]]
         size = h.norm(dim=1) + self.mean
         return Expected(None, None, h, self.relative * size, size)
 
@@ -162,17 +164,15 @@ def require_free_wide_layer(problem: Problem, stage: Stage | None = None) -> Non
 
 
 @torch.no_grad()
-def require_equal_rows(problem: Problem, groups: list[list[int]]) -> None:
+def require_equal_rows(problem: Problem) -> None:
     """Raise Disagrees where equal inputs do not give equal rows of h at other weights, too.
 
     Their places in the batches are drawn, and the trainable weights moved: a model that adds
     something by position, or mixes the samples of a batch, has other rows.
     """
-    group = torch.full((problem.n,), -1, device="cpu")
-    for k, members in enumerate(groups):
-        group[torch.tensor(members, device="cpu")] = k
-    equal = torch.tensor([i for g in groups for i in g], device="cpu")
-    chosen = None if problem.compared == problem.n else equal[: problem.compared]
+    data = problem.data
+    equal = torch.tensor([i for g in data.repeated for i in g], device="cpu")
+    chosen = None if problem.compared == data.n else equal[: problem.compared]
     tolerance = max(RELATIVE, OWN_EPS * problem.eps if problem.eps > 1e-15 else 0.0)
     for noise in NOISE:
         with _moved(problem, noise), _constant(problem.model):
@@ -181,21 +181,18 @@ def require_equal_rows(problem: Problem, groups: list[list[int]]) -> None:
                     problem, problem.model, torch.float64, None, shuffled=True, size=size,
                     chosen=chosen,
                 )  # fmt: skip
-                _require_equal(passes, group, tolerance)
+                _require_equal(passes, data.group, tolerance)
     with problem.own_model() as own, _constant(own):
         passes = _passes(problem, own, problem.dtype, None, shuffled=False, size=256, chosen=chosen)
-        _require_equal(passes, group, OWN_EPS * torch.finfo(problem.dtype).eps)
+        _require_equal(passes, data.group, OWN_EPS * torch.finfo(problem.dtype).eps)
 
 
 def _require_equal(passes: Iterator[tuple[Tensor, _Seen]], group: Tensor, tolerance: float) -> None:
     first: dict[int, Tensor] = {}
     for index, seen in passes:
         for row, i in enumerate(index.tolist()):
-            k = int(group[i])
-            if k < 0:
-                continue
             h = seen.h[row]
-            other = first.setdefault(k, h)
+            other = first.setdefault(int(group[i]), h)
             if not bool((h - other).norm() <= tolerance * (h.norm() + other.norm())):
                 raise Disagrees(
                     f"sample {i} has an input equal to another one's, but not its row of h: "
@@ -205,8 +202,9 @@ def _require_equal(passes: Iterator[tuple[Tensor, _Seen]], group: Tensor, tolera
 
 def _sizes(problem: Problem) -> list[int]:
     """Of the batches of each pass: few samples come in several batches, and in one."""
-    small = [BATCH] if problem.n > BATCH else [-(-3 * problem.n // 8)]
-    return small + ([problem.n] if problem.n * problem.inputs[0][0].numel() <= WHOLE else [])
+    n = problem.data.n
+    small = [BATCH] if n > BATCH else [-(-3 * n // 8)]
+    return small + ([n] if n * problem.inputs[0][0].numel() <= WHOLE else [])
 
 
 def _passes(
@@ -224,12 +222,12 @@ def _passes(
     chosen: these alone.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    order = torch.randperm(problem.n, generator=generator, device="cpu")[: problem.compared]
+    order = torch.randperm(problem.data.n, generator=generator, device="cpu")[: problem.compared]
     if chosen is not None:
         order = chosen[torch.randperm(len(chosen), generator=generator, device="cpu")]
     order = order if shuffled else order.sort().values
     for index in order.split(size):
-        x = problem.rows(index)
+        x = problem.data.rows(index)
         yield index, _observe(problem, model, x.to(dtype) if x.is_floating_point() else x)
         if stage is not None:
             stage.advance(len(index))
@@ -310,7 +308,7 @@ def _compare_compiled(
 ) -> None:
     """The model as torch.compile compiled it, under weights of the last layer that hide nothing."""
     dtype = problem.dtype
-    x = problem.rows(index)
+    x = problem.data.rows(index)
     with drawn(list(last.parameters(recurse=False)), 1.0):
         try:
             output = problem.network.model(x.to(dtype) if x.is_floating_point() else x)

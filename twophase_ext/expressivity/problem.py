@@ -1,4 +1,4 @@
-"""What is verified: a network, its inputs in index order, and the weights asked for."""
+"""What is verified: a network, its distinct inputs, and the weights asked for."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -25,6 +25,7 @@ from ..model.layers import wide_chain
 from ..model.network import Network
 from ..model.probing import copy_model, eager, input_of, rows_into, untouched, unwrap
 from .bounded import BoundedFeatures, Unbounded
+from .distinct import Inputs
 from .running.features import bounded_features
 
 CHUNK = 8192  # samples
@@ -35,14 +36,14 @@ OPERATIONS = 5e12  # of a pass of the model over all samples; beyond it over a r
 class Problem:
     """A float64 copy of the network in evaluation mode; the user's model is never touched.
 
-    inputs: batches [b, ...] as the model is fed, exact. ones: whether M has the column 1.
+    data: the inputs of all samples. inputs: batches [b, ...] of the n distinct ones, exact, as the
+    model is fed; M has a row for each. ones: whether M has the column 1.
     changes: entries of the state dict (the model's dtype) that differ from the user's model.
     damped: whether `choose_backbone` (backbone.py) has put another backbone in.
     """
 
     network: Network
-    inputs: list[Tensor]
-    n: int
+    data: Inputs
     ones: bool
     changes: dict[str, Tensor] = field(default_factory=dict)
     damped: bool = False
@@ -50,6 +51,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         """Copy the model; Unbounded where that fails, or where the copy does not run in float64."""
+        self.inputs, self.n = self.data.representatives, self.data.distinct
         self.source = unwrap(self.network.model)
         self._names = {module: name for name, module in self.source.named_modules()}
         self.dtype = first_parameter(self.source).dtype
@@ -96,7 +98,9 @@ class Problem:
         # gradients on: the counter fails on a module that is handed a parameter without
         with torch.enable_grad(), eager(), FlopCounterMode(display=False) as counter:
             self.model(x)
-        return max(min(self.n, int(OPERATIONS * len(x) // max(counter.get_total_flops(), 1))), 1)
+        return max(
+            min(self.data.n, int(OPERATIONS * len(x) // max(counter.get_total_flops(), 1))), 1
+        )
 
     def _twin(self, module: nn.Module) -> nn.Linear:
         return dict(self.model.named_modules())[self._names[module]]  # type: ignore[return-value]
@@ -195,13 +199,6 @@ class Problem:
                 state[name].data.copy_(value)  # no version moves: a graph of the user's stays whole
             yield self.source
 
-    def rows(self, index: Tensor) -> Tensor:
-        """The inputs of the samples `index`, as the model is fed."""
-        starts = torch.tensor([0, *(len(x) for x in self.inputs)], device="cpu").cumsum(0)
-        batch = torch.bucketize(index, starts[1:], right=True)
-        rows = [self.inputs[int(b)][int(i - starts[b])] for b, i in zip(batch, index, strict=True)]
-        return torch.stack(rows)
-
     def load(self, changes: dict[str, Tensor]) -> None:
         """Change weights of the copy; names as in the model's own state dict."""
         state = self.model.state_dict()
@@ -243,7 +240,7 @@ class Problem:
         self.load({name: p.detach() for name, p in fresh.named_parameters() if name in free})
 
     def batches(self, count: int | None = None) -> list[Tensor]:
-        """The first `count` inputs (all by default) in float64."""
+        """The first `count` distinct inputs (all by default) in float64."""
         parts, left = [], self.n if count is None else count
         for x in self.inputs:
             if left <= 0:

@@ -11,6 +11,7 @@ from ..expressivity import Verdict
 from ..model.losses import ConvexLoss
 from ..model.network import Network
 from ..model.probing import unwrap
+from ..theory.premises import FAILED, width_premise
 from .batchnorm import batch_bounds
 from .checks import check_single, check_trains
 from .config import Config
@@ -69,11 +70,11 @@ def describe(network: Network, samples: Samples, progress: Progress) -> None:
     elif network.wide is None:
         kind = type(network.analytic.activation).__name__
         progress.say(f"the last hidden layer is affine + {kind}: separation can prove Assumption 1")
-    if network.width < samples.n:
+    width = width_premise(network, samples.n, samples.distinct)
+    if width.status == FAILED:
         warnings.warn(
-            f"the last hidden layer has {network.width} units for n = {samples.n} samples: "
-            "Theorem 1's premise m_H >= n fails and no guarantee is claimed. "
-            "tp.nn.widen(model, n) adds such a layer",
+            f"the last hidden layer has few units, {width.evidence}: Theorem 1's premise "
+            f"{width.name} fails and no guarantee is claimed. {width.advice}",
             stacklevel=6,
         )
 

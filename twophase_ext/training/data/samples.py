@@ -16,6 +16,7 @@ from ...core.hashing import flat
 from ...core.memory import available_memory
 from ...core.seeds import host_stream, stream_seed
 from ...model.calling import Packing, is_several, pack
+from ...model.groups import Grouping
 from ...model.losses import ConvexLoss, Telling, prepare_targets
 from .loaders import batching, chosen, is_loader, is_map_style, tell_ignored
 
@@ -50,6 +51,7 @@ class Samples:
         # once `prepare` has looked at them all:
         self.telling = Telling()
         self.content: str | None = None  # a hash of inputs and targets; None where they are random
+        self.group: Tensor | None = None  # of equal inputs, a number a sample; None likewise
 
     @staticmethod
     def of(source: Any, *, name: str, device: torch.device, dtype: torch.dtype) -> "Samples":
@@ -92,6 +94,11 @@ class Samples:
         """Check every sample, and convert the targets for `loss` and `outputs` outputs."""
         raise NotImplementedError
 
+    @property
+    def distinct(self) -> int:
+        """N, the number of distinct inputs; n where they are random."""
+        return self.n if self.random or self.group is None else int(self.group.max()) + 1
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Within it no batch is fetched twice, as far as memory allows."""
@@ -127,12 +134,17 @@ class Samples:
 
 
 class _Content:
-    """A hash of samples in index order, however they are batched."""
+    """A hash of samples in index order, however they are batched, and groups of equal inputs.
 
-    def __init__(self) -> None:
+    dtype: inputs are equal that are equal in it.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
         self._parts = hashlib.sha256(), hashlib.sha256()
+        self._dtype, self.grouping = dtype, Grouping()
 
     def add(self, x: Tensor, y: Tensor) -> None:
+        self.grouping.add(x.to(self._dtype) if x.is_floating_point() else x)
         for part, t in zip(self._parts, (x, y), strict=True):
             part.update(flat(t).view(torch.uint8).numpy().data)
 
@@ -170,10 +182,10 @@ class _Arrays(Samples):
         self.packing = packing
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
-        content = _Content()
+        content = _Content(self.dtype)
         for start, end in self.batches(_CHECKED):
             content.add(self.x[start:end], self.y[start:end])
-        self.content = content.digest()
+        self.content, self.group = content.digest(), content.grouping.index()
         self.y = prepare_targets(loss, _real(self.y, self.name), outputs, name=self.name)
         if self.y.is_floating_point():
             self.y = self.y.to(self.dtype)
@@ -276,10 +288,12 @@ class _Fetched(Samples):
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
         self.loss, self.outputs = loss, outputs
-        self._hashed = _Content()
+        self._hashed = content = _Content(self.dtype)
         for _, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
             self.telling.add(y)
-        self.content, self._hashed = None if self.random else self._hashed.digest(), None
+        self._hashed = None
+        if not self.random:
+            self.content, self.group = content.digest(), content.grouping.index()
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         indices = index.tolist()
