@@ -53,8 +53,11 @@ class Inputs:
         kept = torch.zeros(self.n, dtype=torch.bool, device="cpu")
         kept[self.first] = True
         parts = kept.split([len(x) for x in self.batches])
-        chosen = zip(self.batches, parts, strict=True)
-        return [x[part.to(x.device)] for x, part in chosen if bool(part.any())]
+        return [
+            x if bool(part.all()) else x[part.to(x.device)]
+            for x, part in zip(self.batches, parts, strict=True)
+            if bool(part.any())
+        ]
 
     def rows(self, index: Tensor) -> Tensor:
         """The inputs of the samples `index`, as the model is fed."""
