@@ -1,6 +1,7 @@
 """Repeated inputs: the condition, its proofs and the theorem are about the distinct ones."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,10 @@ def test_columns_for_the_distinct_inputs_are_enough():
         "N = 10 > m_H + 1 = 9: no weights reach rank N"
         in tp.verify_expressivity(toy_mlp(width=8), x).reason
     )
-    quiet(toy_mlp(width=9), verify="auto").fit((x, y))  # no warning
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = quiet(toy_mlp(width=9), verify="auto").fit((x, y))
+    assert ("m_H >= N - 1", "held") in [p[:2] for p in result.guarantee.premises]
     with pytest.warns(UserWarning, match="m_H = 8, n = 20, N = 10 .* m_H >= N - 1 fails"):
         quiet(toy_mlp(width=8)).fit((x, y))
 
