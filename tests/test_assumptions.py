@@ -125,6 +125,9 @@ def test_assumption_3_names_the_pair_and_its_limits(monkeypatch):
     assert (row.status, row.evidence[:38]) == ("not met", "||x_4||^2 - x_4.x_11 = -1, Theorem 2 a")
     table = tp.check_assumptions(toy_mlp(), x)
     assert statuses(table)["Assumption 3"] == "not met" and table.hold
+    x[2] = x[0]  # counts once, and shifts no name
+    table = tp.check_assumptions(toy_mlp(dtype=torch.float64), x)
+    assert "||x_4||^2 - x_4.x_11 = -1" in str(table)
     images = (255 * torch.eye(6)).to(torch.uint8)
     assert assumption_3(images).status == "held"
     assert assumption_3(torch.arange(6)).status == "not checked"  # tokens
