@@ -122,11 +122,11 @@ def test_inputs_are_never_written():
         assert torch.equal(x, before)
 
 
-def test_equal_inputs_are_deficient_only_where_their_rows_are_equal():
+def test_equal_inputs_count_once_only_where_their_rows_are_equal():
     x = inputs()
     x[3] = x[0]
-    assert tp.verify_expressivity(Net().double(), x).status == "deficient"
-    assert tp.verify_expressivity(Net().double(), x).assumptions
+    verdict = tp.verify_expressivity(Net().double(), x)
+    assert (verdict.status, verdict.distinct) == ("proved", len(x) - 1)
     code = nn.Parameter(torch.zeros(8, 4))  # zero now, not for all weights
 
     class Placed(Net):
@@ -136,7 +136,7 @@ def test_equal_inputs_are_deficient_only_where_their_rows_are_equal():
 
     verdict = tp.verify_expressivity(Placed().double(), x)
     assert verdict.status == "undecided" and "place" in verdict.reason
-    assert [0, 3] in verdict.culprits
+    assert [0, 3] in verdict.repeated
 
 
 def test_subnormal_inputs_are_not_called_equal_where_they_are_flushed():

@@ -243,7 +243,9 @@ def test_large_batches_count():
 def test_inputs_are_what_the_model_can_be_fed():
     x = X.double()
     x[3] = x[2] + 1e-12
-    assert tp.verify_expressivity(Net(), x, method="separation").status != "proved"
+    for model, distinct in ((Net(), len(x) - 1), (Net().double(), len(x))):
+        verdict = tp.verify_expressivity(model, x, method="separation")
+        assert (verdict.status, verdict.distinct) == ("proved", distinct)
 
 
 def test_sizes_that_a_weight_does_not_have_are_refused():

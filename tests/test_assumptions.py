@@ -12,6 +12,11 @@ import twophase_ext.theory.assumptions as module
 from helpers import bits, same_bits, toy_convnet, toy_data, toy_images, toy_mlp
 
 
+def assumption_3(x):
+    """Of all samples."""
+    return module._assumption_3(x, list(range(len(x))))
+
+
 def statuses(table) -> dict[str, str]:
     return {row.name: row.status for row in table.rows}
 
@@ -30,15 +35,16 @@ def test_a_network_that_satisfies_everything():
 
 def test_every_failure_is_named_with_advice():
     x, _ = toy_data(40)
-    x[3] = x[8]
+    x[3] = x[8]  # no failure
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
     table = tp.check_assumptions(model, x, loss="squared_error")
     assert not table.hold
     found = statuses(table)
-    for name in ("analytic modules", "H >= 2", "m_H >= n - 1", "distinct inputs", "expressivity"):
+    for name in ("analytic modules", "H >= 2", "m_H >= N - 1", "expressivity"):
         assert found[name] == "failed", name
+    assert found["distinct inputs"] == "held"
     text = str(table)
-    for part in ("1 (ReLU)", "tp.nn.analytic", "tp.nn.widen(model, 40)", "[3, 8]", "L_ell = 2"):
+    for part in ("1 (ReLU)", "tp.nn.analytic", "tp.nn.widen(model, 39)", "[3, 8]", "L_ell = 2"):
         assert part in text
     for row in table.rows:
         assert row.status == "held" or row.advice, row.name
@@ -88,7 +94,7 @@ def test_assumption_3_against_rational_arithmetic():
             points = torch.rand(1, d, generator=g).double().exp() * (1 + 2.0**-52 * points)
         elif trial % 3 == 1:  # squares that are subnormal or 0
             points *= 2.0**-539
-        row = module._assumption_3(points)
+        row = assumption_3(points)
         assert row.status == ("held" if gap(points.tolist()) > 0 else "not met")
         seen.add(row.status)
     assert seen == {"held", "not met"}
@@ -108,44 +114,49 @@ def test_assumption_3_against_rational_arithmetic():
     ],
 )
 def test_assumption_3_at_its_edges(points, status):
-    assert module._assumption_3(torch.tensor(points, dtype=torch.float64)).status == status
+    assert assumption_3(torch.tensor(points, dtype=torch.float64)).status == status
 
 
 def test_assumption_3_names_the_pair_and_its_limits(monkeypatch):
     x = nn.functional.normalize(toy_data(30)[0].double())
-    assert module._assumption_3(x).status == "held"
+    assert assumption_3(x).status == "held"
     x[11] = 2 * x[4]
-    row = module._assumption_3(x)
+    row = assumption_3(x)
     assert (row.status, row.evidence[:38]) == ("not met", "||x_4||^2 - x_4.x_11 = -1, Theorem 2 a")
     table = tp.check_assumptions(toy_mlp(), x)
     assert statuses(table)["Assumption 3"] == "not met" and table.hold
+    x[2] = x[0]  # counts once, and shifts no name
+    table = tp.check_assumptions(toy_mlp(dtype=torch.float64), x)
+    assert "||x_4||^2 - x_4.x_11 = -1" in str(table)
     images = (255 * torch.eye(6)).to(torch.uint8)
-    assert module._assumption_3(images).status == "held"
-    assert module._assumption_3(torch.arange(6)).status == "not checked"  # tokens
+    assert assumption_3(images).status == "held"
+    assert assumption_3(torch.arange(6)).status == "not checked"  # tokens
     monkeypatch.setattr(module, "EXACT_PAIRS", 3)
     same = torch.eye(6, dtype=torch.float64) + 1e-17  # held, within rounding of 0 for no pair
-    assert module._assumption_3(same).status == "held"
+    assert assumption_3(same).status == "held"
     near = torch.cat([torch.ones(6, 1), 1e-9 * torch.eye(6)], 1)
-    assert module._assumption_3(near).status == "not checked"
+    assert assumption_3(near).status == "not checked"
     monkeypatch.setattr(module, "PRODUCTS", -1)
-    assert "0 inputs" in module._assumption_3(images).evidence
+    assert "0 inputs" in assumption_3(images).evidence
 
 
 def test_inputs_that_the_models_precision_does_not_tell_apart():
     x = toy_data(20)[0].double()
     x[7] = x[2] * (1 + 1e-12)
-    assert statuses(tp.check_assumptions(toy_mlp(), x))["distinct inputs"] == "failed"
-    double = toy_mlp(dtype=torch.float64)
-    assert statuses(tp.check_assumptions(double, x))["distinct inputs"] == "held"
+    row = {r.name: r for r in tp.check_assumptions(toy_mlp(), x).rows}["distinct inputs"]
+    assert row.status == "held" and row.evidence.startswith("N = 19 of n = 20: 1 group of equal")
+    assert "first [2, 7]" in row.evidence
+    double = {r.name: r for r in tp.check_assumptions(toy_mlp(dtype=torch.float64), x).rows}
+    assert double["distinct inputs"].evidence == "20 inputs, all different"
 
 
 def test_the_last_layers_bias_counts():
     x = toy_data(20)[0]
     model = toy_mlp(width=19)
-    row = {r.name: r for r in tp.check_assumptions(model, x).rows}["m_H >= n - 1"]
+    row = {r.name: r for r in tp.check_assumptions(model, x).rows}["m_H >= N - 1"]
     assert row.status == "held" and "Theorem 2 itself" in row.evidence
     model[4].bias.requires_grad_(False)
-    assert statuses(tp.check_assumptions(model, x))["m_H >= n"] == "failed"
+    assert statuses(tp.check_assumptions(model, x))["m_H >= N"] == "failed"
 
 
 def test_losses():
@@ -202,7 +213,7 @@ def test_every_verdict_becomes_a_row(fields, status, text):
 
 def test_the_table_is_at_most_100_columns_wide():
     x = toy_data(40)[0]
-    x[3] = x[8]
+    x[3] = x[8]  # no failure
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
     lines = str(tp.check_assumptions(model, x)).splitlines()
     assert max(map(len, lines)) <= 100 and len(lines) > 12

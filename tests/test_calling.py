@@ -170,7 +170,7 @@ def test_equal_samples_are_found():
         part[5] = part[2]
     model = tp.nn.widen(model_of(), N, example_input=x)
     verdict = tp.verify_expressivity(model, x)
-    assert verdict.status == "deficient" and verdict.culprits == [[2, 5]]
+    assert verdict.status == "proved" and verdict.repeated == [[2, 5]]
 
 
 REFUSED = {

@@ -175,8 +175,10 @@ def test_a_numerical_count_cannot_be_rechecked(tmp_path):
 def test_a_deficient_verdict_is_rechecked():
     x, _ = toy_data(20)
     x[3] = x[8]
-    verdict = tp.verify_expressivity(toy_mlp(), x)
-    assert verdict.recheck(toy_mlp(), x, say=lambda _: None)
+    model = toy_mlp(width=17)  # 19 distinct inputs
+    verdict = tp.verify_expressivity(model, x)
+    assert verdict.status == "deficient" and "N = 19 > m_H + 1 = 18" in verdict.reason
+    assert verdict.recheck(model, x, say=lambda _: None)
 
 
 def test_infinite_numbers_survive_the_file(tmp_path):

@@ -21,7 +21,7 @@ def test_verify_and_recheck(tmp_path, capsys):
     assert run("verify", "--recheck", str(out)) == 0
     assert "holds: proved" in capsys.readouterr().out
     data = json.loads(out.read_text())
-    assert data["schema"] == "twophase-verdict/1" and data["environment"]["processor"]
+    assert data["schema"] == "twophase-verdict/2" and data["environment"]["processor"]
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,19 @@ def test_the_verdict_of_a_run_is_proved_again_from_its_folder(tmp_path, capsys):
     assert run("verify", "--run", str(folder), "--w", "current", "--progress", "false") == 0
 
 
-def test_duplicates_are_named_and_drawn(tmp_path, capsys):
-    images = np.random.default_rng(0).integers(0, 256, (20, 1, 8, 8), dtype=np.uint8)
+def test_duplicates_count_once_and_near_ones_are_named_and_drawn(tmp_path, capsys):
+    images = np.random.default_rng(0).random((20, 1, 8, 8), dtype=np.float32)
     images[7] = images[3]
-    np.save(tmp_path / "x.npy", images)
     out = tmp_path / "v.json"
     arguments = ["--x", str(tmp_path / "x.npy"), "--width", "2", "--out", str(out)]
+    np.save(tmp_path / "x.npy", images)
+    assert run("verify", *arguments) == 0
+    assert "samples 3, 7 have equal inputs" in capsys.readouterr().out
+    assert not (tmp_path / "v.png").exists()
+    assert run("verify", "--recheck", str(out)) == 0
+    images[11] = 0  # within rounding of the next one
+    images[12] = 1e-30
+    np.save(tmp_path / "x.npy", images)
     assert run("verify", *arguments) == 1
-    assert "samples 3, 7 have identical inputs" in capsys.readouterr().out
+    assert "samples 11, 12 have identical features" in capsys.readouterr().out
     assert (tmp_path / "v.png").read_bytes()[:4] == b"\x89PNG"
-    assert run("verify", "--recheck", str(out)) == 0  # a deficiency is proved too

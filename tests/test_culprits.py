@@ -161,14 +161,15 @@ def test_text():
     ]
     lines = describe(found, limit=2)
     assert lines == [
-        "samples 0, 50 are identical",
-        "samples 1, 51 are identical",
-        "... and 6 more groups of identical samples",
+        "samples 0, 50 have identical features",
+        "samples 1, 51 have identical features",
+        "... and 6 more groups of samples with identical features",
         "samples 3, 4 are closer than the error of their features allows to tell apart "
         "(distance 1.5e-09)",
         "sample 8 depends on others, above all on 1, 2 (relative distance 3.0e-09 from their span)",
     ]
-    assert describe([found[7]]) == ["samples 0, 1, 2, 3, 4, 5, 6, 7 and 12 more are identical"]
+    (line,) = describe([found[7]])
+    assert line == "samples 0, 1, 2, 3, 4, 5, 6, 7 and 12 more have identical features"
     assert describe([]) == []
 
 

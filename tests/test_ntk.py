@@ -92,9 +92,12 @@ def test_convolutions_batch_norm_and_a_float32_model():
 def test_dependent_samples():
     x, _ = toy_data(8, d=3)
     x[5] = x[2]
-    found = ntk_rank(small(), x)
-    assert found.rank == 14 < found.size and not found.full and found.lower is None
-    assert "not shown" in str(found) and "identical" in str(found)
+    found = ntk_rank(small(), x)  # of the distinct ones
+    assert found.rank == 14 == found.size and found.full and found.lower > 0
+    assert "14 x 14 (N = 7 distinct inputs of n = 8, m_y = 2): full rank" in str(found)
+    alone = ntk_rank(small(), x[[0, 1, 2, 3, 4, 6, 7]])
+    assert found.smallest == pytest.approx(alone.smallest, rel=1e-9)
+    assert found.lower == pytest.approx(alone.lower, rel=1e-9)
     narrow = toy_mlp(d=3, width=4, classes=2, dtype=torch.float64)
     wide_enough = ntk_rank(narrow, toy_data(8, d=3)[0])  # [h, 1] has rank 5 < 8, K more
     assert wide_enough.lower is None and wide_enough.rank > 10

@@ -129,10 +129,10 @@ def test_no_edited_field_is_believed(made):
     for field in dataclasses.fields(verdict):
         old = getattr(verdict, field.name)
         for new in edited(old) if field.name not in FREE else []:
-            if new == old or (field.name == "constants" and new.get("gram") == {}):
+            changed = dataclasses.replace(verdict, **{field.name: new})
+            if changed == verdict or (field.name == "constants" and new.get("gram") == {}):
                 continue
             weaker = field.name in ("sigma_min_lower", "logabsdet_lower", "margin")
-            changed = dataclasses.replace(verdict, **{field.name: new})
             if holds(changed, deep(), X)[0] and not (weaker and old is not None and new < old):
                 wrong.append((field.name, new))
     assert wrong == []
@@ -170,18 +170,24 @@ def test_a_weaker_bound_holds():
     assert found and str(verdict.sigma_min_lower)[:6] in said  # the bound proved now
 
 
-def test_deficient_verdicts_carry_what_they_assume():
+@pytest.mark.parametrize("method", ["separation", "certificate"])
+def test_verdicts_about_distinct_inputs_carry_what_they_assume(method):
     x = X.clone()
     x[7] = x[2]
-    verdict = tp.verify_expressivity(deep(), x)
-    assert verdict.status == "deficient" and holds(verdict, deep(), x)[0]
+    verdict = tp.verify_expressivity(deep(), x, method=method)
+    assert verdict.status == "proved" and holds(verdict, deep(), x)[0]
+    assert verdict.distinct == len(x) - 1
     assert any("each sample alone" in text for text in verdict.assumptions)
     assert any("flushes none to zero" in text for text in verdict.assumptions)
-    assert "assumed: the network is a deterministic function of each sample" in str(verdict)
+    assert "the network is a deterministic function of each sample" in str(verdict)
     for fields in (
         {"assumptions": []},
-        {"assumptions": verdict.assumptions[:1]},
+        {"assumptions": verdict.assumptions[:-1]},
         {"culprits": [[2, 6]]},
+        {"repeated": [[2, 6]]},
+        {"repeated": []},
+        {"distinct": len(x)},
+        {"distinct": len(x), "repeated": [], "version": 1},
         {"explanation": ["samples 2, 6 have identical inputs"]},
         {"rank": 9},
         {"method": "dimension"},

@@ -93,7 +93,8 @@ def test_print_begins_with_the_lead(run):
     result, _, _ = run
     lines = str(result).split("\nrun completed")[0].splitlines()
     assert " ".join(lines) == result.lead and max(map(len, lines)) <= 100
-    assert result.lead.startswith("Completed: 3 epochs on all layers, then 3 on the last layer")
+    assert result.lead.startswith("The training loss is ")
+    assert "Completed: 3 epochs on all layers, then 3 on the last layer" in result.lead
     assert "proved at these weights" in result.lead and "after 3 steps." in result.lead
 
 
@@ -133,7 +134,7 @@ def test_notebooks_show_the_lead_and_fold_the_rest(run):
     result, x, _ = run
     shown = result._repr_html_()
     assert shown.startswith(f"<p>{result.lead}</p><details>")
-    assert str(result).split("\n", 4)[-1] in Balanced(shown).text
+    assert str(result).split("\nrun completed")[1] in Balanced(shown).text
     verdict = result.verdict
     verdict.reason = "n < 3 & <b>"
     shown = verdict._repr_html_()

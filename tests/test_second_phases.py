@@ -191,8 +191,8 @@ def test_audit():
     assert status(plain, "expressivity") == "not checked"
     assert status(run((x, y), second_phase="none")[1], "perturbation") == "failed"
     narrow = quiet(toy_mlp(width=20), epochs=4, tau=2, second_phase="gd")
-    with pytest.warns(UserWarning, match="m_H >= n fails"):
-        assert status(narrow.fit((x, y)), "m_H >= n") == "failed"
+    with pytest.warns(UserWarning, match="m_H >= N - 1 fails"):
+        assert status(narrow.fit((x, y)), "m_H >= N") == "failed"
     batch = quiet(toy_convnet(), batch_norm="batch").fit(toy_images(33))
     assert status(batch, "hidden layers frozen") == status(batch, "fixed features") == "failed"
 

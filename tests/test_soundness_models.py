@@ -14,7 +14,7 @@ from soundness_cases import CASES, Case
 from twophase_ext.expressivity.separation import separate
 from twophase_ext.expressivity.triangular import certify_triangular
 from twophase_ext.expressivity.witness import local_kinks, whiten
-from twophase_ext.model.inputs import identical_rows
+from twophase_ext.model.groups import groups_of, repeated
 
 USABLE = {
     name: case
@@ -38,10 +38,11 @@ def at_w(matrix: Tensor, method: str) -> tp.Verdict:
 def test_certificates_at_w_never_claim_too_much():
     found = []
     for name, case in USABLE.items():
-        n, verdict = len(case.matrix), at_w(case.matrix, "certificate")
-        if verdict.status == "proved" and case.rank < n:
-            found.append(f"{name}: proved, rank {case.rank} of {n}")
-        if verdict.status == "deficient" and case.rank == n:
+        verdict = at_w(case.matrix, "certificate")
+        distinct = int(groups_of(case.matrix.double()).max()) + 1
+        if verdict.distinct != distinct or (verdict.status == "proved" and case.rank < distinct):
+            found.append(f"{name}: proved, rank {case.rank} of {distinct}")
+        if verdict.status == "deficient" and case.rank == distinct:
             found.append(f"{name}: deficient, full rank")
         # One error bound for all rows: rows of extreme size need not be promoted to the function.
         sizes = case.matrix.double().abs().amax(1)
@@ -53,7 +54,7 @@ def test_certificates_at_w_never_claim_too_much():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["certificate", "separation"])
-def test_a_witness_is_never_claimed_for_equal_rows(method):
+def test_a_witness_is_claimed_for_the_distinct_rows_alone(method):
     proved = 0
     for case in USABLE.values():
         n, d = case.matrix.shape
@@ -61,8 +62,10 @@ def test_a_witness_is_never_claimed_for_equal_rows(method):
         model = nn.Sequential(wide, tp.nn.Softplus(), nn.Linear(n + 2, 1)).double()
         x = case.matrix.double()
         verdict = tp.verify_expressivity(model, x, w="witness", method=method)
-        equal = bool(identical_rows(x))
-        assert (verdict.status == "deficient") == equal, case.name
+        groups = groups_of(x)
+        distinct = int(groups.max()) + 1
+        assert (verdict.distinct, verdict.repeated) == (distinct, repeated(groups)), case.name
+        assert verdict.status != "deficient" and verdict.n == n
         proved += verdict.status == "proved"
     assert proved > 50
 
@@ -80,7 +83,7 @@ def test_separation_and_kinks_without_the_check_of_the_inputs():
     """Below verify_expressivity, equal rows reach the provers themselves."""
     for case in USABLE.values():
         z = case.matrix.double()
-        equal = bool(identical_rows(z))
+        equal = bool(repeated(groups_of(z)))
         error = torch.zeros(len(z), dtype=torch.float64)
         assert not (equal and separate(z, error).proved), case.name
         h, proved, sigma = kinked(case, 0.0)

@@ -85,9 +85,22 @@ def test_proved_over_rows(form):
 
 
 def test_equal_sequences_have_equal_rows():
-    model, ids, _ = encoder()
+    model, ids, labels = encoder()
     ids[7] = ids[2]
-    assert tp.verify_expressivity(model, ids, w="witness").status != "proved"
+    whole = tp.verify_expressivity(model, ids, w="witness")
+    assert (whole.status, whole.n, whole.distinct) == ("proved", N * T, (N - 1) * T)
+    assert whole.repeated == [[2, 7]]
+    counts = labels != -100
+    counts[2] = torch.tensor([True, False, False, True, False])
+    counts[7] = torch.tensor([True, True, False, False, False])
+    some = tp.verify_expressivity(model, ids, w="witness", rows=counts)
+    assert (some.status, some.n) == ("proved", int(counts.sum()))
+    assert some.distinct == some.n - 1  # of both, the first output counts
+    trainer = tp.Trainer(model, epochs=4, tau=2, second_phase="gd", **QUIET)
+    result = trainer.fit((ids, torch.where(counts, labels.clamp(min=0), -100)))
+    assert (result.verdict.n, result.verdict.distinct) == (some.n, some.distinct)
+    assert result.minimum.floor.distinct == some.distinct
+    assert all(point["loss"] <= point["bound"] for point in result.guarantee.curve)
 
 
 @pytest.mark.parametrize("form", ["last", "second", "dict"])

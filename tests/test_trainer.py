@@ -243,11 +243,11 @@ def test_random_transforms_are_not_cached():
 def test_model_without_a_wide_layer_is_warned_about():
     x, y = toy_data()
     model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
-    with pytest.warns(UserWarning, match="m_H >= n fails"):
+    with pytest.warns(UserWarning, match="m_H >= N - 1 fails"):
         result = quiet(model, verify="auto").fit((x, y))
     assert result.verdict.status == "deficient" and result.verdict.claim == "exists"
     with (
-        pytest.warns(UserWarning, match="m_H >= n fails"),
+        pytest.warns(UserWarning, match="m_H >= N - 1 fails"),
         pytest.raises(ValueError, match="needs a last hidden layer"),
     ):
         quiet(toy_linear_head(), feature_cache="backbone").fit((x, y))

@@ -38,7 +38,7 @@ def verify(
     recheck: str | None = None,
     progress: bool = True,
 ) -> int:
-    """Prove that [h_X, 1] has rank n for a model and data, and write a certificate.
+    """Prove that [h_X', 1] has rank N over the distinct inputs of a model, and write a certificate.
 
     Args:
         data_name: data set; read from TWOPHASE_DATA or downloaded.

@@ -205,6 +205,7 @@ FOREIGN = (
     *(
         b"!!python/object/apply:os.getpid []",
         b'{"schema": "twophase-verdict/1"}',
+        b'{"schema": "twophase-verdict/2"}',
         b'[["header"]]\n',
     ),
 )

@@ -36,7 +36,7 @@ NOISE = (1e-2, 3.0)  # relative, of the weights at which equal inputs have to gi
 class _Seen:
     """One batch as the model computes it: z into the wide layer, h into the last, its output.
 
-    x: its inputs; places: of all its rows those that count.
+    x: its inputs; places: of all its rows those that count; owners: whose these are.
     """
 
     z: Tensor | None
@@ -44,6 +44,7 @@ class _Seen:
     output: Tensor
     x: Tensor
     places: Tensor
+    owners: Tensor
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def require_agreement(
     with problem.own_model() as own, torch.enable_grad(), _constant(own):
         for index, seen in _passes(problem, own, problem.dtype, stage, shuffled=False, size=256):
             with torch.no_grad():
-                _compare_own(problem, own, expected(index), seen, index)
+                _compare_own(problem, own, expected(index), seen)
 
 
 def _require_copy(problem: Problem, expected: Reference | Stored, stage: Stage | None) -> None:
@@ -73,7 +74,7 @@ def _require_copy(problem: Problem, expected: Reference | Stored, stage: Stage |
             for index, seen in _passes(
                 problem, problem.model, torch.float64, stage, shuffled=True, size=size
             ):
-                _compare(problem, expected(index), seen, index, "float64")
+                _compare(problem, expected(index), seen, "float64")
 
 
 @torch.no_grad()
@@ -90,19 +91,15 @@ def require_free_wide_layer(problem: Problem, stage: Stage | None = None) -> Non
 
 
 @torch.no_grad()
-def require_equal_rows(problem: Problem, groups: list[list[int]]) -> None:
+def require_equal_rows(problem: Problem) -> None:
     """Raise Disagrees where equal inputs do not give equal rows of h at other weights, too.
 
     Their places in the batches are drawn, and the trainable weights moved: a model that adds
     something by position, or mixes the samples of a batch, has other rows.
     """
-    each = problem.network.last.rows
-    group = torch.full((problem.samples, each), -1, device="cpu")
-    for k, members in enumerate(groups):
-        group[torch.tensor(members, device="cpu")] = each * k + torch.arange(each, device="cpu")
-    group = group.flatten() if problem.kept is None else group.flatten()[problem.kept]
-    equal = torch.tensor([i for g in groups for i in g], device="cpu")
-    chosen = None if problem.compared == problem.samples else equal[: problem.compared]
+    data = problem.data
+    equal = torch.tensor([i for g in data.repeated for i in g], device="cpu")
+    chosen = None if problem.compared == data.n else equal[: problem.compared]
     tolerance = max(RELATIVE, OWN_EPS * problem.eps if problem.eps > 1e-15 else 0.0)
     for noise in NOISE:
         with _moved(problem, noise), _constant(problem.model):
@@ -111,31 +108,29 @@ def require_equal_rows(problem: Problem, groups: list[list[int]]) -> None:
                     problem, problem.model, torch.float64, None, shuffled=True, size=size,
                     chosen=chosen,
                 )  # fmt: skip
-                _require_equal(passes, group, tolerance)
+                _require_equal(passes, tolerance)
     with problem.own_model() as own, _constant(own):
         passes = _passes(problem, own, problem.dtype, None, shuffled=False, size=256, chosen=chosen)
-        _require_equal(passes, group, OWN_EPS * torch.finfo(problem.dtype).eps)
+        _require_equal(passes, OWN_EPS * torch.finfo(problem.dtype).eps)
 
 
-def _require_equal(passes: Iterator[tuple[Tensor, _Seen]], group: Tensor, tolerance: float) -> None:
+def _require_equal(passes: Iterator[tuple[Tensor, _Seen]], tolerance: float) -> None:
     first: dict[int, Tensor] = {}
     for index, seen in passes:
         for row, i in enumerate(index.tolist()):
-            k = int(group[i])
-            if k < 0:
-                continue
             h = seen.h[row]
-            other = first.setdefault(k, h)
+            other = first.setdefault(i, h)
             if not bool((h - other).norm() <= tolerance * (h.norm() + other.norm())):
                 raise Disagrees(
-                    f"sample {i} has an input equal to another one's, but not its row of h: "
+                    f"sample {int(seen.owners[row])} has an input equal to another one's, but not "
+                    "its row of h: "
                     "the model depends on a sample's place or on the others of its batch"
                 )
 
 
 def _sizes(problem: Problem) -> list[int]:
     """Of the batches of each pass: few samples come in several batches, and in one."""
-    n = problem.samples
+    n = problem.data.n
     small = [BATCH] if n > BATCH else [-(-3 * n // 8)]
     return small + ([n] if n * problem.inputs[0][0].numel() <= WHOLE else [])
 
@@ -155,20 +150,23 @@ def _passes(
     chosen: these alone.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    order = torch.randperm(problem.samples, generator=generator, device="cpu")[: problem.compared]
+    order = torch.randperm(problem.data.n, generator=generator, device="cpu")[: problem.compared]
     if chosen is not None:
         order = chosen[torch.randperm(len(chosen), generator=generator, device="cpu")]
     order = order if shuffled else order.sort().values
     for index in order.split(size):
-        x = problem.inputs_of(index)
-        rows, places = problem.rows_of(index)
+        x = problem.data.inputs_of(index)
+        rows, places = problem.data.rows_of(index)
         x = x.to(dtype) if x.is_floating_point() else x
-        yield rows, _observe(problem, model, x, places)
+        owners = index.repeat_interleave(problem.data.each)[places]
+        yield rows, _observe(problem, model, x, places, owners)
         if stage is not None:
             stage.advance(len(rows))
 
 
-def _observe(problem: Problem, model: nn.Module, x: Tensor, places: Tensor) -> _Seen:
+def _observe(
+    problem: Problem, model: nn.Module, x: Tensor, places: Tensor, owners: Tensor
+) -> _Seen:
     """Run the model as its owner does, and see what enters the wide and the last layer."""
     chain = problem.chain_in(model)
     caught: dict[int, Tensor] = {}
@@ -200,33 +198,32 @@ def _observe(problem: Problem, model: nn.Module, x: Tensor, places: Tensor) -> _
         h = rows_into(model, [chain[-1]], x)
         caught[0] = h if len(chain) == 1 else rows_into(model, chain, x)
     z = caught[0] if len(chain) > 1 else None
-    if not len(h) == len(output) == problem.network.last.rows * len(x):
+    if not len(h) == len(output) == problem.data.each * len(x):
         raise Disagrees(
             f"the model gives {len(output)} outputs of {len(h)} rows of features for {len(x)} "
             "samples"
         )
-    return _Seen(None if z is None else z[places], h[places], output[places], x, places)
+    z = None if z is None else z[places]
+    return _Seen(z, h[places], output[places], x, places, owners)
 
 
-def _compare(problem: Problem, expected: Expected, seen: _Seen, index: Tensor, what: str) -> None:
+def _compare(problem: Problem, expected: Expected, seen: _Seen, what: str) -> None:
     for name, value, allowed, own in (
         ("the wide layer's input", expected.z, expected.z_allowed, seen.z),
         ("h", expected.h, expected.h_allowed, seen.h),
     ):
         if value is not None and allowed is not None:
-            _require_close(name, own, value, allowed, index, what)
+            _require_close(name, own, value, allowed, seen.owners, what)
     last = problem.last
     weight, bias = last.weight, last.bias
     outputs = F.linear(seen.h, weight, bias)
     shift = 0.0 if bias is None else frobenius_upper(bias)
     sizes = frobenius_upper(weight) * seen.h.norm(dim=1) + shift
     allowed = ERRORS * gamma(weight.shape[1] + 2) * sizes
-    _require_close("its output", seen.output, outputs, allowed, index, what)
+    _require_close("its output", seen.output, outputs, allowed, seen.owners, what)
 
 
-def _compare_own(
-    problem: Problem, own: nn.Module, expected: Expected, seen: _Seen, index: Tensor
-) -> None:
+def _compare_own(problem: Problem, own: nn.Module, expected: Expected, seen: _Seen) -> None:
     """As far as the model's own precision goes: is the float64 copy the same function?
 
     And is what torch.compile made of it, where the user's model is compiled?
@@ -238,15 +235,13 @@ def _compare_own(
     shift = 0.0 if last.bias is None else frobenius_upper(last.bias.double())
     sizes = frobenius_upper(last.weight.double()) * seen.h.double().norm(dim=1) + shift
     outputs = F.linear(seen.h, last.weight, last.bias).double()
-    _require_close("its output", seen.output, outputs, relative * sizes, index, what)
+    _require_close("its output", seen.output, outputs, relative * sizes, seen.owners, what)
     if compiled(problem.network.model):
-        _compare_compiled(problem, last, seen, index, relative)
-    _compare_features(expected, seen, index, relative, what)
+        _compare_compiled(problem, last, seen, relative)
+    _compare_features(expected, seen, relative, what)
 
 
-def _compare_compiled(
-    problem: Problem, last: nn.Linear, seen: _Seen, index: Tensor, relative: float
-) -> None:
+def _compare_compiled(problem: Problem, last: nn.Linear, seen: _Seen, relative: float) -> None:
     """The model as torch.compile compiled it, under weights of the last layer that hide nothing."""
     with drawn(list(last.parameters(recurse=False)), 1.0):
         try:
@@ -257,12 +252,10 @@ def _compare_compiled(
         shift = 0.0 if last.bias is None else frobenius_upper(last.bias.double())
         sizes = frobenius_upper(last.weight.double()) * seen.h.double().norm(dim=1) + shift
     what = f"the model as torch.compile compiled it ({problem.dtype})"
-    _require_close("its output", output, outputs, relative * sizes, index, what)
+    _require_close("its output", output, outputs, relative * sizes, seen.owners, what)
 
 
-def _compare_features(
-    expected: Expected, seen: _Seen, index: Tensor, relative: float, what: str
-) -> None:
+def _compare_features(expected: Expected, seen: _Seen, relative: float, what: str) -> None:
     for name, value, given in (
         ("the wide layer's input", expected.z, seen.z),
         ("h", expected.h, seen.h),
@@ -270,11 +263,11 @@ def _compare_features(
         if value is not None:
             size = expected.size if name == "h" else value.norm(dim=1)
             allowed = relative * (size + value.norm(dim=1).mean())
-            _require_close(name, given, value, allowed, index, what)
+            _require_close(name, given, value, allowed, seen.owners, what)
 
 
 def _require_close(
-    name: str, own: Tensor | None, value: Tensor, allowed: Tensor, index: Tensor, what: str
+    name: str, own: Tensor | None, value: Tensor, allowed: Tensor, owners: Tensor, what: str
 ) -> None:
     if own is None or own.shape != value.shape:
         got = None if own is None else tuple(own.shape)
@@ -286,7 +279,7 @@ def _require_close(
     if bool(bad.any()):
         k = int(bad.nonzero()[0])
         raise Disagrees(
-            f"what the model computes is not what was bounded: {name} of row {int(index[k])} "
+            f"what the model computes is not what was bounded: {name} of sample {int(owners[k])} "
             f"is {float(apart[k]):.2g} from it where rounding allows {float(allowed[k]):.2g} "
             f"({what}); "
             "hooks, replaced forwards, values that depend on other samples of the batch, "

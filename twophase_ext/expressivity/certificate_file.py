@@ -8,19 +8,23 @@ from typing import Any
 
 from ..core.files import write_json
 
-SCHEMA = "twophase-verdict/1"
+SCHEMA = "twophase-verdict/"
+VERSION = 2
+# Files of version 1 know no distinct inputs: their condition is rank n over all samples.
+SINCE_2 = ("distinct", "repeated", "disagreeing")
 # Numbers that JSON has no word for.
 _WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 def write(path: Path, fields: dict[str, Any]) -> None:
-    """Write the fields with the schema's name and a checksum over both, atomically."""
-    body = {"schema": SCHEMA, **_plain(fields)}
+    """Write the fields with the schema's name, of their version, and a checksum, atomically."""
+    rest = {k: v for k, v in fields.items() if fields["version"] > 1 or k not in SINCE_2}
+    body = {"schema": f"{SCHEMA}{rest.pop('version')}", **_plain(rest)}
     write_json(path, {**body, "checksum": _checksum(body)})
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The fields; ValueError with the reason where it is not such a file, or has been edited."""
+    """The fields, with their version; ValueError where it is no such file, or has been edited."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(data, dict):
@@ -30,12 +34,13 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"path: {path} is not a verdict file: {error}") from error
     if not isinstance(data, dict) or not str(data.get("schema", "")).startswith("twophase-verdict"):
         raise ValueError(f"path: {path} is not a verdict file")
-    if data["schema"] != SCHEMA:
-        raise ValueError(f"path: {path} has schema {data['schema']!r}, expected {SCHEMA}")
+    schema = data.pop("schema")
+    known = {f"{SCHEMA}{version}": version for version in range(1, VERSION + 1)}
+    if schema not in known:
+        raise ValueError(f"path: {path} has schema {schema!r}, expected one of {', '.join(known)}")
     if not intact:
         raise ValueError(f"path: {path} has been changed since it was written (checksum)")
-    del data["schema"]
-    return _numbers(data)
+    return {**_numbers(data), "version": known[schema]}
 
 
 def _checksum(body: dict[str, Any]) -> str:

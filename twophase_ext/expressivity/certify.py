@@ -125,6 +125,7 @@ def certify_witness(
                 kinks.order,
                 problem.beta,
                 advance=_counter(stage, 2 * n * d),
+                names=problem.data.names,
             )
         constants |= {
             "inverse_norm": proof.inverse_norm,
@@ -148,7 +149,7 @@ def certify_witness(
             )
         reason = f"triangular: {proof.reason}"
         if proof.offending is not None:
-            groups = find_culprits(z, error)
+            groups = find_culprits(z, error, names=problem.data.names)
             evidence = evidence.but(
                 culprits=[sorted(c.samples) for c in groups] or [sorted(proof.offending)],
                 explanation=describe(groups),
@@ -167,6 +168,7 @@ def certify_witness(
         stages=stages,
         constants=constants,
         assumptions=found.assumptions,
+        names=problem.data.names,
     )
     if dense.status == "proved":
         _load_witness(problem, weight, bias)
@@ -209,6 +211,7 @@ def certify_given(
         stages=stages,
         constants=constants,
         assumptions=found.assumptions,
+        names=problem.data.names,
     )
 
 
@@ -222,12 +225,14 @@ def certify_matrix(
     constants: dict[str, Any],
     assumptions: list[str],
     gram: GramCertificate | None = None,
+    names: Tensor | None = None,
 ) -> Evidence:
     """What is found of M from a source: Gram + Cholesky, preconditioned where that is too weak.
 
     gram: what was proved of M elsewhere, such as over MPI ranks (`certify_distributed`).
     spread: upper bound of the stored features' error before softplus is evaluated (in the Frobenius
-    norm), None where there is none: then no promotion, and "full rank" at best.
+    norm), None where there is none: then no promotion, and "full rank" at best. names: as of
+    `find_culprits`.
     """
     n, columns = source.n, source.columns
     sigma, used, lower, estimate, size = 0.0, "", None, None, None
@@ -297,7 +302,7 @@ def certify_matrix(
             reason=f"the stored features have sigma_min >= {bound_text(sigma)} (certified), "
             f"which {why} does not let carry over to the exact function",
         )
-    groups = _dependent_rows(source)
+    groups = _dependent_rows(source, names)
     return found.but(
         reason="; ".join(tried),
         culprits=[c.samples for c in groups],
@@ -316,10 +321,11 @@ def _finite(bound: float) -> float | None:
     return bound if math.isfinite(bound) else None
 
 
-def _dependent_rows(source: Source) -> list[Culprit]:
+def _dependent_rows(source: Source, names: Tensor | None) -> list[Culprit]:
     """The rows of M that depend on others; none where M is not finite or too large."""
     try:
-        return find_culprits(torch.arange(source.n), None, lambda: _whole(source))
+        rows = torch.arange(source.n)
+        return find_culprits(rows, None, lambda: _whole(source), names=names)
     except (ValueError, MemoryError, RuntimeError):
         return []  # a diagnosis that fails takes no verdict with it
 

@@ -1,13 +1,13 @@
 """Which samples make the rank of [h_X, 1] fall: a diagnosis in float64, no proof.
 
-Three ways, most telling first. Identical inputs. Inputs closer than the error bounds of their
-features: no computation at this precision tells them apart. Rows of M that depend on others: a
+Three ways, most telling first. Identical features. Features closer than their error bounds:
+no computation at this precision tells them apart. Rows of M that depend on others: a
 Cholesky factorization of the Gram matrix with diagonal pivoting (of rows scaled to length 1) takes
 the row farthest from the span of those taken before; the rows left over lie in that span.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.arrays import require_finite
 from ..linalg.bounds import UNIT_ROUNDOFF
-from ..model.inputs import identical_rows
+from ..model.groups import groups_of, repeated
 
 LARGEST = 5000  # samples whose Gram matrix is formed
 MAX_PAIRS = 1 << 20  # distances of near-duplicates computed
@@ -48,6 +48,7 @@ def find_culprits(
     *,
     tolerance: float | None = None,
     limit: int = 100,
+    names: Tensor | None = None,
 ) -> list[Culprit]:
     """Identical, near-identical and dependent samples, in this order.
 
@@ -58,14 +59,15 @@ def find_culprits(
     or a function that makes it, called only if M is used: for at most LARGEST samples, one of each
     group found before. Its dependent rows are those within `tolerance` (at least, and by default,
     what rounding of the Gram matrix hides: 2 sqrt((n + p) u)) of the span of the others, all rows
-    scaled to length 1. limit: groups of each kind returned.
+    scaled to length 1. limit: groups of each kind returned. names [n]: the samples' numbers, by
+    default 0 to n - 1.
 
     Raises ValueError where z or M hold NaN or infinity, or the lengths differ.
     """
     n = len(z)
     z = z.detach().flatten(1) if z.dim() > 1 else z.detach()[:, None]
     require_finite(z, "z", "input")
-    groups = identical_rows(z.cpu())
+    groups = repeated(groups_of(z))
     found = [Culprit("identical", group, 0.0) for group in groups[:limit]]
     copies = {i for group in groups for i in group[1:]}
     if error is not None:
@@ -80,14 +82,16 @@ def find_culprits(
         _require_length(m, n, "matrix")
         require_finite(m, "matrix", "row")
         found += _dependent(m.detach(), others.to(m.device), tolerance, limit)
-    return found
+    if names is None:
+        return found
+    return [replace(c, samples=names[c.samples].tolist()) for c in found]
 
 
 def describe(culprits: list[Culprit], limit: int = 5) -> list[str]:
     """One line of text for each of the first `limit` groups of each kind, and how many more."""
     lines = []
     for kind, plural in (
-        ("identical", "groups of identical samples"),
+        ("identical", "groups of samples with identical features"),
         ("near-identical", "groups of samples that rounding cannot tell apart"),
         ("dependent", "samples that depend on others"),
     ):
@@ -103,7 +107,7 @@ def _line(c: Culprit) -> str:
     if len(c.samples) > SHOWN:
         names += f" and {len(c.samples) - SHOWN} more"
     if c.kind == "identical":
-        return f"samples {names} are identical"
+        return f"samples {names} have identical features"
     if c.kind == "near-identical":
         return (
             f"samples {names} are closer than the error of their features allows to tell apart "

@@ -74,10 +74,10 @@ class Reference:
 
 
 class Stored:
-    """Features that were computed without bounds, in index order: the model gives them again."""
+    """Features that were computed without bounds: the model gives them again."""
 
     def __init__(self, h: Tensor, eps: float) -> None:
-        """h [n, m_H]; eps: of the coarsest precision within the model."""
+        """h [N, m_H], of the distinct inputs; eps: of the coarsest precision within the model."""
         self.h = h
         self.relative = max(RELATIVE, OWN_EPS * eps if eps > 1e-15 else 0.0)
         self.mean = float(h.norm(dim=1).mean())

@@ -82,15 +82,16 @@ class Attempt:
             with self._compared(4) as stage:
                 require_free_wide_layer(problem, stage)
             return found.but(status="proved", witness=dict(problem.changes))
-        groups = find_culprits(features.z, features.error)
-        pairs = [sorted((i, j)) for i, j, _, _ in separation.closest]
+        names = problem.data.names
+        groups = find_culprits(features.z, features.error, names=names)
+        closest = [(*names[[i, j]].tolist(), *far) for i, j, *far in separation.closest]
         return found.but(
             reason="these backbone features are not apart beyond their error bounds",
-            culprits=[sorted(c.samples) for c in groups] or pairs,
+            culprits=[sorted(c.samples) for c in groups] or [sorted(pair[:2]) for pair in closest],
             explanation=describe(groups)
             or [
                 f"samples {i} and {j}: distance {distance:.2e}, needed {needed:.2e}"
-                for i, j, distance, needed in separation.closest[:5]
+                for i, j, distance, needed in closest[:5]
             ],
         )
 
@@ -147,6 +148,7 @@ class Attempt:
                 None,
                 constants={"unbounded": str(error)},
                 assumptions=[],
+                names=problem.data.names,
                 **arguments,
             )
         claim = "exists" if self.w == "init" else "at w"
@@ -179,7 +181,7 @@ class Attempt:
         )
         if rank == problem.n:
             return found.but(status="full rank")
-        groups = find_culprits(matrix, None, matrix)
+        groups = find_culprits(matrix, None, matrix, names=problem.data.names)
         return found.but(
             reason="numerically low rank, which is no proof of a low one",
             culprits=[c.samples for c in groups],

@@ -12,7 +12,7 @@ from .evidence import Evidence
 
 STATUSES = ("proved", "full rank", "deficient", "undecided")
 # What makes equal inputs equal rows of h_X, for every w.
-IDENTICAL_INPUTS = (
+EQUAL_INPUTS = (
     "the network is a deterministic function of each sample alone, whatever its place in the batch",
     "inputs are equal as stored numbers: their comparison flushes none to zero",
 )
@@ -25,6 +25,9 @@ class Outcome(Evidence):
     """
 
     n: int
+    distinct: int = 0
+    repeated: list[list[int]] = field(default_factory=list)
+    disagreeing: int | None = None
     width: int
     batch_norm: str = "frozen"
     seconds: float = 0.0
@@ -38,11 +41,18 @@ class Outcome(Evidence):
     hashes: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
+    version: int = certificate_file.VERSION
+
+    def __post_init__(self) -> None:
+        """N = n where no other number is given."""
+        if self.distinct == 0:
+            self.distinct = self.n
 
     @property
     def summary(self) -> str:
         """The status and of which weights, in a few words."""
-        where = "at these weights" if self.claim == "at w" else "for some weights (Assumption 1)"
+        assumption = "Assumption 1" if self.distinct == self.n else "Assumption 1'"
+        where = "at these weights" if self.claim == "at w" else f"for some weights ({assumption})"
         if self.status == "deficient":
             where = "for all weights (proved)"
         elif self.status == "full rank":
@@ -56,11 +66,19 @@ class Outcome(Evidence):
 
     def __str__(self) -> str:
         """An explanation for a person."""
-        matrix = "[h_X, 1]" if self.bias else "h_X"
+        same = self.distinct == self.n
+        inputs = "X" if same else "X'"
+        matrix = f"[h_{inputs}, 1]" if self.bias else f"h_{inputs}"
+        rank = f"n = {self.n}" if same else f"N = {self.distinct} distinct inputs of n = {self.n}"
         lines = [
-            f"expressivity condition, rank {matrix} = n = {self.n} (m_H = {self.width}): "
-            f"{self.summary}"
+            f"expressivity condition, rank {matrix} = {rank} (m_H = {self.width}): {self.summary}"
         ]
+        if self.repeated:
+            groups = len(self.repeated)
+            line = f"  {groups} {'group' if groups == 1 else 'groups'} of repeated inputs"
+            if self.disagreeing is not None:
+                line += f", {self.disagreeing} with targets that disagree"
+            lines += [line, *(f"  {text}" for text in named(self.repeated, "have equal inputs"))]
         if self.reason:
             lines.append(f"  {self.reason}")
         if self.sigma_min_lower is not None:
@@ -78,7 +96,7 @@ class Outcome(Evidence):
                 "" if self.sigma_min is None else f", smallest singular value {self.sigma_min:.3e}"
             )
             shown += "" if self.condition is None else f", condition {self.condition:.1e}"
-            lines.append(f"  rank {self.rank} of {self.n} counted in {self.dtype}{shown}")
+            lines.append(f"  rank {self.rank} of {self.distinct} counted in {self.dtype}{shown}")
         if self.logabsdet is not None:
             lines.append(f"  log det of the Gram matrix: {self.logabsdet:.6g} (estimate)")
         lines += [f"  {line}" for line in self.explanation]
@@ -118,6 +136,12 @@ class Outcome(Evidence):
             if not _is(value, kind):
                 return f"{name} is of type {type(value).__name__}, expected {_name(kind)}"
         return ""
+
+
+def named(groups: list[list[int]], what: str) -> list[str]:
+    """A line for each of the first groups of samples."""
+    lines = [f"samples {', '.join(map(str, group[:8]))} {what}" for group in groups[:5]]
+    return lines + ([f"... and {len(groups) - 5} more such groups"] if len(groups) > 5 else [])
 
 
 def _name(kind: Any) -> str:

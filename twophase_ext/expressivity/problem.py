@@ -1,4 +1,4 @@
-"""What is verified: a network, its inputs in index order, and the weights asked for."""
+"""What is verified: a network, its distinct inputs, and the weights asked for."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -25,6 +25,7 @@ from ..model.layers import wide_chain
 from ..model.network import Network
 from ..model.probing import copy_model, eager, input_of, rows_into, untouched, unwrap
 from .bounded import BoundedFeatures, Unbounded
+from .distinct import Inputs
 from .running.features import bounded_features
 
 CHUNK = 8192  # samples
@@ -35,24 +36,22 @@ OPERATIONS = 5e12  # of a pass of the model over all samples; beyond it over a r
 class Problem:
     """A float64 copy of the network in evaluation mode; the user's model is never touched.
 
-    inputs: batches [b, ...] as the model is fed, exact. n: rows of M, of each sample
-    `network.last.rows`, or of these `kept` alone (ascending numbers). ones: whether M has the
-    column 1. changes: entries of the state dict (the model's dtype) that differ from the user's.
+    data: the inputs of all samples. inputs: batches [b, ...] of the n distinct ones, exact, as the
+    model is fed; M has n rows, those of these inputs that count. ones: whether M has the column 1.
+    changes: entries of the state dict (the model's dtype) that differ from the user's model.
     damped: whether `choose_backbone` (backbone.py) has put another backbone in.
     """
 
     network: Network
-    inputs: list[Tensor]
-    n: int
+    data: Inputs
     ones: bool
-    kept: Tensor | None = None
     changes: dict[str, Tensor] = field(default_factory=dict)
     damped: bool = False
     bounded: BoundedFeatures | None = None  # of all samples, as `features` found them last
 
     def __post_init__(self) -> None:
         """Copy the model; Unbounded where that fails, or where the copy does not run in float64."""
-        self.samples = sum(map(len, self.inputs))
+        self.inputs, self.n = self.data.representatives, self.data.distinct
         self.source = unwrap(self.network.model)
         self._names = {module: name for name, module in self.source.named_modules()}
         self.dtype = first_parameter(self.source).dtype
@@ -100,7 +99,7 @@ class Problem:
         with torch.enable_grad(), eager(), FlopCounterMode(display=False) as counter:
             self.model(x)
         affordable = int(OPERATIONS * len(x) // max(counter.get_total_flops(), 1))
-        return max(min(self.samples, affordable), 1)
+        return max(min(self.data.n, affordable), 1)
 
     def _twin(self, module: nn.Module) -> nn.Linear:
         return dict(self.model.named_modules())[self._names[module]]  # type: ignore[return-value]
@@ -199,23 +198,6 @@ class Problem:
                 state[name].data.copy_(value)  # no version moves: a graph of the user's stays whole
             yield self.source
 
-    def rows_of(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(their numbers in M, their places in a batch's output) of the rows of samples `index`."""
-        each = self.network.last.rows
-        rows = (index[:, None] * each + torch.arange(each, device="cpu")).flatten()
-        if self.kept is None:
-            return rows, torch.arange(len(rows), device="cpu")
-        place = torch.searchsorted(self.kept, rows).clamp_(max=len(self.kept) - 1)
-        counts = self.kept[place] == rows
-        return place[counts], counts.nonzero()[:, 0]
-
-    def inputs_of(self, index: Tensor) -> Tensor:
-        """The inputs of the samples `index`, as the model is fed."""
-        starts = torch.tensor([0, *(len(x) for x in self.inputs)], device="cpu").cumsum(0)
-        batch = torch.bucketize(index, starts[1:], right=True)
-        rows = [self.inputs[int(b)][int(i - starts[b])] for b, i in zip(batch, index, strict=True)]
-        return torch.stack(rows)
-
     def load(self, changes: dict[str, Tensor]) -> None:
         """Change weights of the copy; names as in the model's own state dict."""
         state = self.model.state_dict()
@@ -257,8 +239,8 @@ class Problem:
         self.load({name: p.detach() for name, p in fresh.named_parameters() if name in free})
 
     def batches(self, count: int | None = None) -> list[Tensor]:
-        """The first `count` inputs (all by default) in float64."""
-        parts, left = [], self.samples if count is None else count
+        """The first `count` distinct inputs (all by default) in float64."""
+        parts, left = [], len(self.data.first) if count is None else count
         for x in self.inputs:
             if left <= 0:
                 break
@@ -287,9 +269,9 @@ class Problem:
                     parts.append(self._kept(stop, chunk, stage, folder))
                     chunk = []
         z, error = (torch.cat([getattr(part, k) for part in parts]) for k in ("z", "error"))
-        if self.kept is not None:
-            kept = self.kept[: int((self.kept < len(z)).sum())]
-            z, error = z[kept], error[kept]
+        if (places := self.data.places) is not None:
+            places = places[places < len(z)]
+            z, error = z[places], error[places]
         found = BoundedFeatures(
             z,
             error,
@@ -338,7 +320,7 @@ class Problem:
         (The values are compared with the model on every sample before a proof: agreement.py.)
         """
         k = draw % len(batches)
-        each = self.network.last.rows
+        each = self.data.each
         start = each * sum(map(len, batches[:k]))
         rows = slice(start, start + each * len(batches[k]))
         now = self._bounded(stop, [batches[k]])
@@ -360,8 +342,9 @@ class Problem:
         for x in self.batches():
             with eager():
                 rows = rows_into(self.model, [self.last], x).flatten(1)
-            if self.kept is not None:
-                rows = rows[self.rows_of(torch.arange(seen, seen + len(x), device="cpu"))[1]]
+            if (places := self.data.places) is not None:
+                own = places - seen * self.data.each
+                rows = rows[own[(own >= 0) & (own < len(rows))]]
             h = rows.new_empty(self.n, rows.shape[1]) if h is None else h
             h[done : done + len(rows)] = rows
             done, seen = done + len(rows), seen + len(x)

@@ -9,16 +9,20 @@ from torch import nn
 
 from ..linalg.bounds import bound_text
 from .attempts import failure
+from .certificate_file import VERSION
 from .outcome import Outcome
 from .verify import FACTORIZATIONS, METHODS, hashes_of, verify_model
 
 # Of the machine and of the run; `witness` is not in a file and is made again.
-NOT_COMPARED = ("seconds", "peak_bytes", "stages", "environment", "source", "witness")
+# `disagreeing` counts targets, which a recheck is not given.
+NOT_COMPARED = (
+    *("seconds", "peak_bytes", "stages", "environment", "source", "witness", "disagreeing"),
+)
 # Entries of constants["gram"] that memory and rounding choose; they change no bound's meaning.
 SCHEDULE = ("storage", "tile", "panel", "passes", "attempts", "failed_pivot", "lambda_estimates")
 EQUAL = (
-    *("status", "claim", "method", "factorization", "n", "width", "bias", "batch_norm"),
-    *("dtype", "w", "seed", "last_layer"),
+    *("status", "claim", "method", "factorization", "n", "distinct", "width", "bias"),
+    *("batch_norm", "dtype", "w", "seed", "last_layer", "version"),
 )
 # A shift is an estimate, half of lambda_min as a rule and never as much: a thousandth of the bound
 # stays below the truth. Other bounds may be as tight as rounding allows.
@@ -45,6 +49,8 @@ def recheck(
             )
         if wrong := verdict.wrong_type():
             return False, wrong
+        if not 1 <= verdict.version <= VERSION:
+            return False, f"version: {verdict.version} is no version of a verdict"
         reason, again = _compare(verdict, model, x, folder, rows)
     except Exception as error:  # the model may do anything, and so may who wrote the fields
         return False, f"it cannot be proved again: {failure(error)}"
@@ -70,6 +76,7 @@ def _compare(
         "seed": verdict.seed,
         "folder": folder,
         "rows": rows,
+        "version": verdict.version,
     }
     # what makes a verdict deficient is looked for first, whatever the method
     method = verdict.method if verdict.status == "proved" else "separation"
@@ -112,7 +119,7 @@ def _bounds(verdict: Outcome, again: Outcome) -> str:
     share = SHARE.get(again.factorization, DEFAULT_SHARE)
     error = again.feature_error or 0.0
     margin = again.margin or 0.0
-    lost = 2 * math.sqrt(again.n) / (margin - 1) if margin > 1 else 0.0  # of log det
+    lost = 2 * math.sqrt(again.distinct) / (margin - 1) if margin > 1 else 0.0  # of log det
     slack = {
         "sigma_min_lower": share * abs(again.sigma_min_lower or 0.0) + OF_ERROR * error,
         "logabsdet_lower": share + 1e-9 * abs(again.logabsdet_lower or 0.0) + OF_ERROR * lost,
@@ -162,20 +169,22 @@ def _estimates(verdict: Outcome, counted: Outcome) -> str:
         if not _close(getattr(verdict, name), getattr(counted, name), ESTIMATES + hidden):
             return _differ(name, getattr(verdict, name), getattr(counted, name))
     written, proved = verdict.logabsdet, counted.logabsdet
-    allowed = ESTIMATES + 2 * counted.n * min(hidden, 1.0) / (1 + abs(proved or 0.0))
+    allowed = ESTIMATES + 2 * counted.distinct * min(hidden, 1.0) / (1 + abs(proved or 0.0))
     return "" if _close(written, proved, allowed, 1.0) else _differ("logabsdet", written, proved)
 
 
 def _texts(verdict: Outcome, again: Outcome) -> str:
     """What the verdict says in words, and the samples that it names."""
     planned = NOT_COMPUTED.fullmatch(verdict.reason)
-    sizes = (str(again.n), str(again.width + again.bias))
+    sizes = (str(again.distinct), str(again.width + again.bias))
     if verdict.reason != again.reason and not (planned and planned.groups() == sizes):
         return _differ("reason", verdict.reason, again.reason)
     if sorted(verdict.assumptions) != sorted(again.assumptions):
         return _differ("assumptions", verdict.assumptions, again.assumptions)
-    if sorted(map(sorted, verdict.culprits)) != sorted(map(sorted, again.culprits)):
-        return _differ("culprits", verdict.culprits, again.culprits)
+    for name in ("culprits", "repeated"):
+        written, found = getattr(verdict, name), getattr(again, name)
+        if sorted(map(sorted, written)) != sorted(map(sorted, found)):
+            return _differ(name, written, found)
     same = len(verdict.explanation) == len(again.explanation)
     if not same or not all(map(_same_text, verdict.explanation, again.explanation)):
         return _differ("explanation", verdict.explanation, again.explanation)

@@ -82,17 +82,20 @@ def certify_triangular(
     beta: float,
     *,
     advance: Say = lambda _: None,
+    names: Tensor | None = None,
 ) -> TriangularCertificate:
     """The certificate of this page for h = softplus_beta(z weight^T + bias).
 
     z [n, d] float64: computed features, error [n]: bounds of ||z_i - exact z_i||_2 (float64).
     weight [n, d], bias [n]: float64, exact; neuron j belongs to sample order[j] (int64 [n]).
+    names [n]: the samples' numbers in what is said of them, by default 0 to n - 1.
     Time 2 n^2 d operations, memory n * BLOCK numbers and L. Assumed: products of float64 matrices
     in any order of plain operations, rounding to nearest; softplus within 8u|h| + 8u/beta.
     """
     started = time.perf_counter()
     n, d = z.shape
     z, error = z.index_select(0, order), error.index_select(0, order)
+    names = order if names is None else names[order.to(names.device)]
     # softplus(t) <= exp(beta t) / beta
     cut = math.log(SHARPEST * beta / n) / beta
     rest = n * math.exp(beta * cut) / beta * (1 + 1e-9)
@@ -109,7 +112,7 @@ def certify_triangular(
         upper = rows < columns + start
         if bool(upper.any()):
             k = int(upper.nonzero()[0, 0])
-            offending = (int(order[rows[k]]), int(order[columns[k] + start]))
+            offending = (int(names[int(rows[k])]), int(names[int(columns[k]) + start]))
             break
         keep = rows > columns + start
         rows, columns = rows[keep], columns[keep]
@@ -145,7 +148,7 @@ def certify_triangular(
     if entries > MAX_ENTRIES:
         return result(f"more than {MAX_ENTRIES} non-zeros below the diagonal")
     if not bool((diagonal > 0).all()):
-        own = int(order[int((~(diagonal > 0)).nonzero()[0, 0])])
+        own = int(names[int((~(diagonal > 0)).nonzero()[0, 0])])
         return result(f"the neuron of sample {own} is off at its own sample")
     rows, columns, values = (torch.cat(part) for part in zip(*parts, strict=True))
     diagonal, values = softplus(diagonal, beta), softplus(values, beta)

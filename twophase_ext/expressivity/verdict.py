@@ -17,13 +17,16 @@ class Verdict(Outcome):
     """The outcome of `verify_expressivity`.
 
     status: "proved"; "full rank" (numerically, or certified for the stored matrix only: not a
-    proof); "deficient" (proved: identical inputs, or n > m_H + 1); "undecided" (a numerically low
-    rank, or no method that fits).
+    proof); "deficient" (proved: N > m_H + 1); "undecided" (a numerically low rank, or no method
+    that fits).
     claim: "exists" (some w has full rank: Assumption 1) or "at w" (this very w).
+    n: samples. distinct = N: distinct inputs X' among them, compared by content as the model is
+    fed; repeated: the groups of more than one sample; disagreeing: how many of these have targets
+    that are not all equal, None where no targets were given.
     method: "separation", "certificate", "svd", or what proved a deficiency. factorization: the
     certificate's: "triangular", "gram" or "preconditioned".
-    n, width = m_H; the matrix is M = [h_X, 1], n x (width + 1); bias: whether the last layer has a
-    trainable bias; without one there is no column of ones and the matrix is h_X alone.
+    width = m_H; the matrix is M = [h_X', 1], N x (width + 1); bias: whether the last layer has a
+    trainable bias; without one there is no column of ones and the matrix is h_X' alone.
 
     Proved, of the exact function (real arithmetic on the stored weights and inputs), rounded down:
     sigma_min_lower <= sigma_min(M), logabsdet_lower <= log det(M M^T); margin: the certified lower
@@ -32,13 +35,15 @@ class Verdict(Outcome):
     of the largest error of one sample's backbone features).
     Estimated in float64, not proved: rank, sigma_min, condition, logabsdet = log det(M M^T).
 
-    culprits: groups of sample indices that keep the rank from being n, or from being proved;
+    culprits: groups of sample indices that keep the rank from being N, or from being proved;
     explanation: the same in words. dtype: the arithmetic used; batch_norm: the family of networks
     meant ("frozen": the running statistics are constants). w, seed: whose weights; witness: their
     state, loadable by model.load_state_dict(verdict.witness, strict=False), not saved to the file.
     assumptions, constants: what the proof takes for granted, and its numbers. hashes: SHA-256 of
     data and hidden layers. stages: name, seconds, flops of each. peak_bytes: the process's largest
-    memory. source: how to build model and data again (the command line's).
+    memory. source: how to build model and data again (the command line's). version: of the
+    certificate file's form; the condition of version 1 is rank n over all samples, and distinct is
+    n there.
     """
 
     @classmethod
@@ -84,7 +89,10 @@ def verify_expressivity(
     rows: Any = None,
     progress: bool = False,
 ) -> Verdict:
-    """Whether [h_X^(H)(w), 1_n] has rank n: Assumption 1, or that this very w fulfils it.
+    """Whether [h_X'^(H)(w), 1] has rank N for the N distinct inputs X' among the n of x.
+
+    That is what Theorem 1 needs of Assumption 1 (docs/theory.md): equal inputs have equal rows for
+    every w, and the loss over a group of them is one convex function of one output.
 
     x: the n training inputs (tensor or array; uint8 becomes k / 255 in the model's dtype), or a
     dict or tuple of them for a model of several inputs; of its outputs the logits count. Where the
@@ -96,7 +104,7 @@ def verify_expressivity(
     w: "current", the model's weights; "init", its default initialisation under `seed` (the paper's
     procedure); "witness", weights of the wide layer made for the proof (witness.py).
     method:
-    - "separation": some w exists, as distinct backbone features suffice where m_H >= n - 1
+    - "separation": some w exists, as distinct backbone features suffice where m_H >= N - 1
       (NUMERICS: Pinkus 1999 and others). O(n d + n log n) after the backbone features.
     - "certificate": a proved lower bound of sigma_min([h_X, 1]) and of log det, for the exact
       function (Rump, BIT 46, 2006). factorization: "triangular" (w="witness", O(n^2 d)), "gram"
@@ -105,8 +113,8 @@ def verify_expressivity(
     - "svd": singular values above max(n, p) eps sigma_max (numpy.linalg.matrix_rank's rule).
     - "auto": separation, then what says more at this w where it fits into memory and time; the
       plan is printed before it starts.
-    Identical inputs and n > m_H + 1 come first: they prove that no weights at all have rank n. A
-    last layer without a trainable bias has no use for the column 1: then h_X alone counts.
+    N > m_H + 1 comes first: it proves that no weights at all have rank N. A last layer without a
+    trainable bias has no use for the column 1: then h_X' alone counts.
 
     Returns a Verdict. Raises ValueError for unknown w, method or factorization, for x empty or with
     NaN or infinity, for a model that does not run on x, for a folder that cannot be written;

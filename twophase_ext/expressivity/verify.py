@@ -1,4 +1,4 @@
-"""Verification of rank [h_X, 1] = n for a model and its data."""
+"""Verification of rank [h_X', 1] = N, X' the N distinct inputs, for a model and its data."""
 
 import os
 import resource
@@ -18,14 +18,16 @@ from ..core.messages import first_line
 from ..core.names import canonical_name
 from ..linalg.progress import Stages
 from ..model.calling import one_tensor
-from ..model.inputs import as_example, batches, checked_inputs, first_parameter, identical_rows
+from ..model.inputs import as_example, batches, checked_inputs, first_parameter
 from ..model.network import Network
 from ..model.probing import eager, untouched, unwrap
 from .agreement import require_equal_rows
 from .attempts import failure
+from .certificate_file import VERSION
+from .distinct import Inputs
 from .evidence import Evidence
 from .methods import Attempt
-from .outcome import IDENTICAL_INPUTS, Outcome
+from .outcome import EQUAL_INPUTS, Outcome, named
 from .problem import Problem
 
 WEIGHTS = ("current", "init", "witness")
@@ -45,8 +47,9 @@ def verify_model(
     folder: str | Path | None = None,
     rows: Any = None,
     progress: bool = False,
+    version: int = VERSION,
 ) -> Outcome:
-    """`verify_expressivity` (verdict.py), as data."""
+    """`verify_expressivity` (verdict.py), as data; version: as of `verify_samples`."""
     seed = integer("seed", seed)
     with one_tensor(model, x) as packed:
         inputs = checked_inputs(packed)
@@ -64,6 +67,7 @@ def verify_model(
             folder=_writable(folder),
             progress=progress,
             say=print if progress else lambda _: None,
+            version=version,
         )
 
 
@@ -129,11 +133,13 @@ def verify_samples(
     training: bool = False,
     progress: bool = False,
     say: Callable[[str], None] = lambda _: None,
+    version: int = VERSION,
 ) -> Outcome:
-    """`verify_model` for a Network and n samples: batches (x, anything) in index order.
+    """`verify_model` for a Network and n samples: batches (x, targets or None) in index order.
 
     kept: ascending numbers of the rows that count, where a sample has several (all).
-    training: "auto" stops at a proof for some weights, unless the matrix is small.
+    training: "auto" stops at a proof for some weights, unless the matrix is small. version: of the
+    certificate file; 1 asks for rank n over all samples, which equal inputs make impossible.
     """
     for name, value, known in (
         ("w", w, WEIGHTS),
@@ -155,6 +161,7 @@ def verify_samples(
         "w": w,
         "seed": seed,
         "asked": method,
+        "version": version,
         "last_layer": network.last.name,
     }
 
@@ -191,29 +198,35 @@ def verify_samples(
         return undecided(
             "torch.autocast is on: what the model computes under it is not what is bounded",
         )
-    inputs = [x for x, _ in samples]
-    common["hashes"] = network_hashes(network, inputs)
-    columns = network.width + ones
-    if n > columns and (why := _narrower_than_told(network, inputs)):
+    parts = list(samples)
+    data = Inputs([x for x, _ in parts], network.last.rows, kept)
+    common["hashes"] = network_hashes(network, data.batches)
+    if version > 1:
+        targets = [y for _, y in parts if isinstance(y, Tensor)]
+        common["distinct"], common["repeated"] = data.distinct, data.repeated
+        common["disagreeing"] = data.disagreeing(targets if len(targets) == len(parts) else None)
+    rows, columns = data.distinct if version > 1 else n, network.width + ones
+    if rows > columns and (why := _narrower_than_told(network, data.batches)):
         return verdict(Evidence(method="none", reason=why))
-    if n > columns:
+    if rows > columns:
+        letter = "n" if rows == n else "N"
         return deficient(
             "dimension",
-            f"n = {n} > m_H{' + 1' if ones else ''} = {columns}: no weights reach rank n; "
-            "tp.nn.widen(model, n) adds a wide enough layer",
+            f"{letter} = {rows} > m_H{' + 1' if ones else ''} = {columns}: no weights reach rank "
+            f"{letter}; tp.nn.widen(model, {letter}) adds a wide enough layer",
         )
-    culprits = identical_rows(torch.cat([x.cpu().reshape(len(x), -1) for x in inputs]))
     try:  # the model is copied, run, and may be initialised anew
-        problem = Problem(network, inputs, n, ones, kept)
-        if culprits:
-            require_equal_rows(problem, culprits)
+        problem = Problem(network, data, ones)
+        if data.repeated:
+            require_equal_rows(problem)
+        if data.repeated and version == 1:
             return deficient(
                 "identical inputs",
-                f"{len(culprits)} groups of identical inputs: their rows of h_X agree for "
+                f"{len(data.repeated)} groups of identical inputs: their rows of h_X agree for "
                 "every w; remove all but one of each group",
-                culprits=culprits,
-                explanation=_named(culprits, "have identical inputs"),
-                assumptions=list(IDENTICAL_INPUTS),
+                culprits=data.repeated,
+                explanation=named(data.repeated, "have identical inputs"),
+                assumptions=list(EQUAL_INPUTS),
             )
         names = {canonical_name(name): name for name in network.model.state_dict()}
         attempt = Attempt(problem, w, seed, factorization, folder, stages, training)
@@ -221,10 +234,11 @@ def verify_samples(
         if found.witness:  # under the names of the model as it was given, wrapped or not
             own = {names[canonical_name(name)]: value for name, value in found.witness.items()}
             found = found.but(witness=own)
+        if data.repeated and found.status != "undecided":
+            found = found.but(assumptions=[*found.assumptions, *EQUAL_INPUTS])
         return verdict(found)
     except Exception as error:
-        reason = failure(error, folder)
-        return verdict(Evidence(method="none", reason=reason, culprits=culprits))
+        return verdict(Evidence(method="none", reason=failure(error, folder)))
 
 
 def _narrower_than_told(network: Network, inputs: list[Tensor]) -> str:
@@ -244,8 +258,3 @@ def _narrower_than_told(network: Network, inputs: list[Tensor]) -> str:
 def _flushes_subnormals() -> bool:
     tiny = torch.full((64,), 2.0**-1074, dtype=torch.float64, device="cpu")
     return not bool((tiny * 1.0).all())
-
-
-def _named(groups: list[list[int]], what: str) -> list[str]:
-    lines = [f"samples {', '.join(map(str, group[:8]))} {what}" for group in groups[:5]]
-    return lines + ([f"... and {len(groups) - 5} more such groups"] if len(groups) > 5 else [])

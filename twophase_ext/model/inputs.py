@@ -1,4 +1,4 @@
-"""The inputs that are verified: checked, in batches, and compared with each other."""
+"""The inputs that are verified: checked, and in batches."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arrays import as_data, require_finite
-from .groups import groups_of, repeated
 from .probing import require_module
 
 
@@ -39,7 +38,7 @@ def first_parameter(model: nn.Module) -> nn.Parameter:
     return found[0]
 
 
-def as_example(x: Tensor, parameter: nn.Parameter) -> Tensor:
+def as_example(x: Tensor, parameter: Tensor) -> Tensor:
     """Two samples on the model's device, in its dtype unless they are indices (tokens)."""
     part = x[:2].to(parameter.device)
     floating = part.is_floating_point() or part.dtype == torch.uint8
@@ -55,8 +54,3 @@ def batches(x: Tensor, parameter: nn.Parameter) -> Iterator[tuple[Tensor, None]]
         elif part.dtype == torch.float64 and parameter.is_floating_point():
             part = part.to(parameter.dtype)  # all that the model can be fed
         yield part, None
-
-
-def identical_rows(rows: Tensor) -> list[list[int]]:
-    """Groups of indices of exactly equal rows, those of two or more; ValueError as `groups_of`."""
-    return repeated(groups_of(rows))

@@ -12,7 +12,8 @@ from ..core import notebook
 from ..expressivity import Verdict, verify_network
 from ..linalg.bounds import bound_text
 from ..model.calling import one_tensor
-from ..model.inputs import as_example, checked_inputs, first_parameter, identical_rows
+from ..model.groups import firsts, groups_of, repeated
+from ..model.inputs import as_example, checked_inputs, first_parameter
 from ..model.network import Network
 from .premises import (
     FAILED,
@@ -88,14 +89,14 @@ def check_assumptions(
     """Check what Theorem 1 asks of a model, its loss and its n training inputs x.
 
     Rows: affine last layer; every module real analytic, as it is in eval mode; functional calls
-    analytic; loss convex and smooth (Assumption 2, with L_ell); H >= 2; m_H >= n - 1 (n where the
-    last layer has no trainable bias); inputs distinct, as the model's dtype tells them apart;
-    Assumption 3, ||x_i||^2 - x_i.x_j > 0, which is only sufficient (Theorem 2) and may be "not
-    met"; expressivity (Assumption 1, by `verify_expressivity` with `method`). Every row that is not
-    held says what to do. x: tensor or array [n, ...], uint8 scaled to [0, 1], or a dict or tuple of
-    them. loss: a name, a
-    `ConvexLoss`, or any callable, for which the row fails. The model is not changed. Raises as
-    verify_expressivity, ValueError for an unknown name of a loss.
+    analytic; loss convex and smooth (Assumption 2, with L_ell); H >= 2; m_H >= N - 1 (N where the
+    last layer has no trainable bias), N the number of distinct inputs, as the model's dtype tells
+    them apart; how many these are, which is no premise; Assumption 3, ||x_i||^2 - x_i.x_j > 0 for
+    distinct ones, which is only sufficient (Theorem 2) and may be "not met"; expressivity
+    (Assumption 1, by `verify_expressivity` with `method`). Every row that is not held says what to
+    do. x: tensor or array [n, ...], uint8 scaled to [0, 1], or a dict or tuple of them. loss: a
+    name, a `ConvexLoss`, or any callable, for which the row fails. The model is not changed. Raises
+    as verify_expressivity, ValueError for an unknown name of a loss.
     """
     with one_tensor(model, x) as packed:
         return _check(model, checked_inputs(packed), loss, last_layer, method)
@@ -123,13 +124,11 @@ def _check(
     parts = x.split(256)
     ends = [place(parts[0]), place(parts[-1])]  # of other sizes
     table.rows += analytic_premises(model, ends, whole=len(parts) <= 2)
-    table.rows += [
-        loss_row,
-        depth_premise(model, network),
-        width_premise(network, len(x) * network.last.rows),
-    ]
-    table.rows.append(_distinct(x, parameter.dtype))
-    table.rows.append(_assumption_3(x))
+    groups = groups_of(x.to(parameter.dtype) if x.is_floating_point() else x)
+    first, each = firsts(groups), network.last.rows
+    width = width_premise(network, len(x) * each, len(first) * each)
+    table.rows += [loss_row, depth_premise(model, network), width, _distinct(groups)]
+    table.rows.append(_assumption_3(x, first.tolist()))
     table.verdict = verify_network(
         network, [(place(part), None) for part in parts], n=len(x), method=method
     )
@@ -137,22 +136,23 @@ def _check(
     return table
 
 
-def _distinct(x: Tensor, dtype: torch.dtype) -> Assumption:
-    seen = (x.to(dtype) if x.is_floating_point() else x).cpu().reshape(len(x), -1)
-    groups = identical_rows(seen)
-    if not groups:
-        return Assumption("distinct inputs", HELD, f"{len(x)} inputs, all different")
+def _distinct(groups: Tensor) -> Assumption:
+    n, several = len(groups), repeated(groups)
+    if not several:
+        return Assumption("distinct inputs", HELD, f"{n} inputs, all different")
+    count = len(several)
     return Assumption(
         "distinct inputs",
-        FAILED,
-        f"{len(groups)} groups of identical inputs (in {seen.dtype}), first {groups[0][:5]}: "
-        "their rows of h_X agree for all weights",
-        "remove all but one of each group",
+        HELD,
+        f"N = {int(groups.max()) + 1} of n = {n}: {count} {'group' if count == 1 else 'groups'} of "
+        f"equal ones, first {several[0][:5]}; the condition is about the N",
     )
 
 
-def _assumption_3(x: Tensor) -> Assumption:
+def _assumption_3(x: Tensor, names: list[int]) -> Assumption:
     """||x_i||^2 - x_i.x_j > 0 for all i != j: float64 with its error bound, exact where close.
+
+    names: the samples looked at, one of each distinct input.
 
     By Cauchy-Schwarz only j with ||x_j|| >= ||x_i|| can violate it: rows sorted by norm, each
     compared with those after it.
@@ -161,7 +161,7 @@ def _assumption_3(x: Tensor) -> Assumption:
     advice = "only sufficient: distinct inputs do as well"
     if not (x.is_floating_point() or x.dtype == torch.uint8):
         return Assumption(name, UNCHECKED, "the inputs are indices, not vectors", advice)
-    rows = x.cpu().reshape(len(x), -1).double()
+    rows = x.cpu()[names].reshape(len(names), -1).double()
     squares = rows.square().sum(1)
     if not bool(torch.isfinite(squares).all()):
         return Assumption(name, UNCHECKED, "the squares of the inputs overflow", advice)
@@ -200,7 +200,7 @@ def _assumption_3(x: Tensor) -> Assumption:
             for p, q in ((a + i, a + j), (a + j, a + i)):
                 exact = _exact_gap(rows[p], rows[q])
                 if exact <= 0:
-                    p, q, found = int(order[p]), int(order[q]), float(exact / unit)
+                    p, q, found = names[int(order[p])], names[int(order[q])], float(exact / unit)
                     return Assumption(
                         name,
                         NOT_MET,
@@ -230,12 +230,12 @@ def _expressivity(verdict: Verdict) -> Assumption:
     if verdict.status == "full rank":
         shown = "" if verdict.sigma_min is None else f", sigma_min {verdict.sigma_min:.2e}"
         evidence = (
-            f"rank {verdict.n} of {verdict.n} {where}, counted in float64 by {verdict.method} "
-            f"(not proved){shown}"
+            f"rank {verdict.distinct} of {verdict.distinct} {where}, counted in float64 by "
+            f"{verdict.method} (not proved){shown}"
         )
         return Assumption("expressivity", HELD, evidence)
     if verdict.status == "deficient":
-        advice = "remove identical inputs; tp.nn.widen where m_H is too small"
+        advice = "tp.nn.widen(model, x) adds a layer that is wide enough"
         return Assumption("expressivity", FAILED, f"deficient: {verdict.reason}", advice)
     return Assumption(
         "expressivity",

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..model.groups import Grouping, firsts
 from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
 from ..model.network import Network
 from .ntk import float64_copy
@@ -20,8 +21,9 @@ def lemma7(
 
     v moves the last layer alone (nu is 1 there), so that L_w(v) is the loss of the outputs M V.
     Any v gives a valid bound. Squared error: the interpolator nearest to w. Cross-entropy: the
-    interpolator of the logits s (one-hot - 1/m_y), s minimising the right side. None for another
-    loss. batches: all (x, y) in index order. M [n, m_H + 1] is held in float64 in RAM, and all is
+    interpolator of the logits s (one-hot - 1/m_y), s minimising the right side. Of equal inputs,
+    both interpolate the mean target. None for another loss. batches: all (x, y) in index order.
+    M = [h_X, 1], of rank N for N distinct inputs, is held in float64 in RAM, and all is
     evaluated in float64 on a copy, without bounds on its rounding. Returns loss, comparator (which
     v), comparator_loss, distance, gradient_norm and bound.
     """
@@ -51,24 +53,36 @@ def lemma7(
     matrix, now, y = torch.cat(hidden), torch.cat(outputs), torch.cat(targets)
     if last.bias is not None and last.bias.requires_grad:
         matrix = torch.cat([matrix, matrix.new_ones(n, 1)], 1)
-    q, r = torch.linalg.qr(matrix.T)
+    grouping = Grouping()
+    for x, _ in batches:
+        grouping.add(x)
+    group = grouping.index()
+    first, group = firsts(group).to(now.device), group.to(now.device)
+    distinct = now[first]
+    q, r = torch.linalg.qr(matrix[first].T)
 
     def nearest(change: Tensor) -> Tensor:
-        """The least displacement of the last layer that changes the outputs by `change`."""
+        """The least displacement of the last layer that changes these outputs by `change`."""
         return q @ torch.linalg.solve_triangular(r.T, change, upper=False)
+
+    def mean(target: Tensor) -> Tensor:
+        """Over each group of equal inputs, [N, m_y]."""
+        return torch.zeros_like(distinct).index_add_(0, group, target) / group.bincount()[:, None]
 
     if loss is SQUARED_ERROR:
         name = "the nearest interpolator"
-        move = nearest(y - now)
+        move = nearest(mean(y) - distinct)
     else:
         classes = now.shape[1]
-        up = nearest(F.one_hot(y, classes).double() - 1 / classes)
-        down = nearest(now - now.mean(1, keepdim=True))
-        # |s up - down|^2 as a quadratic in s; at s the loss is log(1 + (m_y - 1) exp(-s))
+        wish = mean(F.one_hot(y, classes).double() - 1 / classes)
+        up = nearest(wish)
+        down = nearest(distinct - distinct.mean(1, keepdim=True))
+        # |s up - down|^2 as a quadratic in s
         scales = torch.logspace(-2, 2, 200, dtype=torch.float64, device=now.device)
         squares = scales**2 * up.square().sum() - 2 * scales * (up * down).sum()
         squares += down.square().sum()
-        right = torch.log1p((classes - 1) * torch.exp(-scales)) + norm * squares.clamp(0).sqrt()
+        losses = torch.stack([loss(s * wish[group], y) for s in scales])
+        right = losses + norm * squares.clamp(0).sqrt()
         scale = scales[right.argmin()]
         name = f"the interpolator of logits {float(scale):.3g} (one-hot - 1/m_y)"
         move = scale * up - down

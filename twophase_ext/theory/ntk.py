@@ -1,9 +1,9 @@
 """The neural tangent kernel K(w) of Algorithm 1's rank condition: its rank and smallest eigenvalue.
 
-K(w) = J J^T in R^{n m_y x n m_y}, J = d vec(f_X(w)) / dw over every trainable parameter. The last
-layer's part of J is I (x) M, M = [h_X, 1_n], the other parts add positive semidefinite terms:
-lambda_min(K) >= sigma_min(M)^2, and K has full rank n m_y wherever M has rank n (proof of
-Theorem 3).
+K(w) = J J^T in R^{N m_y x N m_y}, J = d vec(f_X'(w)) / dw over every trainable parameter, X' the N
+distinct inputs. The last layer's part of J is I (x) M, M = [h_X', 1], the other parts add positive
+semidefinite terms: lambda_min(K) >= sigma_min(M)^2, and K has full rank N m_y wherever M has rank N
+(proof of Theorem 3).
 """
 
 import math
@@ -20,13 +20,14 @@ from ..expressivity import Verdict, verify_network
 from ..expressivity.verify import network_hashes
 from ..linalg.bounds import bound_text
 from ..model.calling import one_tensor
+from ..model.groups import firsts, groups_of
 from ..model.inputs import as_example, batches, checked_inputs, first_parameter
 from ..model.layers import named_last_layer
 from ..model.network import Network
 from ..model.probing import copy_model, unwrap
 
 METHODS = ("auto", "full", "bound")
-FULL_SIZE = 2000  # n m_y up to which "auto" forms K
+FULL_SIZE = 2000  # N m_y up to which "auto" forms K
 BLOCK = 2**28  # bytes of Jacobian held at once where the parameters' sizes allow it
 CHUNK = 64  # samples differentiated together
 SHARE = 0.6  # of the memory available, for the largest parameter's Jacobian and K
@@ -35,15 +36,17 @@ SVD_OPERATIONS = 4e11  # of float64, some ten seconds: above it the certificate 
 
 @dataclass
 class NtkRank:
-    """What `ntk_rank` found about K(w), an n m_y x n m_y matrix (n samples, m_y = outputs).
+    """What `ntk_rank` found about K(w), an N m_y x N m_y matrix (m_y = outputs).
 
-    rank and smallest: of K itself, by numpy's rule and LAPACK in float64: numerical, not proved;
-    None with method "bound". lower: sigma_min(M)^2 <= lambda_min(K), None where it is not known;
-    proved: whether that bound, and with it full rank, is a proof. full: whether rank n m_y was
-    shown, numerically or by proof; False means not shown. reason: why something is missing.
+    n: samples; distinct = N: distinct inputs among them. rank and smallest: of K itself, by numpy's
+    rule and LAPACK in float64: numerical, not proved; None with method "bound". lower:
+    sigma_min(M)^2 <= lambda_min(K), None where it is not known; proved: whether that bound, and
+    with it full rank, is a proof. full: whether rank N m_y was shown, numerically or by proof;
+    False means not shown. reason: why something is missing.
     """
 
     n: int
+    distinct: int
     outputs: int
     method: str
     rank: int | None = None
@@ -54,18 +57,21 @@ class NtkRank:
 
     @property
     def size(self) -> int:
-        """n m_y, the largest rank that K can have."""
-        return self.n * self.outputs
+        """N m_y, the largest rank that K can have."""
+        return self.distinct * self.outputs
 
     @property
     def full(self) -> bool:
-        """Whether rank n m_y was shown."""
+        """Whether rank N m_y was shown."""
         return self.rank == self.size or bool(self.lower)
 
     def __str__(self) -> str:
         """An explanation for a person."""
+        inputs = f"n = {self.n}"
+        if self.distinct < self.n:
+            inputs = f"N = {self.distinct} distinct inputs of {inputs}"
         lines = [
-            f"NTK K(w), {self.size} x {self.size} (n = {self.n}, m_y = {self.outputs}): full rank "
+            f"NTK K(w), {self.size} x {self.size} ({inputs}, m_y = {self.outputs}): full rank "
             + ("not shown" if not self.full else "proved" if self.proved else "shown numerically")
         ]
         if self.rank is not None:
@@ -93,11 +99,12 @@ def ntk_rank(
     """Rank of the neural tangent kernel K(w) at the model's weights, over all trainable parameters.
 
     x: the n inputs (tensor or array [n, ...]; uint8 is scaled to [0, 1]), or a dict or tuple of
-    them. Everything is computed in
+    them, of which K counts the N distinct ones: equal inputs have equal rows of J for every w.
+    Everything is computed in
     float64 on a copy in evaluation mode (BatchNorm with its running statistics): the model is not
-    changed. method: "full" forms K by torch.func, parameter by parameter, with 8 (n m_y)^2 bytes
-    for K and 8 n m_y |p| for the largest parameter p; "bound" uses
-    lambda_min(K) >= sigma_min([h_X, 1])^2 alone; "auto" is "full" up to n m_y = 2000 where it fits
+    changed. method: "full" forms K by torch.func, parameter by parameter, with 8 (N m_y)^2 bytes
+    for K and 8 N m_y |p| for the largest parameter p; "bound" uses
+    lambda_min(K) >= sigma_min([h_X', 1])^2 alone; "auto" is "full" up to N m_y = 2000 where it fits
     into memory. verdict: one of `verify_expressivity` about this model at these weights and these
     inputs: the hashes are compared, and it is made again by its method, as no hash sees all that a
     model computes (a hook, a global); without it the method is chosen by size. Returns an NtkRank.
@@ -128,7 +135,9 @@ def _ntk_rank(
             f"last_layer: {network.last.name}.weight does not require a gradient: K then lacks "
             "the part that its rank is shown by"
         )
-    found = NtkRank(len(x) * network.last.rows, network.outputs, method)
+    first = firsts(groups_of(x.to(parameter.dtype) if x.is_floating_point() else x))
+    each = network.last.rows
+    found = NtkRank(len(x) * each, len(first) * each, network.outputs, method)
     if verdict is not None:
         _check_verdict(verdict, network, found.n)
         if verdict.hashes != network_hashes(network, [part for part, _ in batches(x, parameter)]):
@@ -143,7 +152,7 @@ def _ntk_rank(
     x = x.to(parameter.dtype) / 255 if x.dtype == torch.uint8 else x
     if verdict is None or rank_shown(verdict):
         given = verdict
-        by_size = method_at_w(found.n, network.width + 1)
+        by_size = method_at_w(found.distinct, network.width + 1)
         verdict = verify_network(
             network,
             ((part, None) for part in x.split(256)),
@@ -159,7 +168,7 @@ def _ntk_rank(
     if found.method == "full":
         copied, _ = float64_copy(network)
         x = x.double() if x.is_floating_point() else x
-        kernel = _kernel(copied, x, found.size)
+        kernel = _kernel(copied, x[first.to(x.device)], found.size)
         if not bool(torch.isfinite(kernel).all()):
             raise RuntimeError("model: its Jacobian holds NaN or infinity")
         eigenvalues = torch.linalg.eigvalsh(kernel).abs()
@@ -173,13 +182,13 @@ def _ntk_rank(
 def method_at_w(n: int, columns: int) -> str:
     """The method of `verify_network` that speaks of the weights as they are, by the cost of an SVD.
 
-    (Separation, which "auto" may prefer, only proves that some weights exist.)
+    n: distinct inputs. (Separation, which "auto" may prefer, only proves that some weights exist.)
     """
     return "svd" if 4.0 * n * n * columns <= SVD_OPERATIONS else "certificate"
 
 
 def rank_shown(verdict: Verdict) -> bool:
-    """Whether the verdict shows rank [h_X, 1] = n at the weights as they are."""
+    """Whether the verdict shows rank [h_X', 1] = N at the weights as they are."""
     return verdict.claim == "at w" and verdict.status in ("proved", "full rank")
 
 
@@ -218,7 +227,7 @@ def _check_verdict(verdict: Verdict, network: Network, n: int) -> None:
 def _bound(found: NtkRank, verdict: Verdict) -> None:
     """lambda_min(K) >= sigma_min(M)^2 from the verdict: proved where it is, else an estimate."""
     if not rank_shown(verdict):
-        found.reason = f"no bound from M = [h_X, 1]: {verdict.reason or verdict.status}"
+        found.reason = f"no bound from M = [h_X', 1]: {verdict.reason or verdict.status}"
     elif verdict.status == "proved" and verdict.sigma_min_lower:
         found.lower = math.nextafter(verdict.sigma_min_lower**2, 0.0)
         found.proved = True

@@ -50,20 +50,22 @@ def loss_premise(loss: Any) -> Assumption:
     )
 
 
-def width_premise(network: Network, n: int) -> Assumption:
-    """[h_X, 1] has at least n columns, without which its rank cannot be n."""
+def width_premise(network: Network, n: int, distinct: int) -> Assumption:
+    """[h_X', 1] has at least N = distinct columns, without which its rank cannot be N."""
     bias = network.last.module.bias
     ones = bias is not None and bias.requires_grad
     evidence = f"m_H = {network.width}, n = {n}"
+    if distinct < n:
+        evidence += f", N = {distinct} distinct inputs"
     if not ones:
         evidence += "; without a trainable bias in the last layer there is no column of ones"
-    elif network.width == n - 1:
-        evidence += "; enough with the column of ones, Theorem 2 itself asks for m_H >= n"
+    elif network.width == distinct - 1:
+        evidence += "; enough with the column of ones, Theorem 2 itself asks for m_H >= N"
     return Assumption(
-        "m_H >= n - 1" if ones else "m_H >= n",
-        HELD if network.width + ones >= n else FAILED,
+        "m_H >= N - 1" if ones else "m_H >= N",
+        HELD if network.width + ones >= distinct else FAILED,
         evidence,
-        f"tp.nn.widen(model, {n}) adds a softplus layer of 1.1 n units before the last one",
+        f"tp.nn.widen(model, {distinct}) adds a softplus layer of 1.1 N units before the last one",
     )
 
 

@@ -39,7 +39,10 @@ def premises(context: Context, state: RunState) -> list[Premise]:
         ("analytic modules", lambda: _analytic(context)),
         ("loss", lambda: [_loss(context)]),
         ("depth", lambda: [_plain(depth_premise(network.model, network))]),
-        ("width", lambda: [_plain(width_premise(network, context.train.rows))]),
+        (
+            "width",
+            lambda: [_plain(width_premise(network, context.train.rows, context.train.distinct))],
+        ),
         ("expressivity (Assumption 1)", lambda: [_expressivity(state)]),
     ]
     if second == "none":
@@ -87,7 +90,7 @@ def _loss(context: Context) -> Premise:
 
 
 def _expressivity(state: RunState) -> Premise:
-    """Assumption 1: rank n for some weights; at w^tau it is then full with probability one."""
+    """Assumption 1: full rank for some weights, and with probability one at w^tau then."""
     verdict, name = state.verdict, "expressivity (Assumption 1)"
     if verdict is None:
         return name, UNCHECKED, "verify=False, or the run ended before tau"

@@ -9,6 +9,7 @@ from ..core.names import canonical_name
 from ..model.losses import NAMED
 from ..model.probing import require_module
 from .config import PRECISIONS
+from .minimum import Minimum
 from .persistence import checkpoint
 from .persistence.runfolder import COLUMNS, RunFolder
 from .result import Result
@@ -60,7 +61,8 @@ def load_run(folder: str | Path, model: nn.Module | None = None) -> Result:
         timings=found.get("timings") or {},
         hidden_hash=found.get("hidden_hash"),
         feature_cache=found.get("feature_cache"),
-        loss=NAMED.get(str(config["loss"])),
+        minimum=_read(lambda: Minimum.of(found.get("minimum")), path / "result.json"),
+        loss=None if config.get("own_loss") else NAMED.get(str(config["loss"])),
         last_layer=config.get("last_layer"),
     )
 

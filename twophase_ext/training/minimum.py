@@ -80,8 +80,18 @@ class Minimum:
             "floor": self.floor and self.floor.as_dict(),
             "condition": self.condition,
             "gap": self.gap,
+            "eps": self.eps,
             "last_layer": self.last_layer,
         }
+
+    @classmethod
+    def of(cls, fields: dict[str, Any] | None) -> "Minimum | None":
+        """From `as_dict`; None of nothing. Raises TypeError or KeyError for other fields."""
+        if not fields:
+            return None
+        floor = None if fields["floor"] is None else LossFloor(**fields["floor"])
+        known = (fields[key] for key in ("condition", "eps", "last_layer"))
+        return cls(fields["loss"], floor, *known)
 
 
 def minimum(

@@ -11,6 +11,7 @@ from ..expressivity import Verdict
 from ..model.losses import ConvexLoss
 from ..model.network import Network
 from ..model.probing import unwrap
+from ..theory.premises import FAILED, width_premise
 from .batchnorm import batch_bounds
 from .checks import check_single, check_trains
 from .config import Config
@@ -72,12 +73,11 @@ def describe(network: Network, samples: Samples, progress: Progress) -> None:
         progress.say(f"the last hidden layer is affine + {kind}: separation can prove Assumption 1")
     if samples.each > 1 or samples.kept is not None:
         progress.say(f"outputs that count: {samples.rows}, of {samples.n} samples")
-    if network.width < samples.rows:
-        what = "samples" if samples.rows == samples.n else "outputs"
+    width = width_premise(network, samples.rows, samples.distinct)
+    if width.status == FAILED:
         warnings.warn(
-            f"the last hidden layer has {network.width} units for n = {samples.rows} {what}: "
-            "Theorem 1's premise m_H >= n fails and no guarantee is claimed. "
-            "tp.nn.widen(model, n) adds such a layer",
+            f"the last hidden layer has few units, {width.evidence}: Theorem 1's premise "
+            f"{width.name} fails and no guarantee is claimed. {width.advice}",
             stacklevel=6,
         )
 
@@ -132,6 +132,7 @@ def begin_folder(context: Context, verdict: Verdict | None, *, new: bool) -> Non
             "outputs": network.outputs,
             "optimizer": describe_optimizer(context.optimizer),
             "statistics_batch": BATCH,
+            "own_loss": not context.loss.known,
             "compile": context.compiled is not None,
         }
         folder.begin(resolved, environment_of_run(context.device, context.config.seed))

@@ -147,5 +147,6 @@ def restore(context: Context, frozen: dict[str, Tensor], saved: dict[str, Any]) 
     return RunState(
         **{name: value for name, value in saved.items() if name in own},
         second=PhaseState(**saved["second"]),
-        verdict=Verdict(**saved["verdict"]) if saved["verdict"] else None,
+        # one of before the distinct inputs were counted has no version
+        verdict=Verdict(**{"version": 1, **saved["verdict"]}) if saved["verdict"] else None,
     )

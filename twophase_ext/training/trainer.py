@@ -319,7 +319,7 @@ class Trainer:
         fixed = outset.look_at(network, self.loss, config, sets, examples[0], ranks, compare)
         fixed = self.known or fixed
         if config.second_phase != "none":
-            require_memory(str(config.verify), samples.rows, network.width + 1, self.device)
+            require_memory(str(config.verify), samples.distinct, network.width + 1, self.device)
         outset.describe(network, samples, progress)
         mode = outset.plan(network, sets, config, progress, ranks, fixed)
         optimizer = make_optimizer(self.optimizer, network, config.noise_std)

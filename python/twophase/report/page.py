@@ -96,7 +96,8 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any] | None:
     """The verdict's own explanation, and its numbers."""
     if verdict is None:
         return None
-    matrix = "[h_X, 1]" if verdict.bias else "h_X"
+    inputs = "X" if verdict.distinct == verdict.n else "X'"
+    matrix = f"[h_{inputs}, 1]" if verdict.bias else f"h_{inputs}"
     method = verdict.method + (f" ({verdict.factorization})" if verdict.factorization else "")
     claim = "at these weights" if verdict.claim == "at w" else "for some weights"
     if verdict.status == "deficient":
@@ -119,6 +120,7 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any] | None:
             ),
             ("margin over all errors", words.number(verdict.margin, missing="none")),
             ("samples n", f"{verdict.n:,}"),
+            ("distinct inputs N", f"{verdict.distinct:,}"),
             ("width m_H", f"{verdict.width:,}"),
             ("arithmetic", verdict.dtype),
             ("BatchNorm", verdict.batch_norm),

@@ -5,14 +5,17 @@ import sys
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # The module, not its names: layers itself imports nn.softplus.
 from twophase_ext.core import arrays
 from twophase_ext.model import layers, probing
 
-from ..calling import one_tensor
+from ..calling import is_several, one_tensor, pack
 from ..gate import intercepted
+from ..groups import groups_of
+from ..inputs import as_example
 from ..softplus import Softplus, checked_beta
 from .tracing import trace
 
@@ -84,53 +87,64 @@ def wide_units(n: int, ratio: float = 1.1) -> int:
 
 def widen(
     model: nn.Module,
-    n: int,
+    n: Any,
     ratio: float = 1.1,
     *,
     last_layer: nn.Module | str | None = None,
     beta: float = 100.0,
     example_input: Any = None,
 ) -> nn.Module:
-    """Insert a fully connected softplus layer of ceil(ratio * n) units before the last layer.
+    """Insert a fully connected softplus layer of ceil(ratio * N) units before the last layer.
 
-    Section 7 of the paper: with m_H >= n units the expressivity condition can hold. The last layer
-    d -> m_y is replaced, in place and under its own name, by a `WideHead`: d -> m_H -> m_y, both
-    newly initialised by torch's default, with biases, on the old one's device, dtype and mode.
-    Returns `model`.
+    Section 7 of the paper: with m_H >= N units, N the number of distinct training inputs, the
+    expressivity condition can hold. The last layer d -> m_y is replaced, in place and under its own
+    name, by a `WideHead`: d -> m_H -> m_y, both newly initialised by torch's default, with biases,
+    on the old one's device, dtype and mode. Returns `model`.
 
-    n: number of training samples. last_layer: the nn.Linear to replace, or its name. Without it,
-    the layer is found by running `example_input` (a batch; tensor or array, or a dict or tuple of
-    them), and without that by tracing the model. A head that is a 1 x 1 convolution, found by
-    `example_input`, is replaced by the same layers over its pixels, a `PixelHead`. Where the model
-    gives an output for every token or pixel, n is the number of those.
+    n: the training inputs (tensor or array, or a dict or tuple of them), of which the distinct ones
+    are counted, as the model's dtype tells them apart; or their number. last_layer: the nn.Linear
+    to replace, or its name. Without it, the layer is found by running `example_input` (a batch;
+    tensor or array, or a dict or tuple of them; by default the first inputs), and without inputs by
+    tracing the model. A head that is a 1 x 1 convolution, found by running it, is replaced by the
+    same layers over its pixels, a `PixelHead`. Where the model gives an output for every token or
+    pixel, the outputs of the distinct inputs are counted.
 
     Raises ValueError where the last layer is not found, is ambiguous, shares its weights or is the
-    model itself; TypeError where it is not an nn.Linear.
+    model itself, and for inputs with NaN or infinity; TypeError where it is not an nn.Linear, and
+    where n is neither inputs nor an int.
     """
     probing.require_module(model)
-    units = wide_units(n, ratio)
-    beta = checked_beta(beta)
     inner = layers.unwrap(model)
+    real = next((p for p in inner.parameters() if p.is_floating_point()), torch.empty(0))
+    number = isinstance(n, int | float | str | None)  # or what is refused as one
+    count = n if number else _distinct(n, real.dtype)
+    wide_units(count, ratio)  # or refused
+    beta = checked_beta(beta)
     if isinstance(inner, nn.Linear):
         raise ValueError(
             "model: it is itself the last layer (nn.Linear), which cannot be replaced in place; "
             "wrap it in nn.Sequential"
         )
     old: nn.Linear | Convolution
-    if example_input is not None:
-        with one_tensor(inner, example_input, "example_input") as x:
-            example = arrays.as_tensor(x, name="example_input")
-            example = example.to(next(inner.parameters(), example).device)
+    by_inputs = example_input is None and not number
+    if by_inputs or example_input is not None:
+        name, given = ("n", n) if by_inputs else ("example_input", example_input)
+        with one_tensor(inner, given, name) as x:
+            example = arrays.as_tensor(x, name=name)
+            example = as_example(example, real) if by_inputs else example.to(real.device)
             try:
-                old = layers.find_last_layer(inner, example, last_layer).module
+                found = layers.find_last_layer(inner, example, last_layer)
+                old, each = found.module, found.rows
             except ValueError:
                 head = None if last_layer is not None else _pixel_head(inner, example)
                 if head is None:
                     raise
-                old = head
+                old, each = head
+            count = count if number else count * each
     else:
         named = _traced_last_layer(inner) if last_layer is None else last_layer
         old = layers.named_last_layer(inner, named).module
+    units = wide_units(count, ratio)
     place: dict[str, Any] = {"beta": beta, "device": old.weight.device, "dtype": old.weight.dtype}
     if isinstance(old, nn.Linear):
         new = WideHead(old.in_features, units, old.out_features, **place)
@@ -145,8 +159,17 @@ def widen(
     return model
 
 
-def _pixel_head(model: nn.Module, example_input: Tensor) -> Convolution | None:
-    """The 1 x 1 convolution whose numbers are the model's output; None without one.
+def _distinct(inputs: Any, dtype: torch.dtype) -> int:
+    """N, the number of distinct inputs in a model's dtype."""
+    x = pack(inputs, "n")[0] if is_several(inputs) else arrays.as_data(inputs, name="n")
+    if x.dim() == 0 or len(x) == 0:
+        raise ValueError(f"n: expected inputs [n, ...] or their number, got {list(x.shape)}")
+    arrays.require_finite(x, "n", "input")
+    return int(groups_of(x.to(dtype) if x.is_floating_point() else x).max()) + 1
+
+
+def _pixel_head(model: nn.Module, example_input: Tensor) -> tuple[Convolution, int] | None:
+    """The 1 x 1 convolution whose numbers are the model's output, and how many pixels it has.
 
     On every pixel it is the affine map of its weights.
     """
@@ -163,7 +186,7 @@ def _pixel_head(model: nn.Module, example_input: Tensor) -> Convolution | None:
             and (conv.padding == "valid" or not any(conv.padding))
             and not intercepted(conv)
         ):
-            return conv
+            return conv, math.prod(call.output.shape[2:])
     return None
 
 

@@ -55,7 +55,7 @@ class Rows:
     def of_rows(self, groups: Tensor) -> Tensor:
         """Groups of equal rows that count, from those of equal samples [n]."""
         rows = (groups[:, None] * self.each + torch.arange(self.each, device="cpu")).flatten()
-        return rows if self.kept is None else rows[self.kept]
+        return rows if self.kept is None else rows[self.kept].unique(return_inverse=True)[1]
 
     def targets_of(self, loss: ConvexLoss, y: Tensor, indices: list[int] | None = None) -> Tensor:
         """Targets of some samples for `loss`: [b, ...], or [b, each, ...]."""

@@ -110,6 +110,12 @@ class Samples(Rows):
         """Which rows count, bool [n each], on the CPU."""
         raise NotImplementedError
 
+    @property
+    def distinct(self) -> int:
+        """N, the rows of distinct inputs; all rows where they are random."""
+        known = None if self.random else self.groups
+        return self.rows if known is None else len(known.unique())
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Within it no batch is fetched twice, as far as memory allows."""
@@ -138,23 +144,24 @@ class Samples(Rows):
             yield self.fetch(torch.arange(start, end, device="cpu"), augmented=augmented)
 
     def _place(self, x: Tensor) -> Tensor:
-        return _as_fed(x.to(self.device, non_blocking=True), self.dtype)
-
-
-def _as_fed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inputs in the model's dtype; uint8 becomes k / 255, other whole numbers stay."""
-    if x.dtype == torch.uint8:
-        return x.to(dtype).div_(255)
-    return x.to(dtype) if x.is_floating_point() else x
+        x = x.to(self.device, non_blocking=True)
+        if x.dtype == torch.uint8:
+            return x.to(self.dtype).div_(255)
+        return x.to(self.dtype) if x.is_floating_point() else x
 
 
 class _Content:
-    """A hash of samples in index order, however they are batched."""
+    """A hash of samples in index order, however they are batched, and groups of equal inputs.
 
-    def __init__(self) -> None:
+    dtype: inputs are equal that are equal in it.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
         self._parts = hashlib.sha256(), hashlib.sha256()
+        self._dtype, self.grouping = dtype, Grouping()
 
     def add(self, x: Tensor, y: Tensor) -> None:
+        self.grouping.add(x.to(self._dtype) if x.is_floating_point() else x)
         for part, t in zip(self._parts, (x, y), strict=True):
             part.update(flat(t).view(torch.uint8).numpy().data)
 
@@ -192,11 +199,10 @@ class _Arrays(Samples):
         self.packing = packing
 
     def _look_at_all(self, loss: ConvexLoss) -> Tensor:
-        content, grouping = _Content(), Grouping()
+        content = _Content(self.dtype)
         for start, end in self.batches(_CHECKED):
             content.add(self.x[start:end], self.y[start:end])
-            grouping.add(_as_fed(self.x[start:end], self.dtype))
-        self.content, self.groups = content.digest(), grouping.index()
+        self.content, self.groups = content.digest(), content.grouping.index()
         self.y = self.targets_of(loss, self.y)
         if self.y.is_floating_point():
             self.y = self.y.to(self.dtype)
@@ -303,17 +309,17 @@ class _Fetched(Samples):
 
     def _look_at_all(self, loss: ConvexLoss) -> Tensor:
         self.loss = loss
-        self._hashed, grouping = _Content(), Grouping()
+        self._hashed = content = _Content(self.dtype)
         counts, targets = [], []
-        for x, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
-            grouping.add(x)
+        for _, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
             counts.append(rows_that_count(loss, y))
             targets.append(y[counts[-1]])
             self.telling.add(targets[-1])
         whole = torch.cat(targets)
         self.objective, self.targets = objective(loss, whole, self.outputs), whole.cpu()
-        self.groups = None if self.random else grouping.index()
-        self.content, self._hashed = None if self.random else self._hashed.digest(), None
+        self._hashed = None
+        if not self.random:
+            self.content, self.groups = content.digest(), content.grouping.index()
         return torch.cat(counts).cpu()
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 w^{t+1} = w^t - (2 eta_bar / L) grad L(w^t) on every trainable parameter, one step an epoch, the
 gradient summed over the whole training set in index order. The NTK K(w^k) keeps its full rank as
-long as [h_X(w^k), 1] has rank n (see ntk.py), which is verified again at a chosen cadence.
+long as [h_X'(w^k), 1] has rank N (see ntk.py), which is verified again at a chosen cadence.
 """
 
 import math
@@ -77,7 +77,7 @@ class LazyPhase(SecondPhase):
     def verify(self, method: str | None = None) -> Verdict:
         """As of SecondPhase; "auto" is what says something of these very weights."""
         if self.context.config.verify == "auto":
-            method = method_at_w(self.context.train.rows, self.context.network.width + 1)
+            method = method_at_w(self.context.train.distinct, self.context.network.width + 1)
         return super().verify(method)
 
     # --- one step ----------------------------------------------------------------------------
@@ -93,7 +93,7 @@ class LazyPhase(SecondPhase):
         if steps == 0:
             self._note(self.state.verdict, 0)
         if not rank_shown(self.state.verdict):
-            raise Stopped(f"rank n not shown at w^tau: {_why(self.state.verdict)}")
+            raise Stopped(f"rank N not shown at w^tau: {_why(self.state.verdict)}")
         if self.step is None:
             smoothness = self.settings.smoothness
             rate = super().learning_rate()
@@ -153,7 +153,7 @@ class LazyPhase(SecondPhase):
             if attempt:
                 self.step /= 2
                 self.context.progress.say(
-                    f"epoch {self.state.epoch}: rank n not shown after the step, halved to "
+                    f"epoch {self.state.epoch}: rank N not shown after the step, halved to "
                     f"{self.step:.3g}"
                 )
             for p, grad in moved:
@@ -168,22 +168,20 @@ class LazyPhase(SecondPhase):
                 p.copy_(value)
         self._note(verdict, steps)
         raise Stopped(
-            f"rank n not shown after step {steps}, nor after {HALVINGS} halvings: {_why(verdict)}"
+            f"rank N not shown after step {steps}, nor after {HALVINGS} halvings: {_why(verdict)}"
         )
 
     def _note(self, verdict: Verdict, steps: int) -> None:
         """A verification's outcome into this epoch's row, with Lemma 7 where the rank was shown."""
         bound, shown = None, rank_shown(verdict)
-        if (
-            shown and method_at_w(self.context.train.rows, self.context.network.width + 1) == "svd"
-        ):  # M fits, too
+        if shown and method_at_w(verdict.distinct, verdict.width + 1) == "svd":  # M fits, too
             with self.run.timed("lemma 7"), self.run.own_rng():
                 batches = list(self.context.train.in_order(BATCH))
                 bound = lemma7(self.context.network, batches, self.context.loss)
         names = ("status", "method", "rank", "sigma_min", "sigma_min_lower", "reason")
         found = {name: getattr(verdict, name) for name in names}
         if shown:
-            found["rank"] = self.context.train.rows  # a certificate counts none
+            found["rank"] = verdict.distinct  # a certificate counts none
         self.row["checks"].append({"steps": steps, **found, "lemma7": bound})
         if steps:
             sigma = found["sigma_min"]
@@ -257,7 +255,7 @@ class LazyPhase(SecondPhase):
     def _rate(
         self, rows: list[dict[str, Any]], checks: list[dict[str, Any]], smoothness: float
     ) -> float | None:
-        """Theorem 3's bound, for squared error: its Q_k holds the interpolator, and L(w*) = 0.
+        """Theorem 3's bound, for squared error: its Q_k holds the group means' interpolator.
 
         With steps that shrank: the least eta_bar (1 - eta_bar). R_bar from last-layer
         displacements, which are at least the theorem's (a minimum over more directions).
