@@ -30,7 +30,7 @@ from .training import (
     stream_seed,
 )
 
-__version__: str = build_info()["version"]
+__version__ = str(build_info()["version"])
 
 __all__ = [
     "Assumptions",
