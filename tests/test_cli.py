@@ -222,5 +222,7 @@ def test_far_misses_are_not(capsys):
 
 
 def test_the_version_is_the_projects():
-    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-    assert f'version = "{tp.__version__}"' in text
+    root = Path(__file__).parent.parent
+    assert f'\nversion = "{tp.__version__}"\n' in (root / "pyproject.toml").read_text()
+    assert f"\nversion: {tp.__version__}\n" in (root / "CITATION.cff").read_text()
+    assert f"\n## {tp.__version__} " in (root / "CHANGELOG.md").read_text()
