@@ -15,6 +15,7 @@ import twophase_ext as tp
 from helpers import toy_mlp
 from twophase_ext.model.groups import groups_of
 from twophase_ext.model.losses import prepare_targets, resolve_loss
+from twophase_ext.theory.floor import floor_of
 
 N, K = 40, 3
 W = torch.tensor([2.0, 0.5, 3.0])
@@ -178,6 +179,30 @@ def test_cross_entropy_encloses_forty_digits(seed):
         assert mpmath.mpf(found.upper) - mpmath.mpf(found.lower) <= mpmath.mpf(1e-12) * exact
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_large_groups_whose_sums_are_rounded_much(seed):
+    n = 6000
+    x, c = torch.zeros(n, 1), torch.rand(n, generator=torch.Generator().manual_seed(seed)).double()
+    y = random(n, 1, seed=seed) * 0.1 + 3
+    weights, values = ([Fraction(v) for v in part.flatten().tolist()] for part in (c, y))
+    whole = sum(weights)
+    first = sum(w * v for w, v in zip(weights, values, strict=True))
+    exact = sum(w * v * v for w, v in zip(weights, values, strict=True)) - first**2 / whole
+    for loss, share in (("mse", 1), (nn.HuberLoss(delta=1e3), 2)):
+        found = tp.loss_floor(x, y, loss, weights=c)
+        assert Fraction(found.lower) <= exact / (share * n) <= Fraction(found.upper)
+        assert found.upper - found.lower < 1e-10 * found.upper
+    p = (c * 1e-3)[:, None]
+    found = tp.loss_floor(x, torch.cat([p, 1 - p], 1), "cross_entropy")
+    rows = torch.cat([p, 1 - p], 1)
+    sums = [sum(Fraction(v) for v in column.tolist()) for column in rows.T]
+    with mpmath.workdps(50):
+        a, b = (mpmath.mpf(s.numerator) / s.denominator for s in sums)
+        least = (a * mpmath.log((a + b) / a) + b * mpmath.log((a + b) / b)) / n
+        assert mpmath.mpf(found.lower) <= least <= mpmath.mpf(found.upper)
+    assert found.upper - found.lower < 1e-8 * found.upper
+
+
 def test_cross_entropy_is_what_scikit_learn_says():
     groups, y = GROUPS.numpy(), LABELS.numpy()
     shares = np.stack([np.bincount(y[groups == g], minlength=K) for g in range(12)]).astype(float)
@@ -275,14 +300,13 @@ def test_a_declared_loss_whose_infimum_is_not_attained_is_undecided():
     assert found.lower == 0.0 and found.upper >= known.lower * (1 - 1e-12)
 
 
-def test_too_many_declared_solves_are_not_begun(monkeypatch):
-    floor = __import__("sys").modules["twophase_ext.theory.floor"]
-    monkeypatch.setattr(floor, "SOLVES", 3)
+def test_too_many_declared_solves_are_not_begun():
     loss = tp.ConvexLoss(lambda q, y: (q - y).square().mean(), 2.0, least=0.0)
-    found = tp.loss_floor(X, REALS, loss)
     known = tp.loss_floor(X, REALS, "mse")
-    assert found.lower <= known.lower and found.upper >= known.upper
-    assert "more than 3 kinds" in found.reason
+    for solves, reason in ((3, "more than 3 kinds"), (0, "no minimisation")):
+        found = floor_of(loss, GROUPS, REALS, K, solves=solves)
+        assert -1e-300 <= found.lower < known.lower
+        assert found.upper == math.inf and reason in found.reason
 
 
 ERRORS = {

@@ -6,6 +6,7 @@ from .expressivity import Verdict, verify_expressivity
 from .expressivity.rank_logdet import RankLogdet, rank_logdet
 from .ops import gram_logdet, perturb_, softplus, softplus_
 from .theory.assumptions import Assumptions, check_assumptions
+from .theory.construction import GlobalMinimum, global_minimum
 from .theory.floor import LossFloor, loss_floor
 from .theory.guarantee import Guarantee, guarantee
 from .theory.ntk import NtkRank, ntk_rank
@@ -34,6 +35,7 @@ __all__ = [
     "EpochSampler",
     "FeatureCache",
     "Frozen",
+    "GlobalMinimum",
     "GradientDescent",
     "Guarantee",
     "Lazy",
@@ -50,6 +52,7 @@ __all__ = [
     "check_assumptions",
     "fit_last_layer",
     "freeze",
+    "global_minimum",
     "gram_logdet",
     "guarantee",
     "loss_floor",

@@ -100,9 +100,9 @@ def _huber(r: Array, c: Array, delta: float) -> tuple[float, float]:
     off = np.abs(q - r)
     values = c * np.where(off <= delta, off * off / 2, delta * (off - delta / 2))
     value, spread = float(values.sum()), float(r.max() - r.min())
-    # a distance off by e moves a term by at most c delta e, a term of the derivative by c e
+    # a distance off by e moves a term by at most c (its slope + e) e, its slope by c e
     place = U2 * (abs(q) + 2 * float(np.abs(r).max()))
-    rounding = float((c * delta).sum()) * place + (len(r) + 16) * U2 * value
     steep = float((c * np.minimum(off, delta)).sum())
+    rounding = (steep + float(c.sum()) * place) * place + (len(r) + 16) * U2 * value
     tilt = abs(slope(q)) + float(c.sum()) * place + (len(r) + 8) * U2 * steep
     return value, rounding + tilt * spread * _WIDER

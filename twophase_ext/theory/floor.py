@@ -66,8 +66,8 @@ class LossFloor:
             return f"no lower bound of {self.loss} is known: {self.reason}\n{equal}"
         text = f"{self.loss} >= {bound_text(self.lower, 6)} for all weights of every network"
         if self.reason:
-            text += f"; its infimum is at most {bound_text(self.upper, 6, upper=True)}"
-            text += f" ({self.reason})"
+            upper = bound_text(self.upper, 6, upper=True)
+            text += f"; its infimum is at most {upper} ({self.reason})"
         return f"{text}\n{equal}"
 
 
@@ -114,9 +114,18 @@ def loss_floor(
 
 
 def floor_of(
-    loss: ConvexLoss, groups: Tensor, y: Tensor, outputs: int, weights: Tensor | None = None
+    loss: ConvexLoss,
+    groups: Tensor,
+    y: Tensor,
+    outputs: int,
+    weights: Tensor | None = None,
+    *,
+    solves: int = SOLVES,
 ) -> LossFloor:
-    """`loss_floor` for groups as `groups_of` numbers them and prepared targets, on the CPU."""
+    """`loss_floor` for groups as `groups_of` numbers them and prepared targets, on the CPU.
+
+    solves: small minimisations of a declared loss that are made at most.
+    """
     n = len(groups)
     c = torch.ones(n, dtype=torch.float64) if weights is None else weights
     d = loss.divisor(y) if isinstance(loss, TorchLoss) else torch.ones(n, dtype=torch.float64)
@@ -126,7 +135,7 @@ def floor_of(
     sizes = groups.bincount()
     counted = (c > 0) & (d > 0)
     apart = _disagreeing(groups, y, counted)
-    lower, upper, attained, reason = _infimum(loss, groups, y, outputs, c, apart)
+    lower, upper, attained, reason = _infimum(loss, groups, y, outputs, c, apart, solves)
     if isinstance(loss, TorchLoss):
         lower = max(lower, 0.0)  # a sum of functions >= 0
     return LossFloor(
@@ -161,7 +170,13 @@ def _disagreeing(groups: Tensor, y: Tensor, counted: Tensor) -> Tensor:
 
 
 def _infimum(
-    loss: ConvexLoss, groups: Tensor, y: Tensor, outputs: int, c: Tensor, apart: Tensor
+    loss: ConvexLoss,
+    groups: Tensor,
+    y: Tensor,
+    outputs: int,
+    c: Tensor,
+    apart: Tensor,
+    solves: int,
 ) -> tuple[float, float, bool | None, str]:
     """(lower, upper, attained, reason) of sum_g inf_q sum_i c_i g_i(q)."""
     chosen = c > 0
@@ -185,7 +200,7 @@ def _infimum(
                 more, wrong = closed_floors.huber(aims, own, members, loss.delta)
             value, error = value + more, error + wrong
         return *_around(value, error, loss.scale(outputs)), True, ""
-    return _declared(loss, groups, y, outputs, c, chosen)
+    return _declared(loss, groups, y, outputs, c, chosen, solves)
 
 
 def _around(value: float, error: float, scale: float) -> tuple[float, float]:
@@ -241,9 +256,18 @@ def _parts(
 
 
 def _declared(
-    loss: ConvexLoss, groups: Tensor, y: Tensor, outputs: int, c: Tensor, chosen: Tensor
+    loss: ConvexLoss,
+    groups: Tensor,
+    y: Tensor,
+    outputs: int,
+    c: Tensor,
+    chosen: Tensor,
+    solves: int,
 ) -> tuple[float, float, bool | None, str]:
     """By a small minimisation for each kind of group."""
+    if not solves:
+        least = loss.least * math.fsum(c.tolist()) if loss.least else 0.0
+        return below(least) if least else 0.0, math.inf, None, "no minimisation was made"
     kinds: dict[bytes, tuple[Tensor, int]] = {}
     for rows, members in _parts(groups, chosen, outputs):
         for own in rows.split(members.tolist()):
@@ -254,16 +278,12 @@ def _declared(
     lower, upper, reason = 0.0, 0.0, ""
     for number, (own, count) in enumerate(kinds.values()):
         targets, weight = y[own], c[own]
-        if number < SOLVES:
+        if number < solves:
             low, high = enclosed_infimum(loss, targets, weight, outputs)
             why = "the infimum of a group is not attained, or has no curvature about it"
         else:
-            low, why = -math.inf, f"there are more than {SOLVES} kinds of groups"
-            zero = torch.zeros(1, outputs, dtype=torch.float64)
-            each = [float(loss(zero, target)) for target in targets.split(1)]
-            pairs = list(zip(weight.tolist(), each, strict=True))
-            high = math.fsum(w * v for w, v in pairs)
-            high += 1e-9 * math.fsum(w * abs(v) for w, v in pairs)
+            low, high = -math.inf, math.inf
+            why = f"there are more than {solves} kinds of groups"
         least = loss.least * float(weight.sum())
         if low < least or not math.isfinite(low):
             low, reason = least, why

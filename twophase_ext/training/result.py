@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from .minimum import Minimum
+
 
 @dataclass
 class Result:
@@ -26,7 +28,8 @@ class Result:
     model holds the broken weights, the last checkpoint is from before. final: losses
     and accuracies of the trained network over the whole sets; empty unless completed. timings:
     seconds by stage. hidden_hash: SHA-256 of the frozen hidden layers, the same before and after
-    the second phase.
+    the second phase. minimum: how far the training loss is from the global minimum over all
+    weights; its str is one sentence.
     """
 
     model: nn.Module
@@ -40,10 +43,12 @@ class Result:
     timings: dict[str, float] = field(default_factory=dict)
     hidden_hash: str | None = None
     feature_cache: str | None = None
+    minimum: Minimum | None = None
 
     def __str__(self) -> str:
-        """A few lines for a person."""
-        lines = [f"run {self.status} after {len(self.history)} epochs"]
+        """A few lines for a person; the first says how far from the global minimum the run is."""
+        lines = [] if self.minimum is None else [str(self.minimum)]
+        lines += [f"run {self.status} after {len(self.history)} epochs"]
         phases = {p: [r for r in self.history if r["phase"] == p] for p in (1, 2)}
         for phase, rows in phases.items():
             if rows:

@@ -26,6 +26,7 @@ from .data.samples import Augment, Samples
 from .distributed.ranks import joined
 from .features.agreement import Agreement
 from .loop import Loop
+from .minimum import minimum
 from .optimizer.averaged import Averaged
 from .optimizer.factory import OptimizerFactory, make_optimizer, paper_optimizer
 from .optimizer.schedule import SchedulerFactory, make_schedule
@@ -256,6 +257,7 @@ class Trainer:
         path = None if context.folder is None else context.folder.path
         reported = context.ranks.broadcast_object(lambda: (state.history, state.timings, path))
         state.history, state.timings, folder = reported
+        constants: dict[str, float] = getattr(found, "constants", {})
         result = Result(
             model=self.model,
             history=state.history,
@@ -269,6 +271,9 @@ class Trainer:
             # in the lazy phase the hidden layers move: no claim that they did not
             hidden_hash=None if config.second_phase == "lazy" else state.hidden_hash,
             feature_cache=state.cache_mode if state.hidden_hash else None,
+            minimum=minimum(
+                context.network, context.train, final.get("train_loss"), state.verdict, constants
+            ),
         )
         if context.folder is not None:
             context.folder.write_result(result, state.epoch)

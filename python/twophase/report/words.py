@@ -210,7 +210,9 @@ def losses(record: RunRecord) -> str:
 
 
 def answer(record: RunRecord) -> str:
-    """What was run, did the guarantee hold, with what loss: one paragraph."""
+    """How far from the global minimum, what was run, did the guarantee hold: one paragraph."""
     said = condition(record)
+    sentence = (record.result or {}).get("sentence")
+    first = [sentence] if isinstance(sentence, str) else []
     verdict = f"The expressivity condition, under which the minimum is global: {said}."
-    return " ".join((training(record), guarantee(record)[1], verdict, losses(record)))
+    return " ".join((*first, training(record), guarantee(record)[1], verdict, losses(record)))

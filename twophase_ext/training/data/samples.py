@@ -51,8 +51,9 @@ class Samples:
         # once `prepare` has looked at them all:
         self.telling = Telling()
         self.objective: ConvexLoss  # the loss as a mean over these samples
+        self.targets: Tensor  # of all, on the CPU
+        self.groups: Tensor | None = None  # of equal inputs, as the model is fed; see model/groups
         self.content: str | None = None  # a hash of inputs and targets; None where they are random
-        self.group: Tensor | None = None  # of equal inputs, a number a sample; None likewise
 
     @staticmethod
     def of(source: Any, *, name: str, device: torch.device, dtype: torch.dtype) -> "Samples":
@@ -98,7 +99,7 @@ class Samples:
     @property
     def distinct(self) -> int:
         """N, the number of distinct inputs; n where they are random."""
-        return self.n if self.random or self.group is None else int(self.group.max()) + 1
+        return self.n if self.random or self.groups is None else int(self.groups.max()) + 1
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -128,24 +129,23 @@ class Samples:
             yield self.fetch(torch.arange(start, end, device="cpu"), augmented=augmented)
 
     def _place(self, x: Tensor) -> Tensor:
-        x = x.to(self.device, non_blocking=True)
-        if x.dtype == torch.uint8:
-            return x.to(self.dtype).div_(255)
-        return x.to(self.dtype) if x.is_floating_point() else x
+        return _as_fed(x.to(self.device, non_blocking=True), self.dtype)
+
+
+def _as_fed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inputs in the model's dtype; uint8 becomes k / 255, other whole numbers stay."""
+    if x.dtype == torch.uint8:
+        return x.to(dtype).div_(255)
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 class _Content:
-    """A hash of samples in index order, however they are batched, and groups of equal inputs.
+    """A hash of samples in index order, however they are batched."""
 
-    dtype: inputs are equal that are equal in it.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self) -> None:
         self._parts = hashlib.sha256(), hashlib.sha256()
-        self._dtype, self.grouping = dtype, Grouping()
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        self.grouping.add(x.to(self._dtype) if x.is_floating_point() else x)
         for part, t in zip(self._parts, (x, y), strict=True):
             part.update(flat(t).view(torch.uint8).numpy().data)
 
@@ -183,15 +183,16 @@ class _Arrays(Samples):
         self.packing = packing
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
-        content = _Content(self.dtype)
+        content, grouping = _Content(), Grouping()
         for start, end in self.batches(_CHECKED):
             content.add(self.x[start:end], self.y[start:end])
-        self.content, self.group = content.digest(), content.grouping.index()
+            grouping.add(_as_fed(self.x[start:end], self.dtype))
+        self.content, self.groups = content.digest(), grouping.index()
         self.y = prepare_targets(loss, _real(self.y, self.name), outputs, name=self.name)
         if self.y.is_floating_point():
             self.y = self.y.to(self.dtype)
         self.telling.add(self.y)
-        self.objective = loss.over(self.y, outputs)
+        self.objective, self.targets = loss.over(self.y, outputs), self.y.cpu()
         # Labels are small: on the device once. So are inputs that fit; others move batch by batch.
         self.y = self.y.to(self.device)
         if _SHARE * self.x.nbytes <= available_memory(self.device):
@@ -290,15 +291,17 @@ class _Fetched(Samples):
 
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
         self.loss, self.outputs = loss, outputs
-        self._hashed = content = _Content(self.dtype)
-        targets = []
-        for _, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
+        self._hashed = _Content()
+        targets, grouping = [], Grouping()
+        for x, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
             self.telling.add(y)
+            grouping.add(x)
             targets.append(y)
-        self.objective = loss.over(torch.cat(targets), outputs)
-        self._hashed = None
+        whole = torch.cat(targets)
+        self.objective, self.targets, self.groups = loss.over(whole, outputs), whole.cpu(), None
         if not self.random:
-            self.content, self.group = content.digest(), content.grouping.index()
+            self.groups = grouping.index()
+        self.content, self._hashed = None if self.random else self._hashed.digest(), None
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         indices = index.tolist()

@@ -145,6 +145,7 @@ class RunFolder:
         if curve:
             write_csv(self.path / "guarantee.csv", CURVE, curve)
         found = {
+            "sentence": None if result.minimum is None else str(result.minimum),
             "status": result.status,
             "divergence": result.divergence,
             "epochs_done": epochs_done,
@@ -152,6 +153,7 @@ class RunFolder:
             "timings": result.timings,
             "hidden_hash": result.hidden_hash,
             "feature_cache": result.feature_cache,
+            "minimum": result.minimum and result.minimum.as_dict(),
             "guarantee": result.guarantee and result.guarantee.as_dict(),
         }
         write_json(self.path / "result.json", found)

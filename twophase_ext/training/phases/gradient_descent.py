@@ -106,12 +106,24 @@ class GradientDescentPhase(TheoremPhase):
             return self.bound(status)
         if self.run.train_features is None:  # resumed at its end
             self.fill_caches()
-        last = full_gradient(self.features, self.context.network.last.module, self.context.loss)[0]
+        layer = self.context.network.last.module
+        last, *gradients = full_gradient(self.features, layer, self.context.loss)
         self._check(self._objective(last))
-        return self.bound(
+        found = self.bound(
             status,
             steps=[settings.steps * k for k in range(len(rows) + 1)],
             losses=[*(row["objective"] for row in rows), self._objective(last)],
             smoothness=self.state.second.smoothness,
             l2=settings.l2,
         )
+        if settings.l2 > 0 and self.run.unfixed is None:
+            found.constants["last_layer_gap"] = self._gap(gradients)
+        return found
+
+    def _gap(self, gradients: list[torch.Tensor]) -> float:
+        """||grad F||^2 / (2 l2), above F - min F over the last layer: F is l2-strongly convex."""
+        l2, squares = self.settings.l2, 0.0
+        for p, gradient in zip(self.parameters(), gradients, strict=False):
+            whole = gradient.double().add_(p.detach().double(), alpha=l2)
+            squares += float(whole.square().sum())
+        return squares / (2 * l2) * (1 + 1e-9)
