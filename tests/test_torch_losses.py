@@ -243,3 +243,11 @@ def test_the_bound_takes_the_loss_over_its_data():
     module.float()
     assert found.curve[0]["bound"] == pytest.approx(truth, rel=1e-9)
     assert "as declared" not in str(found)
+
+
+def test_a_declaration_that_torch_s_own_loss_does_not_need_says_so():
+    declared = tp.ConvexLoss(nn.CrossEntropyLoss(weight=W), 2.0)
+    with pytest.raises(ValueError, match="needs no declaration: give it itself as the loss"):
+        quiet(toy_mlp(), loss=declared, second_phase="gd").fit(toy_data())
+    run = quiet(toy_mlp(), loss=nn.CrossEntropyLoss(weight=W), second_phase="gd")
+    assert run.fit(toy_data()).status == "completed"

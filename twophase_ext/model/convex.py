@@ -186,6 +186,8 @@ def loss_problem(loss: ConvexLoss, outputs: int, targets: Tensor) -> str:
             f"evaluated ({type_and_line(error)}); let its own tensors follow "
             "outputs.dtype and outputs.device"
         )
+    if reason and _of_torch(loss.function):
+        reason += "; one of torch's own needs no declaration: give it itself as the loss"
     return f"loss: {loss.name}: {reason}" if reason else ""
 
 
