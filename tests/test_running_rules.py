@@ -76,6 +76,9 @@ RULES = {
     "smooth maximum": images(tp.nn.SmoothMaxPool(3, 2, 1, beta=20.0)),
     "smooth maximum, small beta": images(tp.nn.SmoothMaxPool(2, beta=1e-3)),
     "smooth maximum, dilated": images(tp.nn.SmoothMaxPool(3, 1, 1, (1, 2), True, beta=3.0)),
+    "smooth maximum of rounded numbers": images(
+        lambda x: tp.ops.smooth_max_pool((x + 1e4) - 1e4, 3, 1, 1, beta=20.0)
+    ),
     "smooth maximum, 1d": rows(tp.nn.SmoothMaxPool(3, 1, axes=1, beta=20.0)),
     "smooth maximum, 3d": images(
         lambda x: tp.ops.smooth_max_pool(x[:, None], 2, 1, 1, axes=3, beta=20.0)
