@@ -13,7 +13,7 @@ WORKERS ?= 2
 BENCH_JSON ?= runs/bench.json
 SANITIZED := build/sanitized
 SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,\
-  softplus perturb sgd last_layer_step last_layer_logits last_layer_epoch \
+  softplus smooth_max_pool perturb sgd last_layer_step last_layer_logits last_layer_epoch \
   last_layer_gradient gram_logdet fuzz_found))
 FUZZ_CALLS ?= 1000000
 SOURCES := setup.py CMakeLists.txt pyproject.toml twophase_ext/_sources.py \

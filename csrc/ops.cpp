@@ -9,6 +9,13 @@ STABLE_TORCH_LIBRARY(twophase, m) {
   m.def(
       "softplus_double_backward(Tensor grad_grad, Tensor grad, Tensor y, float beta)"
       " -> (Tensor, Tensor)");
+  // kernel, stride, padding, dilation: a number for each of x's last 1 to 3 dimensions.
+  m.def(
+      "smooth_max_pool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
+      " bool ceil_mode, float beta) -> Tensor");
+  m.def(
+      "smooth_max_pool_backward(Tensor grad, Tensor x, int[] kernel, int[] stride, int[] padding,"
+      " int[] dilation, bool ceil_mode, float beta) -> Tensor");
   // keys: the 64-bit Philox key of each tensor, as a signed integer.
   m.def("perturb_(Tensor(a!)[] tensors, int[] keys, float[] stds) -> ()");
   // nu: 0 leaves a tensor and its buffer alone. is_first_step: 1 where the buffer holds nothing

@@ -29,6 +29,10 @@ def operators(device: str = "cpu") -> dict[str, list[torch.Tensor]]:
         (second,) = torch.autograd.grad(first.sin().sum(), x)
         in_place = tp.softplus_(x.detach().clone(), 3.0)
         found[f"softplus {dtype}"] = [y, first, second, in_place]
+        images = x.detach()[:40_000].view(5, 4, 40, 50).requires_grad_()
+        pooled = ops.smooth_max_pool(images, 3, 2, 1, beta=3.0)
+        (first,) = torch.autograd.grad(pooled.square().sum(), images)
+        found[f"smooth_max_pool {dtype}"] = [pooled, first]
         noisy = {name: x.detach()[:n].clone() for name, n in (("a", 33_001), ("b", 70))}
         tp.perturb_(noisy, 0.1, seed=3)
         found[f"perturb_ {dtype}"] = list(noisy.values())

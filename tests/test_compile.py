@@ -48,6 +48,10 @@ CASES = {
     "softplus": (ops.softplus, lambda: [numbers(4, 5)]),
     "softplus_": (ops.softplus_, lambda: [numbers(4, 5)]),
     "softplus_ on a view": (lambda x: ops.softplus_(x[:, 1:3]), lambda: [numbers(4, 5)]),
+    "smooth_max_pool": (
+        lambda x: ops.smooth_max_pool(x, 3, 2, 1, beta=5.0),
+        lambda: [numbers(2, 3, 7, 6)],
+    ),
     "perturb_": (
         lambda a, b: ops.perturb_({"a": a, "_orig_mod.b": b}, {"a": 0.1, "b": 1e-3}, seed=-5),
         lambda: [nn.Parameter(numbers(4, 5)), numbers(6, 3).double().t()],

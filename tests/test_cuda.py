@@ -49,6 +49,23 @@ def eager_step(a: dict, loss: int = 0) -> tuple[torch.Tensor, dict]:
     return value.detach(), after
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_smooth_max_pool(dtype):
+    x = draw(4 * 6 * 30 * 31).view(4, 6, 30, 31).to(dtype)
+    arguments = ([3, 2], [2, 2], [1, 0], [1, 2], True, 20.0)
+    for formatted in (x, x.contiguous(memory_format=torch.channels_last)):
+        y = ops.smooth_max_pool(formatted, *arguments)
+        ours = ops.smooth_max_pool(formatted.cuda(), *arguments)
+        assert ours.stride() == y.stride()
+        torch.testing.assert_close(ours.cpu(), y)
+        grad = draw(y.numel(), seed=1).view(y.shape).to(dtype)
+        by_x = ops.smooth_max_pool_backward(grad.cuda(), formatted.cuda(), *arguments)
+        again = ops.smooth_max_pool_backward(grad.cuda(), formatted.cuda(), *arguments)
+        assert torch.equal(by_x, again)
+        expected = ops.smooth_max_pool_backward(grad, formatted, *arguments)
+        torch.testing.assert_close(by_x.cpu(), expected)
+
+
 @pytest.mark.skipif(tp.build_info()["isa"] == "baseline", reason="no fused multiply-add here")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_softplus_has_the_cpus_bits(dtype):

@@ -15,6 +15,7 @@ SHIM = ROOT / "tests" / "shim"
 BODIES = ROOT / "csrc" / "cuda" / "bodies"
 CHECKS = {
     "softplus": 192,
+    "smooth_max_pool": 66,
     "perturb_": 20,
     "sgd_": 120,
     "last_layer_step_": 38,

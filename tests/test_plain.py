@@ -104,5 +104,47 @@ def test_plain_copies_of_models_of_ones_own():
     copy, x = tp.nn.plain(model), torch.rand(3, 1, 6, 6)
     assert close(copy(x), model(x)) and type(copy) is ToyConvNet
     assert type(copy.act) is nn.Softplus and copy.act.beta == 10.0
+    with pytest.raises(ValueError, match=r"no module for 0 \(of tp.nn.analytic\)"):
+        prelu = nn.Sequential(nn.PReLU())
+        tp.nn.analytic(prelu)
+        tp.nn.plain(prelu)
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got str"):
         tp.nn.plain("model")
+
+
+SMOOTH = {
+    "images": nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+    "gaps": nn.MaxPool2d(2, 3),
+    "dilated": nn.MaxPool2d((2, 3), 1, (1, 0), (1, 2)),
+    "whole": nn.AdaptiveMaxPool2d(1),
+    "clipped": nn.ReLU6(),
+    "in place": nn.Hardswish(inplace=True),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_plain_copies_of_smooth_functions_are_graphs_of_torchs_operators(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), SMOOTH[name], nn.Flatten()).double()
+    tp.nn.analytic(model, beta=20.0)
+    copy = tp.nn.plain(model)
+    assert list(copy.state_dict()) == list(model.state_dict())
+    assert type(model[1]).__module__.startswith("twophase_ext")
+    called = [n.target for n in copy[1].graph.nodes if n.op == "call_function"]
+    assert called
+    assert not any("twophase" in getattr(target, "__module__", "") for target in called)
+    for x in torch.randn(3, 1, 9, 8).double(), torch.randn(1, 1, 12, 7).double():
+        expected = model(x)
+        assert (expected - nn.Sequential(model[0], SMOOTH[name], model[2])(x)).abs().max() > 0
+        for same in (copy, pickle.loads(pickle.dumps(copy)), torch.jit.trace(copy, x)):
+            torch.testing.assert_close(same(x), expected, rtol=1e-13, atol=1e-14)
+
+
+def test_the_smooth_maximum_is_decomposed_too():
+    model, x = tp.nn.SmoothMaxPool(3, 2, 1, ceil_mode=True), torch.randn(2, 3, 8, 9)
+    exported = torch.export.export(model, (x,))
+    assert any("twophase" in str(node.target) for node in exported.graph.nodes)
+    ours = get_decompositions([torch.ops.twophase.smooth_max_pool.default])
+    plain = exported.run_decompositions({**torch.export.default_decompositions(), **ours})
+    assert not any("twophase" in str(node.target) for node in plain.graph.nodes)
+    assert close(plain.module()(x), model(x))

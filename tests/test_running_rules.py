@@ -74,6 +74,16 @@ RULES = {
     "norm inf": rows(lambda x: torch.linalg.vector_norm(x, torch.inf, dim=1)),
     "glu": rows(lambda x: F.glu(x, 1)),
     "smooth maximum": images(tp.nn.SmoothMaxPool(3, 2, 1, beta=20.0)),
+    "smooth maximum, small beta": images(tp.nn.SmoothMaxPool(2, beta=1e-3)),
+    "smooth maximum, dilated": images(tp.nn.SmoothMaxPool(3, 1, 1, (1, 2), True, beta=3.0)),
+    "smooth maximum of rounded numbers": images(
+        lambda x: tp.ops.smooth_max_pool((x + 1e4) - 1e4, 3, 1, 1, beta=20.0)
+    ),
+    "smooth maximum, 1d": rows(tp.nn.SmoothMaxPool(3, 1, axes=1, beta=20.0)),
+    "smooth maximum, 3d": images(
+        lambda x: tp.ops.smooth_max_pool(x[:, None], 2, 1, 1, axes=3, beta=20.0)
+    ),
+    "max_pool2d, dilated": images(lambda x: F.max_pool2d(x, 3, 1, 1, (1, 2))),
     "constants of no rule": rows(lambda x: x * torch.fft.fft(torch.arange(8.0)).real),
     "constants of powers": rows(lambda x: x + torch.pow(torch.tensor(0.7), torch.arange(8))),
     "lerp": rows(lambda x: x[:, :6].lerp(x[:, 6:], 0.7)),

@@ -73,6 +73,21 @@ class OnDeviceOf {
   int previous_ = 0;
 };
 
+// Calls f(T{}) with the element type of `dtype`.
+template <class F>
+void by_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat16:
+      return f(Half{});
+    case Dtype::kBFloat16:
+      return f(BFloat16{});
+    case Dtype::kFloat32:
+      return f(float{});
+    case Dtype::kFloat64:
+      return f(double{});
+  }
+}
+
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, size_t shared,
             cudaStream_t stream, const A&... arguments) {

@@ -32,21 +32,6 @@ __global__ void __launch_bounds__(kThreads)
   softplus_double_backward_body(DeviceContext{}, none, grad_grad, grad, y, out_grad, out_y, n, p);
 }
 
-// Calls f(T{}) with the element type of `dtype`.
-template <class F>
-void by_dtype(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::kFloat16:
-      return f(Half{});
-    case Dtype::kBFloat16:
-      return f(BFloat16{});
-    case Dtype::kFloat32:
-      return f(float{});
-    case Dtype::kFloat64:
-      return f(double{});
-  }
-}
-
 // Launches kernel(pointers..., n, parameters) over n elements.
 template <class T, class Kernel, class... Pointers>
 void run(const char* name, Kernel kernel, const Tensor& like, int64_t n, double beta,

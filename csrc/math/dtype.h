@@ -46,6 +46,10 @@ TP_HD float load(Half x) {
   return bit_cast<float>(bits | sign);
 }
 
+// The type that an element is computed in.
+template <class T>
+using Compute = decltype(load(T{}));
+
 TP_HD void store(float* out, float x) { *out = x; }
 TP_HD void store(double* out, double x) { *out = x; }
 TP_HD void store(BFloat16* out, float x) {
@@ -68,5 +72,18 @@ TP_HD void store(Half* out, float x) {
                                                    : normal;
   out->bits = static_cast<uint16_t>(half | sign);
 }
+
+// Returns function<T>(...), T the element type of `dtype`.
+#define TP_BY_DTYPE(function, ...)            \
+  switch (dtype) {                            \
+    case Dtype::kFloat16:                     \
+      return function<Half>(__VA_ARGS__);     \
+    case Dtype::kBFloat16:                    \
+      return function<BFloat16>(__VA_ARGS__); \
+    case Dtype::kFloat32:                     \
+      return function<float>(__VA_ARGS__);    \
+    case Dtype::kFloat64:                     \
+      return function<double>(__VA_ARGS__);   \
+  }
 
 }  // namespace twophase

@@ -6,6 +6,7 @@
 #include "check_last_layer_epoch.h"
 #include "check_last_layer_step.h"
 #include "check_multi.h"
+#include "check_smooth_max_pool.h"
 #include "check_softplus.h"
 
 int main(int count, char** names) {
@@ -14,6 +15,7 @@ int main(int count, char** names) {
     const char* name;
     void (*check)(Checks&);
   } ops[] = {{"softplus", check_softplus},
+             {"smooth_max_pool", check_smooth_max_pool},
              {"perturb_", check_perturb},
              {"sgd_", check_sgd},
              {"last_layer_step_", check_last_layer_step},

@@ -29,6 +29,10 @@ LIFTED = (
     "casts to float32 within the model are rounding, not part of the function: they are left out"
 )
 SOFTPLUS = "float64 softplus h errs by at most 8u|h| + 8u/beta (checked against mpmath)"
+SMOOTH_MAX = (
+    "the float64 smooth maximum y of k numbers errs by at most u|y| + (k + 16 + 12 log k) u/beta "
+    "(checked against mpmath)"
+)
 
 
 class Unbounded(ValueError):

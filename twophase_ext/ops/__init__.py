@@ -8,6 +8,7 @@ from .last_layer_step import last_layer_step_
 from .last_layer_update import last_layer_update_
 from .perturb import perturb_
 from .sgd import sgd_
+from .smooth_max_pool import smooth_max_pool
 from .softplus import softplus, softplus_
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "logit_error_constant",
     "perturb_",
     "sgd_",
+    "smooth_max_pool",
     "softplus",
     "softplus_",
 ]

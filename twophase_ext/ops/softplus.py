@@ -4,8 +4,6 @@ Derivatives are taken from the output y alone (s = sigmoid(beta x) = 1 - exp(-be
 but y is kept for the backward pass and the in-place form is possible.
 """
 
-import os
-import sys
 from numbers import Real
 from typing import Any
 
@@ -21,6 +19,7 @@ from .. import _load  # noqa: F401  registers torch.ops.twophase
 from ..core.arrays import as_tensor
 from ..core.dynamo import allowed_in_graph
 from ._arguments import require_tensor
+from ._inductor import keep_whole
 from ._softplus_terms import Term, Terms, batch_first, evaluate
 
 _ops = torch.ops.twophase
@@ -252,19 +251,9 @@ def _traced(x: Tensor, beta: float) -> Tensor:
 
 
 # The raw operators: what torch.compile traces, with a gradient for whoever calls them directly.
-def _quiet_inductor() -> None:
-    """Where the environment variable CI is set, Inductor asserts that what has a decomposition uses
-    it; this one is for exporters, the operator itself is faster. Said once, when it is imported.
-    """
-    lowering = sys.modules.get("torch._inductor.lowering")
-    operator = _ops.softplus.default
-    if lowering is not None and os.environ.get("CI") and operator not in lowering.lowerings:
-        lowering.make_fallback(operator, warn=False)
-
-
 @torch.library.register_fake("twophase::softplus")
 def _(x: Tensor, beta: float) -> Tensor:
-    _quiet_inductor()
+    keep_whole(_ops.softplus.default)
     return torch.empty_like(x)
 
 

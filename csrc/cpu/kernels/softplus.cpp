@@ -7,9 +7,6 @@ namespace twophase::TP_ISA {
 namespace {
 
 template <class T>
-using Compute = decltype(load(T{}));
-
-template <class T>
 void forward(const void* x_, void* y_, int64_t n, bool stream, double beta, double log_beta) {
   const T* x = static_cast<const T*>(x_);
   T* y = static_cast<T*>(y_);
@@ -54,18 +51,6 @@ void double_backward(const void* grad_grad_, const void* grad_, const void* y_, 
 }
 
 }  // namespace
-
-#define TP_BY_DTYPE(function, ...)            \
-  switch (dtype) {                            \
-    case Dtype::kFloat16:                     \
-      return function<Half>(__VA_ARGS__);     \
-    case Dtype::kBFloat16:                    \
-      return function<BFloat16>(__VA_ARGS__); \
-    case Dtype::kFloat32:                     \
-      return function<float>(__VA_ARGS__);    \
-    case Dtype::kFloat64:                     \
-      return function<double>(__VA_ARGS__);   \
-  }
 
 void softplus_forward(Dtype dtype, const void* x, void* y, int64_t n, bool stream, double beta,
                       double log_beta) {

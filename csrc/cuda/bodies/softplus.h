@@ -10,9 +10,6 @@ namespace twophase {
 
 constexpr int kSoftplusPacks = 2;  // loads in flight before the first use
 
-template <class T>
-using Compute = decltype(load(T{}));
-
 // on_packs(i, n) handles packs i, i + threads, ... below n; on_element(i) what no pack covers.
 template <class T, class Ctx, class F, class G>
 TP_BODY void for_each_element(const Ctx& ctx, int64_t n, bool aligned, const F& on_packs,

@@ -7,6 +7,7 @@ from .gram import gram_logdet
 from .last_layer import last_layer_epoch_, last_layer_gradient, last_layer_step_
 from .perturb import normal, perturb_, philox4x32_10, stream_key
 from .sgd import sgd_
+from .smooth_max_pool import smooth_max_pool, smooth_max_pool_backward
 from .softplus import softplus, softplus_backward, softplus_double_backward
 from .two_phase import two_phase
 
@@ -19,6 +20,8 @@ __all__ = [
     "perturb_",
     "philox4x32_10",
     "sgd_",
+    "smooth_max_pool",
+    "smooth_max_pool_backward",
     "softplus",
     "softplus_backward",
     "softplus_double_backward",

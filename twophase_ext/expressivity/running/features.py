@@ -16,6 +16,7 @@ from ..bounded import (
     CONSTANTS,
     LIBM,
     LIFTED,
+    SMOOTH_MAX,
     SOFTPLUS,
     Bounded,
     BoundedFeatures,
@@ -25,7 +26,7 @@ from ..bounded import (
 from .engine import Running
 from .tape import Step
 
-_ORDER = (SOFTPLUS, LIBM, LIFTED, CONSTANTS)
+_ORDER = (SOFTPLUS, SMOOTH_MAX, LIBM, LIFTED, CONSTANTS)
 
 
 class _Known(NamedTuple):

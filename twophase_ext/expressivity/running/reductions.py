@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...linalg.bounds import SLACK
-from ..bounded import LIBM, ULPS, refuse
+from ..bounded import LIBM, SMOOTH_MAX, ULPS, refuse
 from .call import Call, Result
 from .operand import HUGE, Operand
 
@@ -235,10 +235,46 @@ def _max_pool(call: Call) -> list[Result]:
         return refuse("its batch is not the samples")
     kernel = _pairs(call["kernel_size"], axes)
     stride = _pairs(call["stride"], axes) if call["stride"] else kernel
-    dilated = any(d != 1 for d in _pairs(call["dilation"], axes))
-    times = math.prod(k if dilated else -(-k // s) for k, s in zip(kernel, stride, strict=True))
+    times = _windows_of_one(kernel, stride, _pairs(call["dilation"], axes))
     error = math.sqrt(times) * x.error * SLACK
     return [Result(out, x.dim, x.ids, error) for out in call.outs]
+
+
+def _windows_of_one(kernel: list[int], stride: list[int], dilation: list[int]) -> int:
+    """In how many windows one number is, at most.
+
+    It is at place t of window o where o s + t d is its own place: t is given modulo s / gcd(s, d).
+    """
+    along = zip(kernel, stride, dilation, strict=True)
+    return math.prod(-(-k // (s // math.gcd(s, d))) for k, s, d in along)
+
+
+def _smooth_max_pool(call: Call) -> list[Result]:
+    """y = m + log(s) / beta, s = sum of exp(-z_j) over a window's k numbers, z_j = beta (m - x_j).
+
+    Its gradient by the window is softmax, of 1-norm 1: |dy| <= max |dx_j|, whose square is at most
+    the sum of squares; a number counts once for each window that it is in.
+
+    Rounding: m is exact. m - x_j is off by u of itself, and beta times it by u again where there
+    is no fused multiply-add, which turns exp(-z) into exp(-z) (1 + 2u z); its polynomial is off by
+    5u of itself; the mean of z under the weights exp(-z) / s is their entropy less log s, log k
+    at most. The sum of k positive numbers: gamma_k. Numbers left out, below 2^-64 (2^-512 in
+    float64), are less than u for k < 2^40. So s is off by gamma_(k + 6) + 2u log k of itself,
+    log(s) by as much and by 8u of itself, log k at most, and the last sum by u |y|.
+    """
+    call.owner.assumed.add(SMOOTH_MAX)
+    x, kernel = call.operand("x"), call["kernel"]
+    if x.dim is not None and x.dim >= x.value.dim() - len(kernel):
+        return refuse("it brings different samples together")
+    times = _windows_of_one(kernel, call["stride"], call["dilation"])
+    count = math.prod(kernel)
+    each = (call.gamma(count + 16) + 12 * call.u * math.log(count)) / call["beta"]
+    places = call.out.numel()
+    if x.dim is not None and x.ids is not None:
+        places = places // len(x.ids) * int(x.ids.bincount().max())
+    made = call.made(x.dim, x.ids)
+    rounding = 2 * call.u * made.norm + math.sqrt(places) * each
+    return [Result(call.out, x.dim, x.ids, (math.sqrt(times) * x.error + rounding) * SLACK)]
 
 
 REDUCTIONS: dict[str, Rule] = {
@@ -270,4 +306,5 @@ REDUCTIONS: dict[str, Rule] = {
         ),
         _max_pool,
     ),
+    "twophase::smooth_max_pool": _smooth_max_pool,
 }

@@ -57,7 +57,7 @@ def _relu6(x: Tensor, beta: float) -> Tensor:
     return smooth.hardtanh(x, 0.0, 6.0, beta)
 
 
-def _pool(axes: int) -> Callable[..., Tensor]:
+def _pool(axes: int, of_torch: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def pool(
         own: Settings,
         input: Tensor,
@@ -71,7 +71,9 @@ def _pool(axes: int) -> Callable[..., Tensor]:
         if own.pooling == "average" and dilation in (1, (1,) * axes, [1] * axes):
             return smooth.average_pool(input, kernel_size, stride, padding, ceil_mode, axes)
         settings = kernel_size, stride, padding, dilation, ceil_mode
-        return smooth.max_pool(input, *settings, axes, own.beta)
+        if not input.is_floating_point():
+            return of_torch(input, *settings)
+        return ops.smooth_max_pool(input, *settings, axes=axes, beta=own.beta)
 
     return pool
 
@@ -85,9 +87,9 @@ FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     F.leaky_relu: _elementwise(smooth.leaky_relu, 0.01),
     F.hardsigmoid: _elementwise(smooth.hardsigmoid),
     F.hardswish: _elementwise(smooth.hardswish),
-    **dict.fromkeys((F.max_pool1d, torch.max_pool1d), _pool(1)),
-    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _pool(2)),
-    **dict.fromkeys((F.max_pool3d, torch.max_pool3d), _pool(3)),
+    **dict.fromkeys((F.max_pool1d, torch.max_pool1d), _pool(1, F.max_pool1d)),
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _pool(2, F.max_pool2d)),
+    **dict.fromkeys((F.max_pool3d, torch.max_pool3d), _pool(3, F.max_pool3d)),
 }
 # The names by which the watch reports them (watch.py).
 NAMES = {

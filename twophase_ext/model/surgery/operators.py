@@ -239,6 +239,12 @@ OPERATORS: dict[str, Rule] = {
     ),
 }
 
+# Of this package.
+_OWN = {
+    "softplus": analytic_because("exact softplus, without a threshold"),
+    "smooth_max_pool": analytic_because("log sum exp over windows"),
+}
+
 # Their integers are sizes, offsets and random states, not functions of the real arguments.
 _INTEGERS_BESIDE = {
     *("embedding_bag", "embedding_bag_forward_only", "native_dropout"),
@@ -270,8 +276,8 @@ def judge(call: Call, results: list[Any]) -> Judgement:
 
     results: the tensors that it returned or wrote.
     """
-    if call.operator.namespace == "twophase" and call.name in ("softplus", "softplus_kept"):
-        return analytic_because("exact softplus, without a threshold")
+    if call.operator.namespace == "twophase" and call.name in _OWN:
+        return _OWN[call.name]
     if call.operator.namespace != "aten":
         return Judgement("unknown", "an operator of another library, no rule for it")
     rule = OPERATORS.get(call.name)

@@ -2,11 +2,15 @@
 
 import copy
 from collections import OrderedDict
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import fx, nn
 
+from twophase_ext import ops
 from twophase_ext.model import holding, layers, probing
+from twophase_ext.ops._windows import smooth_max_formula
 
 from ..softplus import Softplus
 from . import smooth
@@ -17,27 +21,40 @@ from .widen import PixelHead, WideHead
 THRESHOLD = 40.0
 
 
+class _OfTorch(fx.Transformer):
+    """This package's operators written out in torch's."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One node of the graph."""
+        if target is ops.softplus:
+            return F.softplus(args[0], args[1], threshold=THRESHOLD)
+        if target is ops.smooth_max_pool:
+            return smooth_max_formula(*args, **kwargs)
+        return super().call_function(target, args, kwargs)
+
+
 def plain(model: nn.Module) -> nn.Module:
     """A copy of the model without this package's classes, in evaluation mode; same state-dict keys.
 
     `Softplus` becomes torch.nn.Softplus(beta, threshold=40), `WideHead` an nn.Sequential (of
-    1 x 1 convolutions where it was put over pixels), and a frozen model is unfrozen. torch's own
-    class and not a formula, because every exporter, quantizer and explainer knows it; with
-    threshold 40 it differs by roundings alone, in float64 too, where torch's 20 would show.
+    1 x 1 convolutions where it was put over pixels), what `analytic` put into the model (the smooth
+    maximum too) a torch.fx.GraphModule of torch's own operators, and a frozen model is unfrozen.
+    torch's own class and not a formula, because every exporter, quantizer and explainer knows it;
+    with threshold 40 it differs by roundings alone, in float64 too, where torch's 20 would show.
     `torch.load`, torch.jit, torch.onnx, torch.fx and state_dict() of the copy then need no
     twophase_ext, as far as the model's other classes do not.
 
     It is for inference: with a threshold the activation is piecewise, hence not real analytic, and
     a claim about the model is none about the copy. Calls of `tp.softplus` in a forward of your own
     stay; write F.softplus(x, beta, threshold=40) there. Raises TypeError where `model` is no
-    nn.Module, ValueError where `analytic` put in it what torch has no module for (a smooth maximum,
-    a smooth Hardswish, functions in a forward).
+    nn.Module, ValueError where `analytic` put in it what no graph can hold (a smooth PReLU, whose
+    graph hangs on the dimensions of its input; functions in a forward).
     """
     probing.require_module(model)
     without = [
         name or "(model)"
         for name, module in layers.unwrap(model).named_modules()
-        if isinstance(module, smooth.Smooth) or calls_analytic(module)
+        if isinstance(module, smooth.SmoothPReLU) or calls_analytic(module)
     ]
     if without:
         raise ValueError(
@@ -58,6 +75,8 @@ def plain(model: nn.Module) -> nn.Module:
                 new = nn.Sequential(OrderedDict(module.named_children()))
             elif type(module) is PixelHead:
                 new = _over_pixels(module)
+            elif isinstance(module, smooth.Smooth):
+                new = _OfTorch(fx.symbolic_trace(module)).transform()
             done[module] = new
             for name, child in list(new._modules.items()):
                 if child is not None:

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .operators import Call
 
 ANY, LEAST, ABOVE = 0, 1, 2  # nothing known; >= 0; > 0
-_ABOVE = {"exp", "exp2", "sigmoid", "softplus", "softplus_kept", "softmax", "safe_softmax", "cosh"}
+_ABOVE = {"exp", "exp2", "sigmoid", "softplus", "softmax", "safe_softmax", "cosh"}
 # of numbers of a sign: numbers of that sign
 _KEPT = {
     *("mean", "sum", "amax", "amin", "cumsum", "clone", "to_copy", "copy", "sqrt", "rsqrt"),

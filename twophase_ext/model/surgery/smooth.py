@@ -6,7 +6,6 @@ becomes a x + sum of c_i s(x - t_i); the largest of k numbers becomes log(sum ex
 within log(k) / beta above it, whose gradient is their softmax.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,34 +38,6 @@ def hardswish(x: Tensor, beta: float) -> Tensor:
     return x * hardsigmoid(x, beta)
 
 
-def max_pool(
-    x: Tensor,
-    kernel: int | Sequence[int],
-    stride: int | Sequence[int] | None,
-    padding: int | Sequence[int],
-    dilation: int | Sequence[int],
-    ceil_mode: bool,
-    axes: int,
-    beta: float,
-) -> Tensor:
-    """log(sum exp(beta x)) / beta over the windows of torch's max pooling of `axes` dimensions."""
-    kernel, padding, dilation = (_each(v, axes) for v in (kernel, padding, dilation))
-    stride = _each(stride, axes) if stride else kernel
-    pads: list[int] = []
-    for size, k, s, p, d in zip(x.shape[-axes:], kernel, stride, padding, dilation, strict=True):
-        span = d * (k - 1) + 1
-        count = (size + 2 * p - span) // s + 1
-        if ceil_mode:
-            count = -(-(size + 2 * p - span) // s) + 1
-            count -= (count - 1) * s >= size + p  # a window that begins in the padding
-        pads = [p, max((count - 1) * s + span - size - p, 0), *pads]
-    y = beta * x
-    y = F.pad(y, pads, value=-math.inf) if any(pads) else y
-    for k, s, d in zip(kernel, stride, dilation, strict=True):  # a window's numbers come last
-        y = y.unfold(-axes, d * (k - 1) + 1, s)[..., ::d]
-    return torch.logsumexp(y, tuple(range(-axes, 0))) / beta
-
-
 def average_pool(
     x: Tensor,
     kernel: int | Sequence[int],
@@ -78,11 +49,6 @@ def average_pool(
     """The mean over the windows of torch's max pooling without dilation; padding does not count."""
     pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[axes - 1]
     return pool(x, kernel, stride, padding, ceil_mode, count_include_pad=False)  # type: ignore
-
-
-def _each(value: int | Sequence[int], axes: int) -> list[int]:
-    found = [value] if isinstance(value, int) else list(value)
-    return found * axes if len(found) == 1 else found
 
 
 class Smooth(nn.Module):
@@ -197,7 +163,7 @@ class SmoothMaxPool(Smooth):
     def _of(self, x: Tensor) -> Tensor:
         windows: tuple[Any, Any, Any, Any]
         windows = self.kernel_size, self.stride, self.padding, self.dilation
-        return max_pool(x, *windows, self.ceil_mode, self.axes, self.beta)
+        return ops.smooth_max_pool(x, *windows, self.ceil_mode, axes=self.axes, beta=self.beta)
 
     def extra_repr(self) -> str:
         """The settings, as print(model) shows them."""
