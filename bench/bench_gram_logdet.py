@@ -115,4 +115,6 @@ def test_rank(size, which, row, interleaved, small):
     )
     role, name, target = rows[which]
     row(f"rank_logdet {b}x{n}x{m}", role, name, flops=2 * b * n * n * inner)
-    interleaved(target, [f for i, (_, _, f) in enumerate(rows) if i != which], rounds=11)
+    interleaved(
+        target, [f for i, (_, _, f) in enumerate(rows) if i != which], rounds=5 if n >= 1000 else 11
+    )
