@@ -51,5 +51,6 @@ STABLE_TORCH_LIBRARY(twophase, m) {
       "is_first_step)"
       " -> Tensor");
   // (certified rank [b], logabsdet [b], info [b]) of the Gram matrix of [features, 1], [b, n, m].
-  m.def("gram_logdet(Tensor features, bool append_ones) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "gram_logdet(Tensor features, bool append_ones) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

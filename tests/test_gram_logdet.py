@@ -1,5 +1,7 @@
 """gram_logdet: certified rank (never above the exact one), log det and info."""
 
+import functools
+
 import mpmath
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from helpers import ISAS, on_each_isa
 from twophase.reference import gram as twin
 from twophase_ext.linalg import gram as large
 from twophase_ext.ops import gram_logdet
+from twophase_ext.ops.gram_logdet import gram_certificate
 
 PRIME = 2**61 - 1
 
@@ -109,7 +112,7 @@ def test_never_above_the_exact_rank(device, name, append_ones):
     features = HARD[name]()
     exact = exact_rank(features, append_ones)
     small = on_each_isa(lambda: gram_logdet(features.to(device), append_ones)[0])
-    by_blas, _, _ = large.gram_logdet_large(features.to(device), append_ones)
+    by_blas = large.gram_logdet_large(features.to(device), append_ones).rank
     assert all(0 <= rank <= exact for rank in [*small, by_blas])
 
 
@@ -204,7 +207,7 @@ def test_no_overflow_and_no_underflow(device, extreme, isa):
     features = torch.eye(5, dtype=torch.float64, device=device) * extreme
     for rank, logabsdet, info in (
         gram_logdet(features, append_ones=False),
-        large.gram_logdet_large(features, False),
+        large.gram_logdet_large(features, False)[:3],
     ):
         assert rank == 5 and info == 0
         assert float(logabsdet) == pytest.approx(10 * np.log(extreme), rel=1e-14)
@@ -262,6 +265,67 @@ def test_twin(device):
     torch.testing.assert_close(logabsdet[[0, 1, 3]], expected[[0, 1, 3]])
 
 
+@pytest.mark.parametrize("n", [65, 128, 129, 192, 257, 300])
+def test_a_dependent_row_in_any_block(device, n, isa):
+    """Integers, the products of which are exact: rank n - 1, wherever the last row is moved."""
+    features = affine_copy(n, n + 70)
+    for row in (0, 63, n // 2, n - 1):
+        moved = features.clone()
+        moved[[row, n - 1]] = moved[[n - 1, row]]
+        found = gram_certificate(moved.to(device))
+        assert found.rank == n - 1 and found.logabsdet_error == torch.inf
+    moved[n - 1] += torch.arange(n + 70) ** 2 % 7
+    assert gram_logdet(moved.to(device))[0] == n
+
+
+CONDITIONED = {
+    "random": lambda: torch.randn(14, 20, dtype=torch.float64),
+    "close to singular": lambda: low_rank_in_float32(14, 20, 13) + 1e-5 * torch.randn(14, 20),
+    "far from zero": lambda: 1e4 + torch.rand(14, 20, dtype=torch.float64),
+    "rows of any size": lambda: torch.randn(14, 20).double() * torch.logspace(-9, 9, 14)[:, None],
+    "square": lambda: torch.randn(15, 15),
+}
+
+
+@functools.cache
+def conditioned(case, seed):
+    """M, sigma_min / sigma_1, and log det M M^T by mpmath."""
+    torch.manual_seed(seed)
+    matrix = CONDITIONED[case]()
+    with mpmath.workdps(60):
+        m = mpmath.matrix(matrix.tolist())
+        squares = mpmath.eigsy(m * m.T, eigvals_only=True)
+        smallest, largest = squares[0], squares[len(squares) - 1]
+        return matrix, float(mpmath.sqrt(smallest / largest)), sum(map(mpmath.log, squares))
+
+
+@pytest.mark.parametrize("case", CONDITIONED)
+def test_rcond_and_error_are_bounds(device, case, isa):
+    for seed in range(2):
+        matrix, ratio, logarithm = conditioned(case, seed)
+        for found in (
+            gram_certificate(matrix.to(device), append_ones=False),
+            large.gram_logdet_large(matrix.to(device), False),
+        ):
+            assert found.rank == len(matrix)
+            assert (1e-28 if case == "rows of any size" else 1e-10) < found.rcond <= ratio
+            error = abs(float(mpmath.mpf(float(found.logabsdet)) - logarithm))
+            assert error <= found.logabsdet_error + 1e-15 * abs(float(logarithm)) < 1
+
+
+def test_rcond_of_a_rank_below_n(device, isa):
+    """sigma_rank / sigma_1, sigma_rank the last one that is not 0."""
+    features = torch.cat([integers(6, 9), integers(6, 9)[2:4]]).double()
+    sigma = torch.linalg.svdvals(features)
+    for found in (
+        gram_certificate(features.to(device), append_ones=False),
+        large.gram_logdet_large(features.to(device), False),
+    ):
+        assert found.rank == 6 and 1e-10 < found.rcond <= sigma[5] / sigma[0]
+        assert found.logabsdet_error == torch.inf
+    assert gram_certificate(torch.zeros(3, 4, device=device), False).rcond == 0
+
+
 def test_layouts_and_batches(device, isa):
     torch.manual_seed(0)
     features = torch.randn(3, 9, 14, device=device)
@@ -273,11 +337,12 @@ def test_layouts_and_batches(device, isa):
     assert all(torch.equal(a, b) for a, b in zip(gram_logdet(strided), whole, strict=True))
 
 
-def test_same_bits_for_any_number_of_threads(isa):
-    features, results = torch.randn(40, 30, 33), []
-    for threads in (1, 2, 3):
+@pytest.mark.parametrize("shape", [(40, 30, 33), (2, 333, 700)])
+def test_same_bits_for_any_number_of_threads(shape, isa):
+    features, results = torch.randn(shape), []
+    for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        results.append(gram_logdet(features))
+        results.append(gram_certificate(features))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -288,7 +353,7 @@ def test_small_panels_of_the_large_path(device, monkeypatch):
     monkeypatch.setattr(large, "PIVOTS", 5)
     torch.manual_seed(0)
     features = torch.randn(33, 50, device=device)
-    rank, logabsdet, info = large.gram_logdet_large(features, True)
+    rank, logabsdet, info = large.gram_logdet_large(features, True)[:3]
     assert (rank, info) == (33, 0)
     assert logabsdet == pytest.approx(float(gram_logdet(features)[1]), rel=1e-12)
     assert large.gram_logdet_large(affine_copy(33, 50).to(device), True)[0] == 32
@@ -308,8 +373,9 @@ def test_errors(device):
         gram_logdet(torch.zeros(3, device=device))
     with pytest.raises(TypeError, match="features: expected float32 or float64, got"):
         gram_logdet(torch.zeros(3, 3, device=device).half())
-    with pytest.raises(ValueError, match="features: expected at most 256 rows, got 257"):
-        torch.ops.twophase.gram_logdet(torch.zeros(1, 257, 2, device=device), True)
+    if device == "cuda":  # the CPU's kernel takes any number of rows
+        with pytest.raises(ValueError, match="features: expected at most 256 rows, got 257"):
+            torch.ops.twophase.gram_logdet(torch.zeros(1, 257, 2, device=device), True)
 
 
 def test_not_differentiable_but_accepts_parameters(device):

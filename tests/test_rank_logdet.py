@@ -134,7 +134,7 @@ def test_errors_of_preconditioned(monkeypatch):
 @pytest.mark.parametrize("append_ones", [True, False])
 def test_random_features(device, dtype, shape, append_ones):
     features = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    r = rank_logdet(features.to(device), append_ones=append_ones)
+    r = rank_logdet(features.to(device), append_ones=append_ones, method="svd")
     matrix = features.double()
     if append_ones:
         matrix = torch.cat([matrix, matrix.new_ones(*shape[:-1], 1)], -1)
@@ -162,6 +162,9 @@ def test_ranks_of_all_cases():
             assert r.rank <= case.rank
             with np.errstate(over="ignore"):
                 expected = np.linalg.matrix_rank(case.matrix.double().numpy())
+            if case.name == "the largest numbers":  # the largest singular value overflows
+                assert expected == 0 and r.numerical_rank == case.rank
+                continue
             # both by an SVD of its own: only singular values at the very threshold may differ
             sigma = torch.linalg.svdvals(case.matrix.double())
             threshold = float(sigma[0]) * max(case.matrix.shape) * 2.0**-52
@@ -179,7 +182,7 @@ def test_ill_conditioned_is_proved_by_the_preconditioned_bound():
         r = rank_logdet(features, append_ones=False)
         assert r.rank.tolist() == [20, 19, 20] and r.numerical_rank.tolist() == [20, 19, 20]
         assert rank_logdet(features, append_ones=False, method="gram").rank.tolist()[0] < 20
-    r = rank_logdet(wide, append_ones=False)
+    r = rank_logdet(wide, append_ones=False, method="svd")
     expected = -2 * math.log(10) * 10 * np.linspace(0, 1, 20).sum()
     assert float(r.logabsdet[0]) == pytest.approx(expected, rel=1e-6)  # where Cholesky broke down
     assert float(r.sigma_min[0]) == pytest.approx(1e-10, rel=1e-4)
@@ -187,24 +190,71 @@ def test_ill_conditioned_is_proved_by_the_preconditioned_bound():
 
 def test_methods(monkeypatch):
     features = gaussian(12, 15)
-    svd, gram = (rank_logdet(features, method=m) for m in ("svd", "gram"))
-    assert gram.numerical_rank is None and gram.sigma_min is None and gram.method == "gram"
-    assert gram.rank == svd.rank == 12
-    assert float(gram.logabsdet) == pytest.approx(float(svd.logabsdet), rel=1e-13)
-    monkeypatch.setattr(module, "AUTO_SVD", 12 * 16 * 12)
-    assert rank_logdet(features).method == "svd"
-    assert rank_logdet(torch.stack([features] * 2)).method == "gram"
-    assert rank_logdet(gaussian(12, 16)).method == "gram"
+    auto, svd, gram = (rank_logdet(features, method=m) for m in ("auto", "svd", "gram"))
+    assert (auto.method, svd.method, gram.method) == ("gram", "svd", "gram")
+    for r in (auto, svd, gram):
+        assert r.rank == r.numerical_rank == 12
+        assert float(r.logabsdet) == pytest.approx(float(svd.logabsdet), rel=1e-13)
+    assert auto.sigma_min is None and gram.sigma_min is None and svd.sigma_min > 0
+    hard = graded(12, 15, 1e10)  # the Gram matrix does not tell its rank
+    r = rank_logdet(hard, append_ones=False, method="gram")
+    assert r.rank < 12 and r.numerical_rank is None and r.method == "gram"
+    monkeypatch.setattr(module, "AUTO_SVD", 12 * 15 * 12)
+    r = rank_logdet(hard, append_ones=False)
+    assert (r.method, r.rank, r.numerical_rank) == ("svd", 12, 12) and r.sigma_min > 0
+    r = rank_logdet(torch.stack([hard] * 2), append_ones=False)
+    assert r.method == "gram" and r.numerical_rank is None
+    r = rank_logdet(torch.stack([hard, gaussian(12, 15), gaussian(12, 15)]), append_ones=False)
+    assert r.method == "svd" and r.numerical_rank.tolist() == [12] * 3 and r.sigma_min is None
+
+
+def test_singular_values_only_of_what_is_not_proved(device, monkeypatch):
+    taken = []
+    svdvals = torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda a: taken.append(a.shape[0]) or svdvals(a))
+    features = torch.randn(9, 20, 30, generator=torch.Generator().manual_seed(0))
+    expected = rank_logdet(features, method="svd")
+    assert taken == [9]
+    r = rank_logdet(features.to(device))
+    assert taken == [9] and r.method == "gram"
+    assert torch.equal(r.rank.cpu(), expected.rank)
+    assert torch.equal(r.numerical_rank.cpu(), expected.numerical_rank)
+    torch.testing.assert_close(r.logabsdet.cpu(), expected.logabsdet, rtol=1e-13, atol=0)
+    features[1, 3], features[4, 2] = features[1, 5], features[4, 0]
+    features[7, 0, 0] = torch.nan
+    del taken[:]
+    r = rank_logdet(features.to(device))
+    assert taken[0] == 2 and r.sigma_min is None
+    assert r.rank.tolist() == r.numerical_rank.tolist() == [20, 19, 20, 20, 19, 20, 20, 0, 20]
+    finite = [i for i in range(9) if i not in (1, 4, 7)]
+    assert torch.equal(r.logabsdet.cpu()[finite], rank_logdet(features[finite]).logabsdet)
+    del taken[:]
+    tall = rank_logdet(features.mT.to(device), append_ones=False)
+    assert taken == [2] and tall.numerical_rank.tolist() == r.numerical_rank.tolist()
+
+
+@pytest.mark.parametrize("shape", [(12, 15), (15, 12), (9, 9), (300, 310)])
+@pytest.mark.parametrize("far", [0, 12, 20, 30, 45, 60])
+def test_a_settled_numerical_rank_is_that_of_singular_values(shape, far):
+    """Rows of very different size: rank n as it stands, and numerically much less."""
+    rows = torch.logspace(0, -far, shape[0], 2.0, dtype=torch.float64)[:, None]
+    hard = graded(*sorted(shape), 1e5)
+    for matrix in (gaussian(*shape), gaussian(*shape, 1), hard if shape[0] < shape[1] else hard.mT):
+        r = rank_logdet(matrix * rows, append_ones=False)
+        assert r.numerical_rank == np.linalg.matrix_rank((matrix * rows).numpy())
 
 
 @pytest.mark.parametrize("n", [6, 300])
 def test_not_finite(device, n):
     features = torch.randn(3, n, n + 3)
     features[0, 2, 1], features[2, 0, 0] = torch.inf, torch.nan
-    r = rank_logdet(features.to(device))
+    r = rank_logdet(features.to(device), method="svd")
     assert r.rank.tolist() == r.numerical_rank.tolist() == [0, n, 0]
     assert r.info.tolist() == [-1, 0, -1]
     assert r.logabsdet.isnan().tolist() == r.sigma_min.isnan().tolist() == [True, False, True]
+    proved = rank_logdet(features.to(device))
+    assert proved.rank.tolist() == proved.numerical_rank.tolist() == [0, n, 0]
+    assert proved.method == "gram" and proved.logabsdet.isnan().tolist() == [True, False, True]
     tall = rank_logdet(features.mT.contiguous(), append_ones=False)
     assert tall.logabsdet.isnan().tolist() == [True, False, True]
 
@@ -218,13 +268,13 @@ def test_more_rows_than_columns_have_no_determinant():
 
 
 def test_no_columns():
-    r = rank_logdet(torch.empty(4, 0), append_ones=False)
+    r = rank_logdet(torch.empty(4, 0), append_ones=False, method="svd")
     assert (r.rank, r.numerical_rank, r.logabsdet) == (
         0,
         0,
         -torch.inf,
     ) and r.sigma_min == torch.inf
-    r = rank_logdet(torch.empty(1, 0))
+    r = rank_logdet(torch.empty(1, 0), method="svd")
     assert (r.rank, r.numerical_rank, r.logabsdet, r.sigma_min) == (1, 1, 0, 1)
 
 
@@ -232,7 +282,7 @@ def test_arrays_and_gradients():
     array = np.random.default_rng(0).standard_normal((2, 5, 9))
     for a, b in zip(rank_logdet(array), rank_logdet(torch.from_numpy(array)), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    r = rank_logdet(torch.randn(3, 5, requires_grad=True))
+    r = rank_logdet(torch.randn(3, 5, requires_grad=True), method="svd")
     assert not r.logabsdet.requires_grad and not r.sigma_min.requires_grad
 
 

@@ -41,10 +41,12 @@ void run(const OnDeviceOf& device, const Tensor& like, const GramLogdet& g) {
   launch("gram_logdet", gram_logdet<T>, blocks, kBlock, bytes, device.stream(),
          static_cast<const T*>(g.features), g.batch, n, g.m, g.append_ones,
          fits ? nullptr : static_cast<double*>(scratch.mutable_data_ptr()),
-         GramResult{g.rank, g.logabsdet, g.info});
+         GramResult{g.rank, g.logabsdet, g.info, g.rcond, g.logabsdet_error});
 }
 
 struct Cuda {
+  static constexpr int64_t most_rows = kGramSmall;
+
   static void run(const Tensor& like, const GramLogdet& g) {
     const OnDeviceOf device(like);
     if (g.dtype == Dtype::kFloat32)

@@ -11,12 +11,13 @@ namespace twophase {
 
 struct GramAnswer {
   std::vector<int64_t> rank, info;
-  std::vector<double> logabsdet;
+  std::vector<double> logabsdet, rcond, error;
 };
 
 template <class T>
 GramAnswer run_gram(const std::vector<T>& features, int64_t batch, int n, int64_t m, bool ones) {
   GramAnswer a{std::vector<int64_t>(batch, -7), std::vector<int64_t>(batch, -7),
+               std::vector<double>(batch, -7), std::vector<double>(batch, -7),
                std::vector<double>(batch, -7)};
   constexpr int64_t kBlocks = 2;
   const int64_t size = static_cast<int64_t>(n) * leading_dimension(n);
@@ -24,7 +25,8 @@ GramAnswer run_gram(const std::vector<T>& features, int64_t batch, int n, int64_
   run_grid<GramShared>(kBlocks, kBlock, [&](const HostContext& ctx, GramShared& shared) {
     gram_logdet_body(ctx, shared, features.data(), batch, n, m, ones,
                      scratch.data() + ctx.block() * size,
-                     GramResult{a.rank.data(), a.logabsdet.data(), a.info.data()});
+                     GramResult{a.rank.data(), a.logabsdet.data(), a.info.data(), a.rcond.data(),
+                                a.error.data()});
   });
   return a;
 }
@@ -71,8 +73,17 @@ void check_gram_dtype(Checks& checks) {
         checks.that(std::abs(a.logabsdet[item] - expected) <=
                         1e4 * epsilon * static_cast<double>(n * (n + width)),
                     "gram_logdet: log det", n);
+        checks.that(std::abs(a.logabsdet[item] - expected) <=
+                        static_cast<double>(a.error[item]) + 8 * epsilon * std::abs(expected),
+                    "gram_logdet: error of log det", n);
+        // all rows are of one size, but for the huge one
+        const int spread = item == 2 ? (sizeof(T) == 8 ? 202 : 62) : 3;
+        checks.that(a.rcond[item] <= 1 && a.rcond[item] >= std::ldexp(1e-10, -spread),
+                    "gram_logdet: rcond", n);
       }
-      if (n > 1) checks.that(a.rank[1] == n - 1, "gram_logdet: duplicate row", a.rank[1]);
+      if (n > 1)
+        checks.that(a.rank[1] == n - 1 && a.rcond[1] > 0 && a.error[1] == INFINITY,
+                    "gram_logdet: duplicate row", a.rank[1]);
     }
   // rank 2 of 6 by construction (integers), a NaN, an infinity, zeros
   constexpr int kN = 6, kM = 4;
@@ -84,9 +95,11 @@ void check_gram_dtype(Checks& checks) {
   const GramAnswer a = run_gram(x, 4, kN, kM, false);
   checks.that(a.rank[0] == 2, "gram_logdet: rank 2 by construction", a.rank[0]);
   for (const int item : {1, 2})
-    checks.that(a.info[item] == -1 && a.rank[item] == 0 && std::isnan(a.logabsdet[item]),
+    checks.that(a.info[item] == -1 && a.rank[item] == 0 && std::isnan(a.logabsdet[item]) &&
+                    a.rcond[item] == 0 && a.error[item] == INFINITY,
                 "gram_logdet: not finite", item);
-  checks.that(a.info[3] == 1 && a.rank[3] == 0 && a.logabsdet[3] == -INFINITY,
+  checks.that(a.info[3] == 1 && a.rank[3] == 0 && a.logabsdet[3] == -INFINITY && a.rcond[3] == 0 &&
+                  a.error[3] == INFINITY,
               "gram_logdet: zeros");
   const GramAnswer only_ones = run_gram(std::vector<T>(), 1, 3, 0, true);
   checks.that(only_ones.rank[0] == 1, "gram_logdet: no features but the ones");

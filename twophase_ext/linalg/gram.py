@@ -7,49 +7,106 @@ reciprocals and inverted blocks. What is assumed of the arithmetic: bounds.py.
 """
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.memory import available_memory
-from .bounds import SLACK, UNDERFLOW, UNIT_ROUNDOFF, exponents_of, gamma, power_of_two, shifted_down
+from .bounds import (
+    SLACK,
+    UNDERFLOW,
+    UNIT_ROUNDOFF,
+    exponents_of,
+    gamma,
+    minus,
+    power_of_two,
+    shifted_down,
+)
 from .residual import residual_bound
 from .tiles import DenseTiles
 
 PANEL = 2048  # columns of a panel of M, rows of a panel of the residual
+RESERVE = 2.0**-10  # of the errors, left of the shift where it has covered them (kReserve)
 PIVOTS = 64  # between two updates of the rest in the pivoted factorization
 
 
-def gram_logdet_large(features: Tensor, append_ones: bool) -> tuple[int, float, int]:
-    """(certified rank, logabsdet, info) as `twophase_ext.ops.gram_logdet`, features [n, m].
+class Found(NamedTuple):
+    """What `twophase_ext.ops.gram_logdet.GramLogdet` holds, of one matrix."""
+
+    rank: int
+    logabsdet: float
+    info: int
+    rcond: float
+    logabsdet_error: float
+
+
+def gram_logdet_large(features: Tensor, append_ones: bool) -> Found:
+    """As `twophase_ext.ops.gram_logdet.gram_certificate`, features [n, m].
 
     float64 throughout; waits for the device. Raises MemoryError before it allocates.
     """
-    n, m = features.shape
-    _require_memory(n, m, features.device)
-    exponents = _row_exponents(features, append_ones)
-    if exponents is None:
-        return 0, math.nan, -1
-    gram, products = _scaled_gram(features, append_ones, power_of_two(-exponents))
-    diagonal = gram.diagonal().clone()
-    trace = float(diagonal.sum())
-    e_G = gamma(min(m, PANEL) + products) * trace
-
-    logabsdet = -math.inf
-    factor, info_tensor = torch.linalg.cholesky_ex(gram)
+    scaled = _Scaled.of(features, append_ones)
+    if scaled is None:
+        return Found(0, math.nan, -1, 0.0, math.inf)
+    logarithms = -math.inf
+    factor, info_tensor = torch.linalg.cholesky_ex(scaled.gram)
     info = int(info_tensor)
     if info == 0:
-        logarithms = float(factor.diagonal().log().sum())
-        logabsdet = 2 * (logarithms + math.log(2) * int(exponents.sum()))
+        logarithms = 2 * float(factor.diagonal().log().sum())
     del factor
-    if info == 0 and n <= m + append_ones and _positive_definite(gram, diagonal, trace, e_G):
-        return n, logabsdet, info
-    # + 1 in k_j = j + 3 for a division that a library may do by a reciprocal
-    shift = (e_G + (n + 3) * UNIT_ROUNDOFF * trace) * SLACK + UNDERFLOW
-    return _pivoted_rank(gram, shifted_down(diagonal, shift)), logabsdet, info
+    logabsdet = logarithms + 2 * math.log(2) * int(scaled.exponents.sum())
+    n, m = features.shape
+    if info == 0 and n <= m + append_ones:
+        floor, shifted = _positive_definite(scaled)
+        if floor > 0:
+            return Found(n, logabsdet, info, scaled.rcond(floor), logarithms - shifted)
+    rank, rcond = _pivoted(scaled)
+    return Found(rank, logabsdet, info, rcond, math.inf)
 
 
-def _require_memory(n: int, m: int, device: torch.device) -> None:
+def pivoted_rank(features: Tensor, append_ones: bool) -> tuple[int, float]:
+    """rank and rcond of `gram_logdet_large` where rank n is not to be proved; finite features."""
+    scaled = _Scaled.of(features, append_ones)
+    return (0, 0.0) if scaled is None else _pivoted(scaled)
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """G = M M^T of the rows of M times 2^-exponents, n > 0."""
+
+    gram: Tensor
+    diagonal: Tensor  # a copy
+    trace: float
+    e_G: float
+    exponents: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, append_ones: bool) -> "_Scaled | None":
+        """None where a feature is not finite. Raises MemoryError before it allocates."""
+        n, m = features.shape
+        require_memory(n, m, features.device)
+        exponents = _row_exponents(features, append_ones)
+        if exponents is None:
+            return None
+        gram, products = _scaled_gram(features, append_ones, power_of_two(-exponents))
+        diagonal = gram.diagonal().clone()
+        trace = float(diagonal.sum())
+        return cls(gram, diagonal, trace, gamma(min(m, PANEL) + products) * trace, exponents)
+
+    def rcond(self, floor: float) -> float:
+        """Lower bound of sigma_r / sigma_1 of M, as in csrc/math/cholesky.h.
+
+        floor: positive lower bound of the smallest eigenvalue of r rows of the scaled M M^T.
+        """
+        spread = int(self.exponents.max() - self.exponents.min())
+        largest = max(self.trace, floor) * (1 + 2.0**-19)
+        return math.ldexp(math.sqrt(floor / largest), -spread)
+
+
+def require_memory(n: int, m: int, device: torch.device) -> None:
+    """Raise MemoryError where n rows of m features would not fit."""
     needed = 8 * (4 * n * n + 2 * n * min(m + 1, PANEL))
     available = available_memory(device)
     if needed > available:
@@ -87,26 +144,38 @@ def _scaled_gram(features: Tensor, append_ones: bool, scale: Tensor) -> tuple[Te
     return gram, products
 
 
-def _positive_definite(gram: Tensor, diagonal: Tensor, trace: float, e_G: float) -> bool:
-    """Whether lambda_min(M M^T) > 0 is proved by a factor L of A = G - s I and its residual.
+def _positive_definite(scaled: _Scaled) -> tuple[float, float]:
+    """A lower bound of lambda_min(M M^T) and log det of A = G - s I; -inf where nothing is proved.
 
-    lambda_min(M M^T) >= s - e_G - ||L L^T - A||_2. Puts A's diagonal into gram, and takes it out
-    again.
+    By a factor L of A and its residual: lambda_min(M M^T) >= s - e_G - ||L L^T - A||_2. Puts A's
+    diagonal into the Gram matrix, and takes it out again.
     """
-    n = len(gram)
+    gram, n = scaled.gram, len(scaled.gram)
     # What a backward stable factorization leaves as residual, with its evaluation: 3 (n + 2) u T.
-    shift = (e_G + 4 * (n + 2) * UNIT_ROUNDOFF * trace) * SLACK + 2 * UNDERFLOW
-    gram.diagonal().copy_(shifted_down(diagonal, shift))
+    shift = (scaled.e_G + 4 * (n + 2) * UNIT_ROUNDOFF * scaled.trace) * SLACK + 2 * UNDERFLOW
+    gram.diagonal().copy_(shifted_down(scaled.diagonal, shift))
     factor, info = torch.linalg.cholesky_ex(gram)
-    proved = False
+    floor = logarithms = -math.inf
     if int(info) == 0:
         error = residual_bound(DenseTiles(gram, PANEL), DenseTiles(factor, PANEL), 0.0)
-        proved = shift - (e_G + error) * SLACK - UNDERFLOW > 0
-    gram.diagonal().copy_(diagonal)
-    return proved
+        floor = minus(shift, (scaled.e_G + error) * SLACK, UNDERFLOW)
+        logarithms = 2 * float(factor.diagonal().log().sum())
+    gram.diagonal().copy_(scaled.diagonal)
+    return floor, logarithms
 
 
-def _pivoted_rank(rest: Tensor, diagonal: Tensor) -> int:
+def _pivoted(scaled: _Scaled) -> tuple[int, float]:
+    """Certified rank and rcond by a shifted factorization with pivoting; overwrites the matrix."""
+    # + 1 in k_j = j + 3 for a division that a library may do by a reciprocal
+    cholesky = (len(scaled.gram) + 3) * UNIT_ROUNDOFF * scaled.trace
+    errors = (scaled.e_G + cholesky) * SLACK
+    floor = RESERVE * errors
+    diagonal = shifted_down(scaled.diagonal, errors + floor + UNDERFLOW)
+    rank = _positive_pivots(scaled.gram, diagonal)
+    return rank, scaled.rcond(floor / 2) if rank else 0.0
+
+
+def _positive_pivots(rest: Tensor, diagonal: Tensor) -> int:
     """Positive pivots of a Cholesky factorization with diagonal pivoting before it breaks down.
 
     rest: symmetric matrix; `diagonal` stands for its diagonal. PIVOTS columns at a time, without

@@ -161,6 +161,8 @@ struct GramResult {
   int64_t* rank;
   double* logabsdet;
   int64_t* info;
+  double* rcond;
+  double* logabsdet_error;
 };
 
 // One matrix a block at a time; features: [batch, n, m], square: this block's n * ld doubles.
@@ -177,6 +179,8 @@ TP_BODY void gram_logdet_body(const Ctx& ctx, GramShared& shared, const T* featu
         result.rank[item] = 0;
         result.logabsdet[item] = __builtin_nan("");
         result.info[item] = -1;
+        result.rcond[item] = 0;
+        result.logabsdet_error[item] = __builtin_inf();
       }
       continue;
     }
@@ -185,11 +189,16 @@ TP_BODY void gram_logdet_body(const Ctx& ctx, GramShared& shared, const T* featu
     ctx.sync();  // the last pivot has been read
     double trace = 0;
     int64_t exponents = 0;
+    int low = 1000, high = -1000;
     for (int i = 0; i < n; ++i) {
+      const int e = shared.exponents[i];
       trace += shared.diagonal[i];
-      exponents += shared.exponents[i];
+      exponents += e;
+      low = e < low ? e : low;
+      high = e > high ? e : high;
     }
-    const double shift = certificate_shift(n, m + (append_ones ? 1 : 0), trace);
+    const int64_t columns = m + (append_ones ? 1 : 0);
+    const double shift = certificate_shift(columns, n + 2, trace);
     for (int c = ctx.thread() / kWarp; c < n; c += kWarps)
       for (int r = c + ctx.thread() % kWarp; r < n; r += kWarp)
         s.at(r, c) = r == c ? shifted_down(shared.diagonal[r], shift) : s.at(c, r);
@@ -201,6 +210,10 @@ TP_BODY void gram_logdet_body(const Ctx& ctx, GramShared& shared, const T* featu
                                    ? plain.log_product + 2 * kLn2 * static_cast<double>(exponents)
                                    : -__builtin_inf();
       result.info[item] = complete ? 0 : plain.pivots + 1;
+      result.rcond[item] = shifted.pivots > 0 ? certificate_rcond(columns, n + 2, high - low) : 0.0;
+      result.logabsdet_error[item] = complete && shifted.pivots == n
+                                         ? plain.log_product - shifted.log_product
+                                         : __builtin_inf();
     }
   }
 }
