@@ -6,6 +6,7 @@ Nothing here imports twophase_ext.
 from .gram import gram_logdet
 from .last_layer import last_layer_epoch_, last_layer_gradient, last_layer_step_
 from .perturb import normal, perturb_, philox4x32_10, stream_key
+from .screen import screen_products
 from .sgd import sgd_
 from .softplus import softplus, softplus_backward, softplus_double_backward
 from .two_phase import two_phase
@@ -18,6 +19,7 @@ __all__ = [
     "normal",
     "perturb_",
     "philox4x32_10",
+    "screen_products",
     "sgd_",
     "softplus",
     "softplus_backward",
