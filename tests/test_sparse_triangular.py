@@ -9,7 +9,11 @@ import scipy.sparse.linalg
 from scipy.sparse import csc_matrix, csr_matrix, diags, eye
 
 from twophase_ext.linalg import sparse_triangular
-from twophase_ext.linalg.sparse_triangular import inverse_norm_upper, lambda_min_lower
+from twophase_ext.linalg.sparse_triangular import (
+    inverse_norm_upper,
+    lambda_min_lower,
+    norm_upper_of_magnitudes,
+)
 
 
 def lower(n: int, density: float, seed: int = 0, heavy: int = 0) -> csr_matrix:
@@ -91,6 +95,19 @@ def test_never_above_lambda_min_whatever_the_shift(seed):
             assert not found > truth
             if 0 < share <= 1 - 1e-12:
                 assert found > float(truth) * share - 1e-13 * size
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-9, 1.0, 1e150])
+def test_the_norm_of_magnitudes(scale):
+    """Above the truth and near it, whatever the signs."""
+    for matrix in (lower(1, 0), lower(80, 0.05, 3), lower(200, 0.02, 4, 5), chain(50, 2.0)):
+        truth = np.linalg.norm(matrix.toarray(), 2)
+        found = norm_upper_of_magnitudes((matrix * scale).tocsr()) / scale
+        assert truth * (1 - 1e-12) <= found <= 1.1 * truth
+        signs = np.sign(np.random.default_rng(0).random(matrix.shape) - 0.5)
+        assert np.linalg.norm(matrix.toarray() * signs, 2) <= found
+    assert norm_upper_of_magnitudes(0 * chain(5, 1.0)) == 0
+    assert not norm_upper_of_magnitudes(chain(5, np.nan)) < np.inf
 
 
 class Lie:

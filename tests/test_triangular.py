@@ -114,12 +114,13 @@ def test_errors_of_the_features_are_covered():
         assert np.linalg.svd(h.numpy(), compute_uv=False)[-1] >= proof.sigma_min_lower
         change = (moved - z) @ kinks.weight.T
         assert float(change.norm()) <= everywhere
-        assert np.linalg.norm(h.numpy() - entries) <= proof.distance
+        assert np.linalg.norm(h.numpy() - entries, 2) <= proof.distance
     # along the right singular vector the bound of ||dZ W^T|| is attained
     v = torch.linalg.svd(kinks.weight)[2][0]
     assert float((error * math.sqrt(80) * kinks.weight @ v).norm()) >= 0.9 * everywhere
-    # where neurons are on the error along their weights is: the diagonal alone has two thirds
-    assert float((error * kinks.weight.norm(dim=1)).norm()) >= 0.6 * proof.preactivation
+    # where neurons are on: every sample may move along the weight of one of them
+    assert error * float(kinks.weight.norm(dim=1).max()) <= proof.preactivation
+    assert proof.preactivation < everywhere / 2
 
 
 def test_preactivation_error_against_exact_arithmetic():

@@ -3,7 +3,7 @@
 Theorem. Let T be n columns of M = [h, 1_n] (n x p), rows and columns in some order, and L lower
 triangular with positive diagonal and non-negative entries. Then
 
-    sigma_min(M) >= sigma_min(T) >= 1 / ||L^-1||_2 - ||T - L||_F,
+    sigma_min(M) >= sigma_min(T) >= 1 / ||L^-1||_2 - ||T - L||_2,
     log det(M M^T) >= log det(T T^T) >= 2 sum log l_ii - 2 sqrt(n) e / (1 - e),
 
 where e = ||L^-1||_2 ||T - L||_F < 1.
@@ -12,12 +12,13 @@ by monotony of det). Singular values are 1-Lipschitz. T = L (I + X), ||X||_F <= 
 |log |det(I + X)|| <= sum |log(1 + lambda_k)| <= sum |lambda_k| / (1 - e) <= sqrt(n) e / (1 - e).
 ||L^-1||_2 is bounded in linalg/sparse_triangular.py, by a comparison matrix and by a factorization.
 
-||T - L||_F. Let a_ij = w_j . z_i + b_j as computed, a'_ij that of the exact features in real
+T - L. Let a_ij = w_j . z_i + b_j as computed, a'_ij that of the exact features in real
 arithmetic, and t_ij = gamma_(d+2) (|w_j| |z_i| + |b_j|) + |w_j| error_i >= |a_ij - a'_ij|.
 Softplus is 1-Lipschitz: where L has an entry, it is off by t_ij besides the evaluation of softplus.
 Where L has none, a_ij <= cut (computed, or in real arithmetic), and 0 <= T_ij <= softplus(cut +
 t_ij) <= exp(beta (cut + t_ij)) / beta: next to nothing, unless beta t_ij is large. Then the norm
-over all entries (`preactivation_error`) may be the better bound: the smaller sum counts.
+over all entries (`preactivation_error`) may be the better bound: the smaller sum counts. The
+2-norm is bounded by that of a sparse matrix of the t_ij, a fraction of their Frobenius norm.
 
 Where T comes from: one softplus neuron for each sample that is off at every earlier sample of the
 order and on at its own (kinks.py). Neurons are on at few samples: L is sparse.
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, below, gamma, minus
 from ..linalg.norms import frobenius_upper, norm_upper
-from ..linalg.sparse_triangular import inverse_norm_upper
+from ..linalg.sparse_triangular import inverse_norm_upper, norm_upper_of_magnitudes
 from ..ops.softplus import softplus
 from .screening import MANY, NUMBERS, Near, cut_of, lengths, near_everywhere
 
@@ -48,7 +49,7 @@ class TriangularCertificate:
     """What `certify_triangular` proved; sigma_min_lower is 0 where it proved nothing.
 
     comparison_norm: upper bound of ||<L>^-1||_2, inverse_norm: of ||L^-1||_2, the better of two.
-    distance: upper bound of ||T - L||_F, the sum of preactivation (rounding and feature error),
+    distance: upper bound of ||T - L||_2, the sum of preactivation (rounding and feature error),
     evaluation (of softplus) and rest (entries taken as zero). entries: non-zeros of L below its
     diagonal. logdet_lower: of log det(M M^T), -inf where there is none.
     offending: a pair (earlier sample, sample) whose neuron is on at the earlier one.
@@ -124,15 +125,17 @@ def certify_triangular(
     found["comparison_norm"], inverse_norm = inverse_norm_upper(_sparse(rows, columns, values, n))
     if not math.isfinite(inverse_norm):
         return result("the inverse of the triangular part is too large to bound")
-    preactivation, rest = _errors(z, error[order], weight, bias, order, rows, columns, beta)
+    preactivation, frobenius, rest = _errors(
+        z, error[order], weight, bias, order, rows, columns, beta
+    )
     squares = float(values.square().sum())
     evaluation = 8 * UNIT_ROUNDOFF * (math.sqrt(squares) + math.sqrt(len(values)) / beta) * SLACK
     distance = (preactivation + evaluation + rest) * SLACK
     found |= {"inverse_norm": inverse_norm, "distance": distance}
     found |= {"preactivation": preactivation, "evaluation": evaluation, "rest": rest}
-    e = inverse_norm * distance * SLACK
+    e = inverse_norm * (frobenius + evaluation + rest) * SLACK
     sigma = minus(below(1 / inverse_norm), distance)
-    if not (e < 1 and sigma > 0):
+    if not sigma > 0:
         return result("the errors exceed the smallest singular value")
     logarithms = values[-n:].log()
     # libm's log within 4 ulp, the sum in any order
@@ -172,20 +175,23 @@ def _errors(
     rows: Tensor,
     columns: Tensor,
     beta: float,
-) -> tuple[float, float]:
-    """(preactivation, rest) of this page, whichever bounds have the smaller sum.
+) -> tuple[float, float, float]:
+    """(preactivation in the 2-norm, in the Frobenius norm, rest), by the bounds that are smaller.
 
     rows, columns: places of L's entries; error [n] in the order of places, z in that of samples.
     """
     n, d = z.shape
     zero = math.exp(beta * cut_of(n, beta)) / beta * (1 + 1e-9)
-    everywhere = preactivation_error(z, error, weight, bias), n * zero
+    whole = preactivation_error(z, error, weight, bias)
     sizes, widths, biases = lengths(z)[order], lengths(weight), bias.abs()
     reach, vanished = gamma(d + 2) * sizes + error, (d + 1) * 2.0**-1073
     at_entries = widths[columns] * reach[rows] + gamma(d + 2) * biases[columns] + vanished
     of_rows = (widths.max() * reach + gamma(d + 2) * biases.max() + vanished) * SLACK
     off = math.sqrt(n) * zero * frobenius_upper((beta * of_rows).exp()) * (1 + 1e-9)
-    return min(everywhere, (frobenius_upper(at_entries) * SLACK, off), key=sum)
+    spread = norm_upper_of_magnitudes(_sparse(rows, columns, at_entries * SLACK, n))
+    frobenius = frobenius_upper(at_entries) * SLACK
+    sparse = min(spread, frobenius), frobenius, off
+    return min((whole, whole, n * zero), sparse, key=lambda bounds: bounds[0] + bounds[2])
 
 
 def promoted_log_det(lower: float, n: int, e: float) -> float:

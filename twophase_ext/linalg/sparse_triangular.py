@@ -56,6 +56,27 @@ def inverse_norm_upper(lower: Matrix) -> tuple[float, float]:
     return compared, better
 
 
+def norm_upper_of_magnitudes(magnitudes: Matrix) -> float:
+    """Upper bound of ||E||_2 for every E with |E| <= magnitudes (float64 [n, n], csr, >= 0).
+
+    ||E||_2 <= || |E| ||_2, whose square is at most max_i (|E|^T |E| x)_i / x_i for every x > 0
+    (Collatz). NaN or inf where numbers are.
+    """
+    largest = float(magnitudes.data.max(initial=0.0))
+    if not 0 < largest < math.inf:
+        return largest
+    scale = 2.0 ** max(min(-math.frexp(largest)[1], 1000), -1000)
+    scaled = (magnitudes * scale).tocsr()
+    transposed = scaled.T.tocsr()
+    terms = int(max(np.diff(scaled.indptr).max(), np.diff(transposed.indptr).max()))
+    x, bound = np.ones(scaled.shape[1]), math.inf  # sums of non-negative terms: relative errors
+    for _ in range(ROUNDS):
+        y = transposed @ (scaled @ x)
+        bound = min(bound, float((y / x).max()))
+        x = np.maximum(y / y.max(), 1e-6)  # keeps the quotients tame
+    return above(math.sqrt(bound * (SLACK + gamma(2 * terms + 8)) + TINY) / scale * SLACK)
+
+
 def _comparison(lower: Matrix) -> float:
     """Upper bound of ||<L>^-1||_2, inf where none is found."""
     from scipy.sparse import diags
