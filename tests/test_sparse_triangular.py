@@ -166,7 +166,7 @@ def test_a_factorization_that_lies_gives_no_false_bound(monkeypatch, name, matri
 
 def test_success_of_the_factorization_proves_nothing(monkeypatch):
     """Without the residual the lies above are believed."""
-    monkeypatch.setattr(sparse_triangular, "_largest_sum", lambda _: 0.0)
+    monkeypatch.setattr(sparse_triangular, "norm_upper_of_magnitudes", lambda _: 0.0)
     monkeypatch.setattr(
         scipy.sparse.linalg,
         "splu",

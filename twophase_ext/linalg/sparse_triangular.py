@@ -14,8 +14,8 @@ eigenvalues), any permutation q and any real matrix R,
     sigma_min(L)^2 = lambda_min(A) >= s - ||(A - s I)_qq - R R^T||_2,
 
 as R R^T is positive semidefinite (Weyl). What is computed of the right side is bounded with its
-rounding: products of k terms err by gamma_k |B||B|^T, entry by entry, and a symmetric matrix has a
-2-norm of at most its largest row sum. s is somewhat less than what inverse iteration finds.
+rounding: products of k terms err by gamma_k |B||B|^T, entry by entry, and 2-norms are at most those
+of the magnitudes (Collatz once more). s is somewhat less than what inverse iteration finds.
 """
 
 import math
@@ -30,8 +30,8 @@ Matrix = Any  # scipy.sparse.csr_matrix: SciPy is imported where it is needed
 ROUNDS = 8  # of the power iteration that chooses y
 SHIFT = 0.95  # of lambda_min, as inverse iteration finds it
 SHIFT_ROUNDS = 20
-MOST_NUMBERS = 1 << 22  # multiply-adds of B B^T: with many more its factor fills up
-MOST_PRODUCTS = 1 << 31  # multiply-adds of R R^T
+MOST_NUMBERS = 3 << 22  # multiply-adds of B B^T: with many more its factor fills up
+MOST_PRODUCTS = 1 << 32  # multiply-adds of R R^T
 TINY = 2.0**-450  # more than all that underflows where the largest numbers are near 1
 
 
@@ -183,25 +183,20 @@ def lambda_min_lower(factor: Matrix, shift: float) -> float:
     root.sum_duplicates()
     if root.shape[0] != n or _products(root) > MOST_PRODUCTS:
         return -math.inf
-    residual = abs(matrix[order][:, order] - root @ root.T)
-    found = min(_largest_sum(residual), _frobenius(residual))
+    found = norm_upper_of_magnitudes(abs(matrix[order][:, order] - root @ root.T).tocsr())
     rounding = _of_products(factor) + _of_products(root)
     rounding += 2 * UNIT_ROUNDOFF * (diagonal + found) + TINY
-    return minus(shift, (found + rounding) * (SLACK + gamma(n + 4)))
+    return minus(shift, (found + rounding) * SLACK)
 
 
 def _of_products(factor: Matrix) -> float:
-    """Upper bound of ||fl(B B^T) - B B^T||_2: gamma_k times the largest row sum of |B||B|^T."""
-    terms = int(np.diff(factor.indptr).max(initial=0))
-    sizes = abs(factor)
-    sums = sizes @ (sizes.T @ np.ones(factor.shape[0]))
-    return gamma(terms + 2) * float(sums.max()) * (1 + 2 * gamma(sum(factor.shape)))
+    """Upper bound of ||fl(B B^T) - B B^T||_2.
 
+    Entry (i, j) is a sum of at most k = min(k_i, k_j) <= sqrt(k_i k_j) products, k_i the entries of
+    row i: with D = diag(k_i), the errors lie below u D^1/2 |B||B|^T D^1/2 but for SLACK.
+    """
+    from scipy.sparse import diags
 
-def _largest_sum(magnitudes: Matrix) -> float:
-    """max(||E||_1, ||E||_inf) >= ||E||_2 of |E|."""
-    return max(float(magnitudes.sum(axis).max()) for axis in (0, 1))
-
-
-def _frobenius(magnitudes: Matrix) -> float:
-    return math.sqrt(float(magnitudes.multiply(magnitudes).sum()))
+    terms = np.diff(factor.indptr) + 2.0
+    norm = norm_upper_of_magnitudes((diags(np.sqrt(terms)) @ abs(factor)).tocsr())
+    return UNIT_ROUNDOFF * norm * norm * SLACK
