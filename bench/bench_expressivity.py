@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from twophase_ext.expressivity.certify import WideSource
+from twophase_ext.expressivity.kinks import local_kinks
 from twophase_ext.expressivity.separation import separate
 from twophase_ext.expressivity.triangular import certify_triangular
-from twophase_ext.expressivity.witness import local_kinks, spread_kinks, whiten
+from twophase_ext.expressivity.witness import spread_kinks, whiten
 from twophase_ext.linalg.certificate import certify_gram
 
 BETA, ERROR = 100.0, 1e-11
@@ -70,8 +71,10 @@ def test_triangular(which, row, interleaved, small):
     array = whole(wide_source(z, error)).numpy()  # numpy is given h
 
     def ours():
-        kinks = local_kinks(z, whiten(z, error, torch.float32), torch.float32)
-        return certify_triangular(z, error, kinks.weight, kinks.bias, kinks.order, BETA)
+        kinks = local_kinks(z, whiten(z, error, torch.float32), torch.float32, BETA)
+        return certify_triangular(
+            z, error, kinks.weight, kinks.bias, kinks.order, BETA, near=kinks.near
+        )
 
     rows = [
         ("ours", "witness and triangular certificate", ours),

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from twophase_ext.expressivity.certify import WideSource, certify_matrix
+from twophase_ext.expressivity.kinks import local_kinks
 from twophase_ext.expressivity.separation import separate
 from twophase_ext.expressivity.triangular import certify_triangular, preactivation_error
-from twophase_ext.expressivity.witness import local_kinks, spread_kinks, whiten
+from twophase_ext.expressivity.witness import spread_kinks, whiten
 from twophase_ext.linalg.certificate import certify_gram
 from twophase_ext.linalg.plan import plan
 from twophase_ext.linalg.progress import Stage, Stages
@@ -130,8 +131,10 @@ def point_gram(path: Path, n: int) -> dict[str, Any]:
 
 def triangular(z: torch.Tensor, error: torch.Tensor):
     """The witness with a kink for each sample, and its certificate."""
-    kinks = local_kinks(z, whiten(z, error, torch.float32), torch.float32)
-    return certify_triangular(z, error, kinks.weight, kinks.bias, kinks.order, BETA)
+    kinks = local_kinks(z, whiten(z, error, torch.float32), torch.float32, BETA)
+    return certify_triangular(
+        z, error, kinks.weight, kinks.bias, kinks.order, BETA, near=kinks.near
+    )
 
 
 def point_triangular(path: Path, n: int) -> dict[str, Any]:

@@ -53,4 +53,9 @@ STABLE_TORCH_LIBRARY(twophase, m) {
   // (certified rank [b], logabsdet [b], info [b]) of the Gram matrix of [features, 1], [b, n, m].
   m.def(
       "gram_logdet(Tensor features, bool append_ones) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // (largest product of each row [m], its column [m], pairs [k, 2] above the column's threshold,
+  // not all where they are more than `most`); panels [p, d, 32]: the columns, 32 at a time.
+  m.def(
+      "screen_products(Tensor rows, Tensor panels, Tensor threshold, int most)"
+      " -> (Tensor, Tensor, Tensor)");
 }

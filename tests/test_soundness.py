@@ -13,11 +13,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from soundness_cases import CASES, Case, combination, exact_rank, integer_rows, modular_rank
 from twophase_ext.expressivity.rank_logdet import rank_logdet
-from twophase_ext.linalg import certificate, cholesky_tiles, gram_run, preconditioned
+from twophase_ext.linalg import (
+    certificate,
+    cholesky_tiles,
+    gram_run,
+    preconditioned,
+    sparse_triangular,
+)
 from twophase_ext.linalg import gram as large
 from twophase_ext.linalg.certificate import certify_gram
 from twophase_ext.linalg.gram_tiles import MatrixSource, e_G
@@ -53,11 +60,24 @@ def tiles_at_the_edge(matrix: Tensor) -> bool:
     return tiles(matrix, shift=1.001 * errors)
 
 
+def sparse(matrix: Tensor) -> bool:
+    """M M^T - s I factored for some s, down to the rounding errors themselves."""
+    largest = matrix.double().abs().amax(1, keepdim=True) if matrix.numel() else torch.zeros(1)
+    if not bool(((largest > 0) & largest.isfinite()).all()):
+        return False
+    # rows scaled by powers of two: the largest number is near 1, as for its only caller
+    factor = csr_matrix(torch.ldexp(matrix.double(), -torch.frexp(largest)[1]).numpy())
+    size = float(factor.multiply(factor).sum())
+    shifts = (size * 10.0**-k for k in ((4, 12, 15, 16) if len(matrix) < 100 else (12, 15)))
+    return any(sparse_triangular.lambda_min_lower(factor, shift) > 0 for shift in shifts)
+
+
 PROVERS: dict[str, Prover] = {
     "gram_logdet": lambda m: int(gram_logdet(m, append_ones=False)[0]),
     "gram_logdet_large": lambda m: large.gram_logdet_large(m, False)[0],
     "rank_logdet": lambda m: int(rank_logdet(m, append_ones=False).rank),
     "preconditioned": lambda m: preconditioned.preconditioned_sigma_min(m.double()) > 0,
+    "sparse factorization": sparse,
     "certify_gram": tiles,
     "certify_gram, shift at the edge": tiles_at_the_edge,
     "certify_gram, tiles of 64": lambda m: tiles(m, tile=64, panel=64),
@@ -222,6 +242,11 @@ WITHOUT = {
     "gram_logdet_large, all bounds": ("gram_logdet_large", large, {"SLACK": 0.0}),
     "preconditioned, rounding": ("preconditioned", preconditioned, {"gamma": nothing}),
     "preconditioned, I - B B^T": ("preconditioned", preconditioned, {"frobenius_upper": nothing}),
+    "sparse factorization, rounding": (
+        "sparse factorization",
+        sparse_triangular,
+        {"_of_products": nothing, "norm_upper_of_magnitudes": nothing},
+    ),
     "certify_gram, e_G": ("certify_gram, shift at the edge", gram_run, {"e_G": nothing}),
 }
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from twophase_ext.expressivity import triangular
+from twophase_ext.expressivity.kinks import local_kinks
 from twophase_ext.expressivity.triangular import certify_triangular, preactivation_error
-from twophase_ext.expressivity.witness import local_kinks, spread_kinks, whiten
+from twophase_ext.expressivity.witness import spread_kinks, whiten
 from twophase_ext.linalg.norms import frobenius_upper, norm_upper
 from twophase_ext.ops import softplus
 
@@ -22,8 +23,11 @@ def samples(n: int, d: int, seed: int = 0) -> torch.Tensor:
 
 def certified(z, error=0.0, dtype=torch.float64):
     errors = torch.full((len(z),), error, dtype=torch.float64)
-    kinks = local_kinks(z, whiten(z, errors, dtype), dtype)
-    return kinks, certify_triangular(z, errors, kinks.weight, kinks.bias, kinks.order, BETA)
+    kinks = local_kinks(z, whiten(z, errors, dtype), dtype, BETA)
+    proof = certify_triangular(
+        z, errors, kinks.weight, kinks.bias, kinks.order, BETA, near=kinks.near
+    )
+    return kinks, proof
 
 
 def matrix(z, kinks) -> np.ndarray:
@@ -41,7 +45,7 @@ def test_bounds_lie_below_the_truth_and_near_it(n, d, dtype):
     assert proof.proved, proof
     assert proof.sigma_min_lower <= sigma
     if n <= 300:
-        assert proof.sigma_min_lower >= sigma / 3
+        assert proof.sigma_min_lower >= 0.95 * sigma
     sign, logdet = np.linalg.slogdet(m @ m.T)
     assert sign == 1 and proof.logdet_lower <= logdet
     assert torch.equal(kinks.weight, kinks.weight.to(dtype).double())
@@ -59,6 +63,8 @@ def test_real_singular_value_of_a_hand_made_case():
     exact = np.tril(np.array([[slope * (i - j + 0.5) for j in range(n)] for i in range(n)]))
     comparison = 2 * np.diag(np.diag(exact)) - exact
     truth = np.linalg.norm(np.linalg.inv(comparison), 2)
+    assert truth <= proof.comparison_norm <= truth * 1.05
+    truth = np.linalg.norm(np.linalg.inv(exact), 2)
     assert truth <= proof.inverse_norm <= truth * 1.05
     assert proof.entries == n * (n - 1) // 2
 
@@ -96,6 +102,10 @@ def test_errors_of_the_features_are_covered():
     error = 1e-4
     kinks, proof = certified(z, error)
     assert proof.proved
+    everywhere = preactivation_error(
+        z, torch.full((80,), error, dtype=torch.float64), kinks.weight, kinks.bias
+    )
+    entries = softplus(z @ kinks.weight.T + kinks.bias, BETA).numpy()
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         move = torch.randn(z.shape, dtype=torch.float64, generator=generator)
@@ -103,10 +113,14 @@ def test_errors_of_the_features_are_covered():
         h = softplus(moved @ kinks.weight.T + kinks.bias, BETA)
         assert np.linalg.svd(h.numpy(), compute_uv=False)[-1] >= proof.sigma_min_lower
         change = (moved - z) @ kinks.weight.T
-        assert float(change.norm()) <= proof.preactivation
+        assert float(change.norm()) <= everywhere
+        assert np.linalg.norm(h.numpy() - entries, 2) <= proof.distance
     # along the right singular vector the bound of ||dZ W^T|| is attained
     v = torch.linalg.svd(kinks.weight)[2][0]
-    assert float((error * math.sqrt(80) * kinks.weight @ v).norm()) >= 0.9 * proof.preactivation
+    assert float((error * math.sqrt(80) * kinks.weight @ v).norm()) >= 0.9 * everywhere
+    # where neurons are on: every sample may move along the weight of one of them
+    assert error * float(kinks.weight.norm(dim=1).max()) <= proof.preactivation
+    assert proof.preactivation < everywhere / 2
 
 
 def test_preactivation_error_against_exact_arithmetic():

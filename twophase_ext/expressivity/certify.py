@@ -27,9 +27,10 @@ from .attempts import failure
 from .backbone import choose_backbone
 from .culprits import Culprit, describe, find_culprits
 from .evidence import Evidence
+from .kinks import local_kinks
 from .problem import Problem
 from .triangular import certify_triangular, preactivation_error, promoted_log_det
-from .witness import local_kinks, spread_kinks, whiten
+from .witness import spread_kinks, whiten
 
 # The preconditioned bound keeps about six n x p matrices and does some 6 n^2 p operations.
 PRECONDITIONED_COPIES = 6
@@ -113,10 +114,10 @@ def certify_witness(
     reason = ""
     if factorization in ("auto", "triangular") and m >= n:
         with stages.stage("kinks at the samples", n * n * len(whitening.map)) as stage:
-            kinks = local_kinks(
-                z, whitening, problem.dtype, _counter(stage, n * len(whitening.map))
-            )
-        with stages.stage("triangular certificate", 2 * n * n * d) as stage:
+            counter = _counter(stage, n * len(whitening.map))
+            kinks = local_kinks(z, whitening, problem.dtype, problem.beta, counter)
+        pairs = 2 * n * n * d if kinks.near is None else 0
+        with stages.stage("triangular certificate", pairs) as stage:
             proof = certify_triangular(
                 z,
                 error,
@@ -124,11 +125,13 @@ def certify_witness(
                 kinks.bias,
                 kinks.order,
                 problem.beta,
+                near=kinks.near,
                 advance=_counter(stage, 2 * n * d),
                 names=problem.data.names,
             )
         constants |= {
             "inverse_norm": proof.inverse_norm,
+            "comparison_norm": proof.comparison_norm,
             "distance": proof.distance,
             "preactivation": proof.preactivation,
             "evaluation": proof.evaluation,

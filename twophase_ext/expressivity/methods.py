@@ -227,7 +227,7 @@ class Attempt:
         allowed, plan = True, ""
         if wide is not None:
             allowed, plan = self._affordable(
-                "certificate", 4 * n * n * wide.in_features, 8 * n * (6 * wide.in_features + 2048)
+                "certificate", n * n * wide.in_features, 8 * n * (6 * wide.in_features + 2048)
             )
             self.stages.say(plan)
         with self.problem.restored():

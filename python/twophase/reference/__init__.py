@@ -6,6 +6,7 @@ Nothing here imports twophase_ext.
 from .gram import gram_logdet
 from .last_layer import last_layer_epoch_, last_layer_gradient, last_layer_step_
 from .perturb import normal, perturb_, philox4x32_10, stream_key
+from .screen import screen_products
 from .sgd import sgd_
 from .smooth_max_pool import smooth_max_pool, smooth_max_pool_backward
 from .softplus import softplus, softplus_backward, softplus_double_backward
@@ -19,6 +20,7 @@ __all__ = [
     "normal",
     "perturb_",
     "philox4x32_10",
+    "screen_products",
     "sgd_",
     "smooth_max_pool",
     "smooth_max_pool_backward",

@@ -1,0 +1,92 @@
+"""One softplus neuron for each sample, on there and off at every earlier one: in one sweep.
+
+Order the samples by ||q_i||, q whitened (witness.py). For i before j,
+q_i . q_j / ||q_j|| = (||q_i||^2 + ||q_j||^2 - ||q_i - q_j||^2) / (2 ||q_j||)
+                   <= ||q_j|| - ||q_i - q_j||^2 / (2 ||q_j||),
+so a neuron along q_j whose kink lies between is on at sample j and off at every earlier one: h is
+triangular, and sparse as far as later samples do not lie behind many kinks. Distinct samples always
+have such neurons; their distances, not the one-dimensional gaps of a projection, set the gap. This
+is also a proof of Assumption 1 from distinct features alone. triangular.py turns it into numbers.
+
+q_i . q_j serves two neurons. A sweep over the pairs j < i, n^2 r operations, gives sample i the
+nearest earlier one along q_i, hence the kink of its neuron, and tells at which later samples the
+neuron of j is on, as its kink is known by then. screening.py does most of it in float32, and proves
+what it leaves out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .screening import Near, Screen, cut_of, some_of
+from .witness import Whitening
+
+BLOCK, SMALL_BLOCK = 672, 224  # neurons at a time; multiples of 32
+LARGE = 1 << 14  # samples from which on the larger block costs less
+# The kink's place between the own sample (0) and the nearest earlier one (1). Half-way errors weigh
+# least; nearer to the own sample fewer later ones lie behind: a third of the entries of L.
+KINK = 0.35
+CERTAIN = 64.0  # a gap of so many error bounds of a screened product needs no second look
+
+
+@dataclass(frozen=True)
+class LocalKinks:
+    """Neuron j: row j of weight [n, d] and bias [n] (float64, exact in the dtype asked for).
+
+    order [n]: neuron j belongs to sample order[j]. gaps [n]: distance, in whitened units, between
+    sample order[j] and the nearest earlier sample along the neuron. near: where neurons may be on;
+    None where that could not be told by screening.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    order: Tensor
+    gaps: Tensor
+    near: Near | None
+
+
+def local_kinks(
+    z: Tensor,
+    whitening: Whitening,
+    dtype: torch.dtype,
+    beta: float,
+    advance: Callable[[int], object] = lambda _: None,
+) -> LocalKinks:
+    """One neuron for each of the n samples z [n, d] (float64), rounded to `dtype`.
+
+    Each neuron is 1 at its own sample before rounding. beta: of the softplus, which says how far
+    off is off. n^2 r operations, memory n (3 d + 2 r) numbers. advance: called with the number of
+    neurons done.
+    """
+    n, d = z.shape
+    q = whitening(z)
+    sizes = q.norm(dim=1)
+    order = sizes.argsort()
+    z, q, sizes = (part.index_select(0, order) for part in (z, q, sizes))
+    screen = Screen(z, q, sizes, whitening, cut_of(n, beta))
+    weight, bias, gaps = z.new_empty(n, d), z.new_empty(n), z.new_empty(n)
+    block = BLOCK if n >= LARGE else SMALL_BLOCK
+    for start in range(0, n, block):
+        end = min(start + block, n)
+        own, lengths = q[start:end], sizes[start:end]
+        length = lengths.clamp(min=torch.finfo(torch.float64).tiny)
+        directions = own / length[:, None]
+        reach, uncertainty = screen.nearest(start, end, directions)
+        for some in some_of(~(lengths - reach > CERTAIN * uncertainty), start):
+            reach[some] = torch.maximum(reach[some], (q[:start] @ directions[some].T).amax(0))
+        along = own @ directions.T  # sample, neuron
+        along.masked_fill_(torch.ones_like(along, dtype=torch.bool).tril(), -torch.inf)
+        gaps[start:end] = lengths - torch.maximum(reach, along.amax(0))
+        # The first sample has no earlier one: half its size, as for a sample at the centre.
+        on = torch.minimum(KINK * gaps[start:end], 0.5 * lengths)
+        on = torch.where(on > 0, on, lengths.clamp(min=1.0))  # hopeless: two samples agree
+        normals = directions / on[:, None]
+        w = (normals @ whitening.map).to(dtype).double()
+        # The kink through the exact weights: only the bias's own rounding moves it.
+        b = (1 - (w * z[start:end]).sum(1)).to(dtype).double()
+        weight[start:end], bias[start:end] = w, b
+        screen.add(start, end, normals, 1 / (length * on), w, b)
+        advance(end - start)
+    return LocalKinks(weight, bias, order, gaps, screen.near())
