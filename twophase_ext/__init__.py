@@ -9,6 +9,7 @@ from .theory.assumptions import Assumptions, check_assumptions
 from .theory.guarantee import Guarantee, guarantee
 from .theory.ntk import NtkRank, ntk_rank
 from .training import (
+    AcceleratedDescent,
     Callback,
     ConvexLoss,
     EpochSampler,
@@ -27,6 +28,7 @@ from .training import (
 )
 
 __all__ = [
+    "AcceleratedDescent",
     "Assumptions",
     "Callback",
     "ConvexLoss",

@@ -58,7 +58,8 @@ class Guarantee:
     draws of mini-batches, and of the least loss so far. rigorous: False where a constant of it was
     measured. constants: L_H and l2, or G^2. assumptions: what the evaluation of the bound takes for
     granted. refuted: where a measured loss lies above its bound, and what to check then, as the
-    bound is none; "" where none does. reason: why there is no curve where one was asked for.
+    bound is none; "" where none does. reason: why there is no curve where one was asked for. kept:
+    which weights the curve ends at, if not the last ones.
     """
 
     mode: str
@@ -70,6 +71,7 @@ class Guarantee:
     assumptions: list[str] = field(default_factory=list)
     refuted: str = ""
     reason: str = ""
+    kept: str = ""
 
     @property
     def closest(self) -> dict[str, Any] | None:
@@ -104,6 +106,8 @@ class Guarantee:
             lines.append(f"  closest: {ratio:.3g} times the loss after {closest['steps']} steps")
         if not self.rigorous:
             lines.append("  with a measured bound of the gradients: no proof")
+        if self.kept:
+            lines.append(f"  {self.kept}")
         if self.assumptions:
             lines.append(f"  assumed: {'; '.join(self.assumptions)}")
         return "\n".join(lines)
@@ -259,11 +263,11 @@ def guarantee(
         if loss_there is not None:  # at w^tau itself one evaluation serves for both
             point["loss"] = float(loss_there) if t else start
         result.curve.append(point)
-    result.refuted = "" if result.in_expectation else _refuted(result.curve, start, weight.dtype)
+    result.refuted = "" if result.in_expectation else refuted(result.curve, start, weight.dtype)
     return result
 
 
-def _refuted(curve: list[dict[str, Any]], start: float, dtype: torch.dtype) -> str:
+def refuted(curve: list[dict[str, Any]], start: float, dtype: torch.dtype) -> str:
     """Where the measured losses are above their bounds, "" where none is; start: at w^tau."""
     known = [p for p in curve if "loss" in p]
     eps = torch.finfo(dtype).eps

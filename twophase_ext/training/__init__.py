@@ -11,10 +11,11 @@ from .callbacks import Callback, RunView
 from .freeze import Frozen, freeze
 from .own_loop import FeatureCache, fit_last_layer
 from .result import Result
-from .settings import GradientDescent, Lazy, StochasticDescent
+from .settings import AcceleratedDescent, GradientDescent, Lazy, StochasticDescent
 from .trainer import Trainer
 
 __all__ = [
+    "AcceleratedDescent",
     "Callback",
     "ConvexLoss",
     "EpochSampler",

@@ -9,7 +9,7 @@ from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss, loss_proble
 from .config import Config
 from .data.samples import Samples
 
-BOUNDED = ("gd", "sgd", "lazy")  # second phases with a bound to evaluate
+BOUNDED = ("gd", "agd", "sgd", "lazy")  # second phases with a bound to evaluate
 
 
 def problem_of(loss: ConvexLoss, outputs: int, samples: Samples) -> str:

@@ -110,8 +110,10 @@ class GradientDescentPhase(TheoremPhase):
         self._check(self._objective(last))
         return self.bound(
             status,
-            steps=[settings.steps * k for k in range(len(rows) + 1)],
-            losses=[*(row["objective"] for row in rows), self._objective(last)],
-            smoothness=self.state.second.smoothness,
-            l2=settings.l2,
+            lambda: self.theorem_1(
+                steps=[settings.steps * k for k in range(len(rows) + 1)],
+                losses=[*(row["objective"] for row in rows), self._objective(last)],
+                smoothness=self.state.second.smoothness,
+                l2=settings.l2,
+            ),
         )
