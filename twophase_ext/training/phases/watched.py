@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from ..run import Run
 from .theorem import TheoremPhase
 
 
@@ -14,9 +13,9 @@ class WatchedPhase(TheoremPhase):
 
     early_stopping: int | None = None
 
-    def watch(self, early_stopping: int | None, run: Run) -> None:
+    def watch(self, early_stopping: int | None) -> None:
         """Watch from now on; ValueError without validation data."""
-        if early_stopping is not None and run.context.val is None:
+        if early_stopping is not None and self.context.val is None:
             raise ValueError("early_stopping: expected validation data, fit(train, val), got none")
         self.early_stopping = early_stopping
 

@@ -10,6 +10,7 @@ float64. All that rounding does is bounded in norm, so that H stands for exact n
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -144,6 +145,11 @@ class Side:
         outputs = m @ weight.T
         return outputs if self.fixed is None else outputs + self.fixed
 
+    @cached_property
+    def y(self) -> Tensor:
+        """The targets of all samples."""
+        return torch.cat([y for _, y in self.features.in_order(BATCH)])
+
     def zeros(self) -> Tensor:
         """The coordinates of w^tau."""
         raise NotImplementedError
@@ -173,16 +179,32 @@ class Side:
         """The coordinates of argmin_D ||M D^T - wish||^2 / n + lambda ||D||^2; wish [n, k]."""
         raise NotImplementedError
 
-    def moved(self, at: Tensor) -> Tensor:
-        """M D^T [n, k], what the outputs move by."""
-        raise NotImplementedError
-
     def start_coordinates(self) -> Tensor:
         """The coordinates of the displacement w^tau."""
         raise NotImplementedError
 
-    def products(self, first: list[Tensor], second: list[Tensor]) -> Tensor:
-        """<D, D'>_F [len(first), len(second)] of displacements in coordinates; on the CPU."""
+    def image(self, at: Tensor) -> Tensor:
+        """What `dot` takes of a displacement; the first n rows [n, k] are M D^T."""
+        raise NotImplementedError
+
+    def outputs_at(self, image: Tensor) -> Tensor:
+        """Outputs [n, k] of w^tau + D from D's image."""
+        raise NotImplementedError
+
+    def dot(self, first: Tensor, second: Tensor, image: Tensor) -> float:
+        """<D, D'>_F of two displacements in coordinates, the second with its image."""
+        raise NotImplementedError
+
+    def covector(self, outputs: Tensor, at: Tensor) -> tuple[float, Tensor]:
+        """(mean loss, gradient of the objective) at outputs [n, k] and the coordinates there."""
+        raise NotImplementedError
+
+    def pair(self, covector: Tensor, at: Tensor, image: Tensor) -> float:
+        """<g, D>_F of a covector and a displacement."""
+        raise NotImplementedError
+
+    def riesz(self, covector: Tensor) -> Tensor:
+        """H^-1 g in coordinates."""
         raise NotImplementedError
 
 

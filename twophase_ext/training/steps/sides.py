@@ -1,6 +1,7 @@
 """The two sides of M: coordinates by sample and by feature, and which one is made."""
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,10 +22,9 @@ class SampleSide(Side):
         super().__init__(problem)
         n, device = self.n, self.moving.device
         self.gram = torch.empty(n, n, dtype=torch.float64, device=device)
-        self.targets, self.outputs = [], self.moving.new_empty(n, self.k)
+        self.outputs = self.moving.new_empty(n, self.k)
         size = max(BATCH, min(n, PANEL // (8 * self.p)))
-        for here, m, y in self.rows(size):
-            self.targets.append(y)
+        for here, m, _ in self.rows(size):
             self.outputs[here] = m @ self.moving.T
             for there, other, _ in self.rows(size):
                 if there.start >= here.start:
@@ -36,7 +36,6 @@ class SampleSide(Side):
         lower = self.gram / n
         lower.diagonal().add_(self.damping)
         self.factor = factored(lower)
-        self.y = torch.cat(self.targets)
         self.pull = self.l2 / (n * self.damping)
 
     @property
@@ -110,31 +109,45 @@ class SampleSide(Side):
         found[:-1] = solved(self.factor, wish / self.n)
         return found
 
-    def moved(self, at: Tensor) -> Tensor:
-        """As of Side."""
-        return self.gram @ at[:-1] + at[-1] * self.outputs
-
     def start_coordinates(self) -> Tensor:
         """As of Side."""
         found = self.zeros()
         found[-1] = 1
         return found
 
-    def products(self, first: list[Tensor], second: list[Tensor]) -> Tensor:
+    def image(self, at: Tensor) -> Tensor:
+        """As of Side; the last row has <w^tau_j, D_j>."""
+        found = self.zeros()
+        found[:-1] = self.gram @ at[:-1] + at[-1] * self.outputs
+        found[-1] = (self.outputs * at[:-1]).sum(0) + at[-1] * self.moving.square().sum(1)
+        return found
+
+    def outputs_at(self, image: Tensor) -> Tensor:
         """As of Side."""
-        square = self.moving.square().sum(1)
-        rows = []
-        for a in first:
-            toward, own = self.gram @ a[:-1], (self.outputs * a[:-1]).sum(0)
-            rows.append(
-                [
-                    (toward * b[:-1]).sum()
-                    + (own * b[-1] + a[-1] * (self.outputs * b[:-1]).sum(0)).sum()
-                    + (a[-1] * b[-1] * square).sum()
-                    for b in second
-                ]
-            )
-        return torch.tensor(rows, dtype=torch.float64, device="cpu")
+        found = self.outputs + image[:-1]
+        return found if self.fixed is None else found + self.fixed
+
+    def dot(self, first: Tensor, second: Tensor, image: Tensor) -> float:
+        """As of Side."""
+        return float((first * image).sum())
+
+    def covector(self, outputs: Tensor, at: Tensor) -> tuple[float, Tensor]:
+        """(rho, sigma) [n + 1, k] of g = rho^T M + diag(sigma) w^tau."""
+        value, delta, _ = slopes(self.loss, outputs, self.y)
+        found = self.l2 * (at + self.start_coordinates())
+        found[:-1] += delta / self.n
+        return value / self.n, found
+
+    def pair(self, covector: Tensor, at: Tensor, image: Tensor) -> float:
+        """As of Side."""
+        return float((covector * image).sum())
+
+    def riesz(self, covector: Tensor) -> Tensor:
+        """a = K^-1 (rho - sigma f^tau / (n lambda)), c = sigma / lambda."""
+        found = covector / self.damping
+        rhs = covector[:-1] - self.outputs * (found[-1] / self.n)
+        found[:-1] = solved(self.factor, rhs)
+        return found
 
 
 class FeatureSide(Side):
@@ -214,18 +227,42 @@ class FeatureSide(Side):
             total.addmm_(m.T, wish[here])
         return self.solve(total / self.n)
 
-    def moved(self, at: Tensor) -> Tensor:
-        """As of Side."""
-        return torch.cat([m @ at for _, m, _ in self.rows()])
-
     def start_coordinates(self) -> Tensor:
         """As of Side."""
         return self.moving.T
 
-    def products(self, first: list[Tensor], second: list[Tensor]) -> Tensor:
+    def image(self, at: Tensor) -> Tensor:
         """As of Side."""
-        rows = [[float((a * b).sum()) for b in second] for a in first]
-        return torch.tensor(rows, dtype=torch.float64, device="cpu")
+        return torch.cat([m @ at for _, m, _ in self.rows()])
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """Those of w^tau, a fixed bias included."""
+        return torch.cat([self.logits(m, self.moving) for _, m, _ in self.rows()])
+
+    def outputs_at(self, image: Tensor) -> Tensor:
+        """As of Side."""
+        return self.outputs + image
+
+    def dot(self, first: Tensor, second: Tensor, image: Tensor) -> float:
+        """As of Side."""
+        return float((first * second).sum())
+
+    def covector(self, outputs: Tensor, at: Tensor) -> tuple[float, Tensor]:
+        """As of Side; g^T [p, k]."""
+        value, delta, _ = slopes(self.loss, outputs, self.y)
+        total = self.zeros()
+        for here, m, _ in self.rows():
+            total.addmm_(m.T, delta[here])
+        return value / self.n, total.div_(self.n).add_(self.moving.T + at, alpha=self.l2)
+
+    def pair(self, covector: Tensor, at: Tensor, image: Tensor) -> float:
+        """As of Side."""
+        return float((covector * at).sum())
+
+    def riesz(self, covector: Tensor) -> Tensor:
+        """As of Side."""
+        return self.solve(covector)
 
 
 def made(problem: Problem) -> Side:
