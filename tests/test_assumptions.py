@@ -151,7 +151,10 @@ def test_the_last_layers_bias_counts():
 def test_losses():
     x = toy_data(20)[0]
     row = {r.name: r for r in tp.check_assumptions(toy_mlp(), x, loss=nn.MSELoss()).rows}
+    assert row["convex, smooth loss"].status == "held"
+    row = {r.name: r for r in tp.check_assumptions(toy_mlp(), x, loss=nn.L1Loss()).rows}
     assert row["convex, smooth loss"].status == "failed"
+    assert "not differentiable everywhere" in row["convex, smooth loss"].evidence
     assert "tp.ConvexLoss" in row["convex, smooth loss"].advice
     declared = tp.ConvexLoss(lambda q, y: (q - y).cosh().mean(), 3.0, "cosh")
     table = tp.check_assumptions(toy_mlp(), x, loss=declared)

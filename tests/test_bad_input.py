@@ -45,7 +45,7 @@ DATA = {
     ),
     "negative label": (lambda: swapped(-1, 9), ValueError, r"got -1 at sample 9"),
     "float labels": (
-        lambda: (toy_data()[0], toy_data()[1].float()),
+        lambda: (toy_data()[0], toy_data()[1] + 0.5),
         TypeError,
         "train: expected integer class labels, got torch.float32",
     ),
@@ -112,9 +112,9 @@ ARGUMENTS = {
     "batch size": ({"batch_size": 0}, ValueError, "batch_size: expected at least 1"),
     "loss name": ({"loss": "hinge"}, ValueError, "loss: expected one of"),
     "loss undeclared": (
-        {"loss": nn.functional.cross_entropy},
+        {"loss": nn.functional.cosine_similarity},
         ValueError,
-        "cross_entropy is not declared convex",
+        "cosine_similarity is not declared convex",
     ),
     "second phase": ({"second_phase": "adam"}, ValueError, "second_phase: expected one of"),
     "batch norm": ({"batch_norm": "eval"}, ValueError, "batch_norm: expected one of"),

@@ -300,7 +300,7 @@ def test_wrong_features():
         with pytest.raises(ValueError, match=message):
             guarantee(*arguments, loss="squared_error", steps=[2])
     labels = torch.arange(30) % 3
-    for error, target in ((TypeError, labels.double()), (ValueError, labels + 1)):
+    for error, target in ((TypeError, labels + 0.5), (ValueError, labels + 1)):
         with pytest.raises(error, match=r"features\[1\]: expected"):
             guarantee((h, target), weight, bias, steps=[2])
     arrays = guarantee((h.numpy(), y.numpy()), weight, bias, loss="squared_error", steps=[2])

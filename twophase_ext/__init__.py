@@ -6,6 +6,7 @@ from .expressivity import Verdict, verify_expressivity
 from .expressivity.rank_logdet import RankLogdet, rank_logdet
 from .ops import gram_logdet, perturb_, softplus, softplus_
 from .theory.assumptions import Assumptions, check_assumptions
+from .theory.floor import LossFloor, loss_floor
 from .theory.guarantee import Guarantee, guarantee
 from .theory.ntk import NtkRank, ntk_rank
 from .training import (
@@ -39,6 +40,7 @@ __all__ = [
     "Guarantee",
     "Lazy",
     "LazyGuarantee",
+    "LossFloor",
     "NtkRank",
     "RankLogdet",
     "Result",
@@ -52,6 +54,7 @@ __all__ = [
     "freeze",
     "gram_logdet",
     "guarantee",
+    "loss_floor",
     "nn",
     "ntk_rank",
     "ops",

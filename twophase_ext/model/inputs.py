@@ -1,6 +1,5 @@
 """The inputs that are verified: checked, in batches, and compared with each other."""
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arrays import as_data, require_finite
+from .groups import groups_of, repeated
 from .probing import require_module
 
 
@@ -58,20 +58,5 @@ def batches(x: Tensor, parameter: nn.Parameter) -> Iterator[tuple[Tensor, None]]
 
 
 def identical_rows(rows: Tensor) -> list[list[int]]:
-    """Groups of indices of exactly equal rows, in O(n d) by hashing each row's bytes."""
-    buckets: dict[bytes, list[int]] = {}
-    if rows.dtype == torch.bfloat16:  # NumPy has none
-        rows = rows.float()
-    array = rows.contiguous().numpy()
-
-    def content(i: int) -> bytes:
-        row = array[i]
-        return (row + 0.0 if row.dtype.kind == "f" else row).tobytes()  # -0 and 0 are equal
-
-    for i in range(len(array)):
-        buckets.setdefault(hashlib.blake2b(content(i), digest_size=16).digest(), []).append(i)
-    groups: dict[bytes, list[int]] = {}
-    for bucket in buckets.values():
-        for i in bucket if len(bucket) > 1 else ():
-            groups.setdefault(content(i), []).append(i)
-    return [group for group in groups.values() if len(group) > 1]
+    """Groups of indices of exactly equal rows, those of two or more; ValueError as `groups_of`."""
+    return repeated(groups_of(rows))

@@ -1,206 +1,42 @@
-"""Losses that satisfy Assumption 2: differentiable and convex in the output, Lipschitz gradient."""
+"""The loss that an argument `loss` means: a name, one of torch's, or one declared convex."""
 
-import warnings
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.messages import type_and_line
+from .convex import ConvexLoss, Telling, counterexample, loss_problem, zero_dim
+from .torch_losses import (
+    SoftmaxLoss,
+    SquaresLoss,
+    TorchLoss,
+    huber_loss,
+    logistic_loss,
+    multi_label_loss,
+    smooth_l1_loss,
+    soft_margin_loss,
+    softmax_loss,
+    squares_loss,
+)
 
-SAMPLES = 16  # that a declaration is tried on at least, where there are as many
-KINDS = 1000  # of targets, at most, of which one each is tried
-EXCESS = 1e-3  # of L_ell: a loss may compute in float32
-
-
-@dataclass(frozen=True)
-class ConvexLoss:
-    """A loss averaged over samples, declared convex in the output by whoever builds it.
-
-    function: (outputs [b, m_y], targets [b, ...]) -> 0-d tensor, the mean over the b samples, for
-    outputs of any floating dtype: bounds are evaluated in float64.
-    smoothness: L_ell, the Lipschitz constant of the gradient of one sample's loss in the 2-norm
-    (Assumption 2), > 0. name appears in logs.
-
-    A declaration is tried on a few samples: torch's own losses when it is made, others by the
-    Trainer and `guarantee` with the targets. Raises TypeError for what is no function, ValueError
-    for another reduction than the mean, and for a gradient that is seen to change by more than
-    L_ell times the distance of the outputs, or not to be that of a convex function.
-    """
-
-    function: Callable[[Tensor, Tensor], Tensor]
-    smoothness: float
-    name: str = "custom"
-
-    def __post_init__(self) -> None:
-        """Check the declaration."""
-        if not callable(self.function):
-            raise TypeError(f"function: expected a callable, got {type(self.function).__name__}")
-        if not (isinstance(self.smoothness, int | float) and 0 < self.smoothness < float("inf")):
-            raise ValueError(f"smoothness: expected a number L_ell > 0, got {self.smoothness!r}")
-        reduction = getattr(self.function, "reduction", "mean")
-        if reduction in ("sum", "none"):
-            raise ValueError(
-                f"function: expected the mean over samples, got reduction={reduction!r}"
-            )
-        if _of_torch(self.function) and (reason := _tried_on_made_up(self)):
-            raise ValueError(f"function: {reason}")
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of a batch."""
-        return self.function(outputs, targets)
-
-
-def zero_dim(value: Any) -> Tensor:
-    """A loss's value; TypeError where it is no tensor without dimensions."""
-    if not isinstance(value, Tensor) or value.dim() != 0:
-        shape = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"expected a 0-d tensor, the mean over samples, got {shape}")
-    return value
-
-
-def counterexample(loss: ConvexLoss, outputs: int, targets: Tensor) -> str:
-    """What of the declaration is seen to be wrong on a few samples; "" where nothing is.
-
-    targets: those of b samples, as `prepare_targets` leaves them, best `Telling` ones; outputs:
-    m_y. The loss of all, and of each two that follow each other, has to be the mean. Outputs are
-    made up, in float64: random ones, zeros, and ties of two, where logistic losses bend most; they
-    move along the axes, along differences of two axes and at random. What the function raises, on
-    float64 or on anything else, is left to the caller.
-    """
-    y = targets.double() if targets.is_floating_point() else targets
-    generator = torch.Generator().manual_seed(0)
-    kind: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-    steps = torch.randn(3, len(y), outputs, generator=generator, **kind)
-    i, j = (torch.randint(outputs, (len(y),), generator=generator, device="cpu") for _ in "ij")
-    axis, other = (torch.eye(outputs, **kind)[k] for k in (i, j))
-    bases = [3 * steps[0], 0 * steps[0], 5 * (axis + other)]
-    moves = [steps[1], 0.1 * steps[2], 0.1 * axis, 0.1 * (axis - other)]
-    bases, moves = ([part.to(y.device) for part in parts] for parts in (bases, moves))
-
-    def value(q: Tensor, y: Tensor) -> Tensor:
-        return zero_dim(loss(q, y))
-
-    with torch.enable_grad():
-        rows = zip(bases[0].split(1), y.split(1), strict=True)
-        each = [float(value(q, target).detach()) for q, target in rows]
-        pairs = [slice(k, k + 2) for k in range(len(y) - 1)]
-        for part in [slice(0, len(y)), *pairs]:
-            whole, own = float(value(bases[0][part], y[part]).detach()), each[part]
-            mean, size = sum(own) / len(own), sum(map(abs, own)) / len(own)
-            if not abs(whole - mean) <= EXCESS * size + 1e-6:  # NaN is no mean
-                return (
-                    "expected the mean over samples (reduction='mean', no weights in the divisor, "
-                    f"no sample ignored), got {whole:.4g} for {len(own)} samples whose own losses "
-                    f"have the mean {mean:.4g}"
-                )
-
-        def gradient(q: Tensor) -> Tensor:
-            q = q.clone().requires_grad_()
-            return torch.autograd.grad(value(q, y), q)[0].double() * len(y)
-
-        for base in bases:
-            here = gradient(base)
-            for move in moves:
-                change, length = gradient(base + move) - here, move.norm(dim=1)
-                slope = change.norm(dim=1) - (1 + EXCESS) * loss.smoothness * length
-                if bool((slope > 1e-5).any()):
-                    k = int(slope.argmax())
-                    found = float(change[k].norm() / length[k])
-                    return (
-                        f"smoothness: expected L_ell, got {loss.smoothness:g}, but between two "
-                        f"outputs of a sample the gradient changes by {found:.4g} times their "
-                        "distance"
-                    )
-                if bool(((change * move).sum(1) < -EXCESS * loss.smoothness * length**2).any()):
-                    return "expected a function convex in the output; along a line its slope falls"
-    return ""
-
-
-class Telling:
-    """Targets on which a loss shows whether it is a mean over samples, wherever in the data.
-
-    The first SAMPLES; the first of each label, or of each place of a row's largest entry, up to
-    KINDS; of real numbers the least and the greatest.
-    """
-
-    def __init__(self) -> None:
-        """None yet."""
-        self._first: list[Tensor] = []
-        self._kinds: dict[int, Tensor] = {}
-        self._ends: list[tuple[float, Tensor]] = []
-
-    def add(self, y: Tensor) -> None:
-        """Targets of more samples, as `prepare_targets` leaves them: [b] or [b, ...]."""
-        y = y.detach().cpu()
-        if not len(y):
-            return
-        self._first += list(y[: SAMPLES - len(self._first)])
-        rows = y.reshape(len(y), -1)
-        if rows.shape[1] > 1:
-            kinds = rows.double().argmax(1)
-        elif not y.is_floating_point():
-            kinds = rows[:, 0]
-        else:
-            for k in {int(rows.argmin()), int(rows.argmax())}:
-                self._ends.append((float(rows[k]), y[k]))
-            self._ends = sorted(self._ends, key=lambda end: end[0])
-            self._ends = [self._ends[0], self._ends[-1]]
-            return
-        for kind in kinds.unique().tolist():
-            if kind not in self._kinds and len(self._kinds) < KINDS:
-                self._kinds[kind] = y[int((kinds == kind).nonzero()[0])]
-
-    def targets(self) -> Tensor:
-        """Those, [b] or [b, ...], on the CPU."""
-        ends = [y for _, y in self._ends]
-        return torch.stack([*self._first, *self._kinds.values(), *ends])
-
-
-def loss_problem(loss: ConvexLoss, outputs: int, targets: Tensor) -> str:
-    """Why bounds of `loss` would not hold or not be evaluated, for these targets; "" for no reason.
-
-    targets: as of `counterexample`. The losses that the package knows are not tried.
-    """
-    if loss in (CROSS_ENTROPY, SQUARED_ERROR):
-        return ""
-    try:
-        reason = counterexample(loss, outputs, targets)
-    except Exception as error:  # whatever the user's own function raises
-        reason = (
-            f"fails on float64 outputs [{len(targets)}, {outputs}], in which bounds are "
-            f"evaluated ({type_and_line(error)}); let its own tensors follow "
-            "outputs.dtype and outputs.device"
-        )
-    return f"loss: {loss.name}: {reason}" if reason else ""
-
-
-def _of_torch(function: Any) -> bool:
-    """Whether calling it does what torch's documentation says, and nothing else."""
-    if isinstance(function, partial):
-        return _of_torch(function.func)
-    kind = type(function) if isinstance(function, nn.Module) else function
-    return str(getattr(kind, "__module__", "")).split(".")[0] == "torch"
-
-
-def _tried_on_made_up(loss: ConvexLoss) -> str:
-    """`counterexample` with labels, one-hot rows and 0 or 1, whichever the function takes."""
-    labels = torch.tensor([0, 2, 1, 1], device="cpu")
-    one_hot = F.one_hot(labels, 3).double()
-    for outputs, targets in ((3, labels), (3, one_hot), (1, one_hot[:, :1])):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of shapes that do not fit
-                reason = counterexample(loss, outputs, targets)
-            if reason:
-                return reason
-        except Exception:  # noqa: S112  not its kind of targets: its own are tried later
-            continue
-    return ""
+__all__ = [
+    "CROSS_ENTROPY",
+    "SQUARED_ERROR",
+    "ConvexLoss",
+    "SoftmaxLoss",
+    "Telling",
+    "TorchLoss",
+    "correct",
+    "counterexample",
+    "loss_problem",
+    "prepare_targets",
+    "resolve_loss",
+    "squared_error",
+    "zero_dim",
+]
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -208,22 +44,79 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().flatten(1).sum(1).mean()
 
 
-CROSS_ENTROPY = ConvexLoss(F.cross_entropy, 0.5, "cross_entropy")
-SQUARED_ERROR = ConvexLoss(squared_error, 2.0, "squared_error")
-_NAMED = {loss.name: loss for loss in (CROSS_ENTROPY, SQUARED_ERROR)}
+# the two that there are kernels for
+CROSS_ENTROPY = SoftmaxLoss(F.cross_entropy, 0.5, "cross_entropy")
+SQUARED_ERROR = SquaresLoss(squared_error, 2.0, "squared_error", averaged=False)
+_NAMED: dict[str, ConvexLoss] = {
+    "cross_entropy": CROSS_ENTROPY,
+    "squared_error": SQUARED_ERROR,
+    "mse": squares_loss(),
+    "bce": logistic_loss(),
+    "huber": huber_loss(),
+    "smooth_l1": smooth_l1_loss(),
+    "soft_margin": soft_margin_loss(),
+    "multilabel_soft_margin": multi_label_loss(),
+}
+# module, function, what makes ours from its settings
+_TORCH: tuple[tuple[type[nn.Module], Callable[..., Tensor], Callable[..., TorchLoss]], ...] = (
+    (nn.CrossEntropyLoss, F.cross_entropy, softmax_loss),
+    (nn.MSELoss, F.mse_loss, squares_loss),
+    (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits, logistic_loss),
+    (nn.HuberLoss, F.huber_loss, huber_loss),
+    (nn.SmoothL1Loss, F.smooth_l1_loss, smooth_l1_loss),
+    (nn.SoftMarginLoss, F.soft_margin_loss, soft_margin_loss),
+    (nn.MultiLabelSoftMarginLoss, F.multilabel_soft_margin_loss, multi_label_loss),
+)
+_LOGITS = "it takes {} and not the outputs of an affine layer; use {} over the outputs themselves"
+_KINK = "it is not differentiable everywhere (Assumption 2); {}"
+_REFUSED: dict[str, str] = {
+    "NLLLoss": _LOGITS.format("log-probabilities", "nn.CrossEntropyLoss"),
+    "BCELoss": _LOGITS.format("probabilities", "nn.BCEWithLogitsLoss"),
+    "KLDivLoss": _LOGITS.format("log-probabilities", "nn.CrossEntropyLoss with rows of them"),
+    "L1Loss": _KINK.format("nn.HuberLoss and nn.SmoothL1Loss are smooth"),
+    "MultiMarginLoss": _KINK.format("nn.CrossEntropyLoss is smooth"),
+    "MultiLabelMarginLoss": _KINK.format("nn.MultiLabelSoftMarginLoss is smooth"),
+    "HingeEmbeddingLoss": _KINK.format("nn.SoftMarginLoss is smooth"),
+    "PoissonNLLLoss": "its gradient e^q - y is not Lipschitz (Assumption 2)",
+    "GaussianNLLLoss": "it is not convex in mean and variance together (Assumption 2); with a "
+    "variance that is not learned it is nn.MSELoss",
+    "CTCLoss": "it is no function of one sample's outputs and target that is convex",
+}
+_FUNCTIONS = {
+    "nll_loss": "NLLLoss",
+    "binary_cross_entropy": "BCELoss",
+    "kl_div": "KLDivLoss",
+    "l1_loss": "L1Loss",
+    "multi_margin_loss": "MultiMarginLoss",
+    "multilabel_margin_loss": "MultiLabelMarginLoss",
+    "hinge_embedding_loss": "HingeEmbeddingLoss",
+    "poisson_nll_loss": "PoissonNLLLoss",
+    "gaussian_nll_loss": "GaussianNLLLoss",
+    "ctc_loss": "CTCLoss",
+}
+_OLD = ("size_average", "reduce")  # arguments that torch has given up
 
 
 def resolve_loss(loss: Any) -> ConvexLoss:
-    """The loss named or declared by the argument `loss` of the Trainer.
+    """The loss meant by the argument `loss` of the Trainer.
 
-    Raises ValueError for an unknown name or a callable that was not declared convex.
+    A name; a loss of torch.nn, with its weight, pos_weight, label_smoothing, ignore_index, delta or
+    beta; the function of torch.nn.functional, also as functools.partial with these by name; a
+    `ConvexLoss`. Raises ValueError for an unknown name, another reduction than the mean, a loss of
+    torch's that does not satisfy Assumption 2, which is said, and a callable that was not declared
+    convex.
     """
     if isinstance(loss, ConvexLoss):
         return loss
     if isinstance(loss, str):
         if loss in _NAMED:
             return _NAMED[loss]
-        raise ValueError(f"loss: expected one of {sorted(_NAMED)} or a ConvexLoss, got {loss!r}")
+        raise ValueError(
+            f"loss: expected one of {sorted(_NAMED)}, a loss of torch.nn or a ConvexLoss, got "
+            f"{loss!r}"
+        )
+    if found := _of_torch(loss):
+        return found
     raise ValueError(
         f"loss: {getattr(loss, '__name__', type(loss).__name__)} is not declared convex in the "
         "output, which the guarantee needs (Assumption 2). If it is, wrap it: "
@@ -231,42 +124,76 @@ def resolve_loss(loss: Any) -> ConvexLoss:
     )
 
 
+def _of_torch(loss: Any) -> TorchLoss | None:
+    """Ours for one of torch's; None for what is none of them; ValueError where it is refused."""
+    function: Any = loss
+    settings: dict[str, Any] = {}
+    while isinstance(function, partial) and not function.args:
+        function, settings = function.func, {**function.keywords, **settings}
+    kind = type(loss)
+    name = kind.__name__ if isinstance(loss, nn.Module) else getattr(function, "__name__", "")
+    if str(getattr(kind if isinstance(loss, nn.Module) else function, "__module__", "")).startswith(
+        "torch.nn"
+    ):
+        name = _FUNCTIONS.get(name, name)
+        if name in _REFUSED:
+            raise ValueError(f"loss: nn.{name} is refused: {_REFUSED[name]}")
+    for module, own, make in _TORCH:
+        known = list(inspect.signature(make).parameters)
+        if kind is module and not _altered(loss):
+            settings = {key: getattr(loss, key) for key in known}
+            reduction = loss.reduction
+        elif function is own:
+            settings = {k: v for k, v in settings.items() if k not in _OLD or v is not None}
+            reduction = settings.pop("reduction", "mean")
+        else:
+            continue
+        if reduction != "mean":
+            raise ValueError(
+                f"loss: expected reduction='mean' of {name}, got {reduction!r}: the theorem and "
+                "its step sizes are those of the mean over the samples"
+            )
+        if unknown := sorted(set(settings) - set(known)):
+            raise ValueError(
+                f"loss: {', '.join(unknown)} of {name}: expected settings among {known}, which do "
+                "not hang on the batch"
+            )
+        plain = all(v is None or v == d for v, d in _beside_defaults(make, settings))
+        return CROSS_ENTROPY if plain and make is softmax_loss else make(**settings)
+    return None
+
+
+def _altered(loss: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    return "forward" in vars(loss) or bool(loss._forward_hooks or loss._forward_pre_hooks)
+
+
+def _beside_defaults(make: Callable[..., Any], settings: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """(value, default) of each setting; tensors are never a default."""
+    defaults = {k: p.default for k, p in inspect.signature(make).parameters.items()}
+    return [
+        (float("nan") if isinstance(v, Tensor) else v, defaults[k]) for k, v in settings.items()
+    ]
+
+
+def correct(loss: ConvexLoss, outputs: Tensor, y: Tensor) -> Tensor | None:
+    """How many of a batch's labels the largest output names; None where there are no labels."""
+    labelled = isinstance(loss, SoftmaxLoss) and loss.labelled and not y.is_floating_point()
+    return (outputs.argmax(1) == y).sum() if labelled else None
+
+
 def prepare_targets(
     loss: ConvexLoss, y: Tensor, outputs: int, name: str, indices: list[int] | None = None
 ) -> Tensor:
-    """Targets in the form that the loss takes: int64 labels, or float [n, m_y].
+    """Targets in the form that the loss takes: int64 labels [n], or float [n, m_y].
 
-    Raises TypeError for complex targets and for labels that are not integers, ValueError for
-    labels outside [0, outputs) (the first such sample is named) or a target of another shape.
-    indices: the samples' numbers where y holds only some of them.
+    Raises TypeError for complex targets and for labels that are not whole numbers, ValueError for
+    labels outside [0, outputs) (the first such sample is named), a target of another shape, or one
+    that the loss is not convex or bounded for. indices: the samples' numbers where y holds only
+    some of them.
     """
     if y.is_complex():
         raise TypeError(f"{name}: expected real targets, got {y.dtype}")
-    if loss is CROSS_ENTROPY:
-        if y.is_floating_point() or y.dtype == torch.bool:
-            raise TypeError(f"{name}: expected integer class labels, got {y.dtype}")
-        if y.dim() == 2 and y.shape[1] == 1:
-            y = y[:, 0]
-        if y.dim() != 1:
-            raise ValueError(f"{name}: expected labels of shape [n], got {list(y.shape)}")
-        y = y.long()  # before the comparison: `outputs` need not fit into uint8
-        wrong = ((y < 0) | (y >= outputs)).nonzero()
-        if len(wrong):
-            i = int(wrong[0])
-            raise ValueError(
-                f"{name}: expected labels in 0..{outputs - 1} (the last layer has {outputs} "
-                f"outputs), got {int(y[i])} at sample "
-                f"{indices[i] if indices else i} ({len(wrong)} such samples)"
-            )
-        return y
-    if y.dim() == 1 and outputs == 1:
-        y = y[:, None]
-    if loss is SQUARED_ERROR:
-        if y.dim() != 2 or y.shape[1] != outputs:
-            raise ValueError(
-                f"{name}: expected targets of shape [n, {outputs}] for squared_error, got "
-                f"{list(y.shape)}"
-            )
-        if not y.is_floating_point():
-            y = y.to(torch.get_default_dtype())
-    return y
+    if isinstance(loss, TorchLoss):
+        return loss.checked(y, outputs, name, indices)
+    return y[:, None] if y.dim() == 1 and outputs == 1 else y

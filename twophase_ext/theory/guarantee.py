@@ -222,16 +222,17 @@ def guarantee(
         raise ValueError(f"steps: expected integers >= 0, at least one, got {known[:5]}")
     if not 0 <= l2 < math.inf or (l2 and mode == "sgd"):
         raise ValueError(f"l2: expected a number >= 0, and 0 for mode 'sgd', got {l2}")
-    _check_shapes(blocks, weight, bias, resolved)
+    resolved = _checked(blocks, weight, bias, resolved)
     if losses is not None and len(losses) != len(known):
         raise ValueError(f"losses: expected {len(known)}, as many as steps, got {len(losses)}")
     result = Guarantee(mode=mode, in_expectation=mode == "sgd", assumptions=[ARITHMETIC])
-    if resolved not in (CROSS_ENTROPY, SQUARED_ERROR):
-        result.assumptions += [
+    if not resolved.known:
+        result.assumptions.append(
             f"{resolved.name} is convex in the output with L_ell = {resolved.smoothness:g}, as "
-            "declared",
-            f"the evaluation of {resolved.name} in float64: {ASSUMED}",
-        ]
+            "declared"
+        )
+    if resolved not in (CROSS_ENTROPY, SQUARED_ERROR):
+        result.assumptions.append(f"the evaluation of {resolved.name} in float64: {ASSUMED}")
     if mode == "gd":
         largest = _smoothness(blocks, resolved, smoothness, ones, l2)
         result.constants = {"L_H": largest, "l2": l2}
@@ -299,12 +300,12 @@ def _blocks(features: Blocks | tuple[Any, Any], loss: ConvexLoss, outputs: int) 
     return lambda: [(h, targets)]
 
 
-def _check_shapes(blocks: Blocks, weight: Tensor, bias: Tensor | None, loss: ConvexLoss) -> None:
-    """ValueError for features, weight and bias that do not fit, or are not finite.
+def _checked(blocks: Blocks, weight: Tensor, bias: Tensor | None, loss: ConvexLoss) -> ConvexLoss:
+    """The loss over these targets; ValueError for what does not fit, or is not finite.
 
     ValueError too for a loss that is not what it declares, TypeError for complex numbers.
     """
-    n, telling = 0, Telling()
+    n, telling, seen = 0, Telling(), list[Tensor]()
     for h, targets in blocks():
         for name, part in (("features", h), ("targets", targets)):
             if part.is_complex():
@@ -325,6 +326,7 @@ def _check_shapes(blocks: Blocks, weight: Tensor, bias: Tensor | None, loss: Con
         if targets.is_floating_point() and not bool(torch.isfinite(targets).all()):
             raise ValueError("features: expected finite targets, got NaN or infinity")
         telling.add(targets)
+        seen.append(targets)
         n += len(h)
     if n == 0:
         raise ValueError("features: expected at least one sample, got none")
@@ -332,6 +334,7 @@ def _check_shapes(blocks: Blocks, weight: Tensor, bias: Tensor | None, loss: Con
         raise ValueError(problem)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{len(weight)}], got {list(bias.shape)}")
+    return loss.over(torch.cat(seen), len(weight))
 
 
 def _smoothness(features: Blocks, loss: Any, given: str | float, ones: bool, l2: float) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..core.messages import type_and_line
-from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, resolve_loss
+from ..model.losses import resolve_loss
 from ..model.network import Network
 from ..nn import classify
 
@@ -37,10 +37,10 @@ def loss_premise(loss: Any) -> Assumption:
             name,
             FAILED,
             str(error),
-            "use 'cross_entropy' or 'squared_error', or declare it by tp.ConvexLoss",
+            "use 'cross_entropy', a loss of torch.nn, or declare your own by tp.ConvexLoss",
         )
     evidence = f"{resolved.name}, L_ell = {resolved.smoothness:g}"
-    if resolved in (CROSS_ENTROPY, SQUARED_ERROR):
+    if resolved.known:
         return Assumption(name, HELD, evidence)
     return Assumption(
         name,

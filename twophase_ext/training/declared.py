@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from ..core.messages import type_and_line
-from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss, loss_problem, zero_dim
+from ..model.losses import ConvexLoss, loss_problem, zero_dim
 from .config import Config
 from .data.samples import Samples
 
@@ -13,8 +13,8 @@ BOUNDED = ("gd", "agd", "sgd", "lazy")  # second phases with a bound to evaluate
 
 
 def problem_of(loss: ConvexLoss, outputs: int, samples: Samples) -> str:
-    """`loss_problem` on telling targets of the run; none is tried for a loss of the package."""
-    if loss in (CROSS_ENTROPY, SQUARED_ERROR):
+    """`loss_problem` on telling targets of the run; none is tried where its constants are known."""
+    if loss.known:
         return ""
     return loss_problem(loss, outputs, samples.telling.targets().to(samples.device))
 
@@ -25,7 +25,7 @@ def check_loss(loss: ConvexLoss, outputs: int, samples: Samples, config: Config)
     A warning where the run has no bound: its audit then says "failed". ValueError too where the
     loss does not take outputs of the training precision.
     """
-    if loss in (CROSS_ENTROPY, SQUARED_ERROR):
+    if loss.known:
         return
     count = min(samples.n, 2)
     _, targets = samples.fetch(torch.arange(count, device="cpu"), augmented=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.hashing import tensors_hash
 from ..core.seeds import epoch_order
-from ..model.losses import CROSS_ENTROPY
+from ..model.losses import SoftmaxLoss
 from . import faults
 from .callbacks import call
 from .control.interrupt import Interrupt
@@ -77,7 +77,7 @@ class Loop:
                 samples = order[context.offsets()[-2] :]
             raise Diverged(phase.steps() - 1, loss, samples)
         accuracy: float | None = None
-        if context.loss is CROSS_ENTROPY:
+        if isinstance(context.loss, SoftmaxLoss) and context.loss.labelled:
             accuracy = float(state.sums[1]) / n
             if phase is self.second and state.cache_mode != "none":
                 accuracy = run.measure(run.train_features, context.train)[1]

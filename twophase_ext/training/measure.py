@@ -2,7 +2,7 @@
 
 import torch
 
-from ..model.losses import CROSS_ENTROPY, ConvexLoss
+from ..model.losses import ConvexLoss, correct
 from ..model.network import Network
 from .data.samples import BATCH, Samples
 from .distributed.ranks import Ranks
@@ -13,13 +13,13 @@ from .features.cache import Features
 def measure(
     network: Network, loss: ConvexLoss, source: Samples | Features, ranks: Ranks | None = None
 ) -> tuple[float, float | None]:
-    """(mean loss, accuracy) in evaluation mode; accuracy None for other than cross-entropy.
+    """(mean loss, accuracy) in evaluation mode; accuracy None where there are no labels.
 
     Each rank passes its own part of Samples through the network: every sample counts once.
     """
     model, ranks = network.model, ranks or Ranks()
     mode = model.training
-    total, correct = 0.0, 0
+    total, right, labelled = 0.0, 0, True
     model.eval()
     if isinstance(source, Features):
         batches = source.outputs(network, BATCH)
@@ -28,10 +28,11 @@ def measure(
         batches = ((model(x), y) for x, y in source.visit(own))
     for outputs, y in batches:
         total += float(loss(outputs, y)) * len(y)
-        if loss is CROSS_ENTROPY:
-            correct += int((outputs.argmax(1) == y).sum())
+        count = correct(loss, outputs, y)
+        labelled = labelled and count is not None
+        right += 0 if count is None else int(count)
     model.train(mode)
     if not isinstance(source, Features):
-        sums = ranks.all_reduce_(torch.tensor([total, correct], dtype=torch.float64, device="cpu"))
-        total, correct = float(sums[0]), int(sums[1])
-    return total / source.n, correct / source.n if loss is CROSS_ENTROPY else None
+        sums = ranks.all_reduce_(torch.tensor([total, right], dtype=torch.float64, device="cpu"))
+        total, right = float(sums[0]), int(sums[1])
+    return total / source.n, right / source.n if labelled else None

@@ -64,6 +64,7 @@ class FeatureCache(Features):
         network = Network(model, next(samples.in_order(2))[0][:2], last_layer)
         with samples.held():
             samples.prepare(self.loss, network.outputs)
+            self.loss = samples.objective
             mode = plan_for(network, [samples], mode, name="mode").mode
             super().__init__(samples, network, mode)
             if mode in ("none", "hidden-bfloat16"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core import seeds
 from ..core.seeds import stream_seed
-from ..model.losses import CROSS_ENTROPY
+from ..model.losses import correct
 from . import saved
 from .context import Context
 from .data.samples import Samples
@@ -63,13 +63,13 @@ class Run:
 
     def correct(self, outputs: Tensor, y: Tensor) -> Tensor | None:
         """Correct answers among the outputs; None for other losses than cross-entropy."""
-        return (outputs.argmax(1) == y).sum() if self.context.loss is CROSS_ENTROPY else None
+        return correct(self.context.loss, outputs, y)
 
     def measure(self, features: Features | None, samples: Samples) -> tuple[float, float | None]:
         """Mean loss and accuracy over all samples, in evaluation mode."""
         context = self.context
         with self.timed("evaluation"):
-            return measure(context.network, context.loss, features or samples, context.ranks)
+            return measure(context.network, samples.objective, features or samples, context.ranks)
 
     def measure_all(self) -> dict[str, float | None]:
         """Losses and accuracies of the network as it stands, over the whole sets."""

@@ -45,8 +45,14 @@ class Trainer:
 
     Args:
         model: any nn.Module whose output is an affine function of its last hidden layer.
-        loss: "cross_entropy" (integer labels), "squared_error" (the paper's ||q - y||^2, summed
-            over outputs, averaged over samples) or a `ConvexLoss`.
+        loss: "cross_entropy" (labels, or rows of probabilities), "squared_error" (the paper's
+            ||q - y||^2, summed over outputs, averaged over samples), "mse" (torch's, averaged over
+            outputs too), "bce" (with logits), "huber", "smooth_l1", "soft_margin",
+            "multilabel_soft_margin"; such a loss of torch.nn or torch.nn.functional with its
+            weight, pos_weight, label_smoothing, ignore_index, delta or beta; or a `ConvexLoss`.
+            Class weights and ignored labels: torch divides by the weights of a mini-batch, which
+            makes its gradient biased; here it is divided by their mean over the data set, so that
+            over all samples the loss is torch's.
         optimizer: callable list of parameters -> torch.optim.Optimizer; default the paper's SGD.
         last_layer: module or its name; by default the last affine layer on the path to the output.
         epochs: epochs in all.
@@ -320,7 +326,7 @@ class Trainer:
         schedule.require_steps(config.epochs, config.tau_epoch, per_epoch)
         context = Context(
             network=network,
-            loss=self.loss,
+            loss=samples.objective,
             optimizer=optimizer,
             config=config,
             train=samples,
@@ -330,7 +336,9 @@ class Trainer:
             cadence=Cadence(self.checkpoint_every),
             schedule=schedule,
             ranks=ranks,
-            base_step=BaseStep(network, self.loss, optimizer, config, schedule, self.compile),
+            base_step=BaseStep(
+                network, samples.objective, optimizer, config, schedule, self.compile
+            ),
             averaged=Averaged(optimizer),
             fixed=fixed,
             compiled=self.compile,

@@ -49,6 +49,7 @@ class Samples:
         self.augment: Augment | None = None
         # once `prepare` has looked at them all:
         self.telling = Telling()
+        self.objective: ConvexLoss  # the loss as a mean over these samples
         self.content: str | None = None  # a hash of inputs and targets; None where they are random
 
     @staticmethod
@@ -178,6 +179,7 @@ class _Arrays(Samples):
         if self.y.is_floating_point():
             self.y = self.y.to(self.dtype)
         self.telling.add(self.y)
+        self.objective = loss.over(self.y, outputs)
         # Labels are small: on the device once. So are inputs that fit; others move batch by batch.
         self.y = self.y.to(self.device)
         if _SHARE * self.x.nbytes <= available_memory(self.device):
@@ -277,8 +279,11 @@ class _Fetched(Samples):
     def prepare(self, loss: ConvexLoss, outputs: int) -> None:
         self.loss, self.outputs = loss, outputs
         self._hashed = _Content()
+        targets = []
         for _, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
             self.telling.add(y)
+            targets.append(y)
+        self.objective = loss.over(torch.cat(targets), outputs)
         self.content, self._hashed = None if self.random else self._hashed.digest(), None
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
