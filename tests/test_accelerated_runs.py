@@ -76,7 +76,6 @@ def test_a_bound_that_is_wrong_is_called_so():
         estimates=[],
         most=1,
         assumptions=[],
-        known=True,
     )
     assert "measured above the bound at 1 of 2 points" in result.refuted
 

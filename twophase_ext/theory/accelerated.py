@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma, plus
-from ..model.losses import ConvexLoss
+from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
 from .comparators import Blocks, last_layer_objective
 from .guarantee import Guarantee, refuted
 from .loss_rounding import ASSUMED
@@ -85,20 +85,21 @@ def accelerated_guarantee(
     estimates: Iterable[tuple[float, float, str, Callable[[], Tensor]]],
     most: int,
     assumptions: Sequence[str],
-    known: bool,
 ) -> Guarantee:
     """The bound at the points, the least over comparators.
 
     blocks: starts a pass over (h [b, m], targets). weight [k, m], bias [k]: w^tau; ones: whether
     the bias moves. damping: lambda, l2 / L_ell included. estimates: (L(v), R_v^2, name, a function
     that returns v - w^tau [k, p]) of comparators, not rounded: at most `most` of those that are
-    best somewhere are evaluated, in float64 and rounded up, and so is w^tau. known: whether the
-    loss is one of the package's. dtype: of the weights that were measured.
+    best somewhere are evaluated, in float64 and rounded up, and so is w^tau.
     """
     result = Guarantee(mode=mode, assumptions=list(assumptions))
-    if not known:
+    if not loss.known:
+        result.assumptions.append(
+            f"{loss.name} is convex in the output with L_ell = {loss.smoothness:g}, as declared"
+        )
+    if loss not in (CROSS_ENTROPY, SQUARED_ERROR):
         result.assumptions += [
-            f"{loss.name} is convex in the output with L_ell = {loss.smoothness:g}, as declared",
             f"the evaluation of {loss.name} in float64: {ASSUMED}",
             OTHER.format(loss.name),
         ]

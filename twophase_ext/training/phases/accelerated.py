@@ -113,7 +113,6 @@ class AcceleratedPhase(MetricPhase):
             estimates=self._estimates(side),
             most=self._affordable(side, points[-1].steps),
             assumptions=[ARITHMETIC],
-            known=context.loss in (CROSS_ENTROPY, SQUARED_ERROR),
         )
 
     def _affordable(self, side: Side, steps: int) -> int:

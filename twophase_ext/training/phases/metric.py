@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ...linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
-from ...model.losses import CROSS_ENTROPY
 from ...theory.guarantee import smoothness
 from ..faults import Stopped
 from ..steps.metric import Problem, Side, check_room, slopes
@@ -102,8 +101,8 @@ class MetricPhase(WatchedPhase):
         gradient = torch.zeros_like(weight)
         for _, m, y in side.rows():
             outputs = side.logits(m, weight)
-            if loss is CROSS_ENTROPY:
-                correct += int((outputs.argmax(1) == y).sum())
+            right = self.run.correct(outputs, y)
+            correct += 0 if right is None else int(right)
             value, delta, error = slopes(loss, outputs, y)
             total, rounding = total + value, rounding + error
             squares += (float(delta.norm()) + error) ** 2
