@@ -20,7 +20,7 @@ def test_steps_are_the_method(loss, n, m):
         assert isinstance(side, SampleSide) == (n < m and damping is not None)
         place = Iterate(side.zeros(), side.zeros())
         tolerance = 1e-9 if damping != 0 else 1e-3  # cond(H) times the unit roundoff
-        for x in reference(problem, side, 12):
+        for x in reference(problem, side, 8):
             place.advance(side)
             moved, off = side.displacement(place.x)
             assert off <= 1e-9 * float(moved.norm())

@@ -11,7 +11,7 @@ from .callbacks import Callback, RunView
 from .freeze import Frozen, freeze
 from .own_loop import FeatureCache, fit_last_layer
 from .result import Result
-from .settings import AcceleratedDescent, GradientDescent, Lazy, StochasticDescent
+from .settings import AcceleratedDescent, Exact, GradientDescent, Lazy, StochasticDescent
 from .trainer import Trainer
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Callback",
     "ConvexLoss",
     "EpochSampler",
+    "Exact",
     "FeatureCache",
     "Frozen",
     "GradientDescent",

@@ -153,7 +153,7 @@ def fixed_premise(context: Context, state: RunState) -> Premise:
 
 def _gradient(context: Context) -> Premise:
     mode = context.config.second_phase
-    if mode in ("gd", "agd"):
+    if mode in ("gd", "agd", "exact"):
         return "gradient", HELD, "full, over all samples"
     name = "unbiased gradient, E[g | w] = grad L(w)"
     if mode == "sgd":
@@ -184,6 +184,8 @@ def _steps(context: Context, state: RunState) -> list[Premise]:
         else:
             found.append(_descent(state))
         return found
+    if config.exact is not None:
+        return [("steps", HELD, "any: what counts is the gap at the end"), _no_other_steps(known)]
     if config.agd is not None:
         return [_metric(config.agd, known), _no_other_steps(known)]
     if config.sgd is not None:

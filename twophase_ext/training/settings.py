@@ -102,6 +102,31 @@ class AcceleratedDescent(Settings):
 
 
 @dataclass(frozen=True)
+class Exact(Settings):
+    """Settings of second_phase="exact": the last layer's minimum, by least squares or L-BFGS.
+
+    gap: the phase ends where its objective is shown to lie no more than this above the least, or
+    where by estimate a tenth of this is left, or at the last epoch. l2: adds (l2 / 2) ||w||^2 of
+    the last layer to the objective: recommended for cross-entropy of separable data, which has no
+    minimum without. steps: iterations of L-BFGS an epoch, which starts without the last one's
+    memory. early_stopping: as of "agd".
+    """
+
+    gap: float = 1e-6
+    l2: float = 0.0
+    steps: int = 50
+    early_stopping: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        object.__setattr__(self, "gap", _number("exact", "gap", self.gap, math.inf))
+        l2 = 0.0 if self.l2 == 0 else _number("exact", "l2", self.l2, math.inf)
+        object.__setattr__(self, "l2", l2)
+        object.__setattr__(self, "steps", integer("exact: steps", self.steps, 1))
+        object.__setattr__(self, "early_stopping", _patience("exact", self.early_stopping))
+
+
+@dataclass(frozen=True)
 class StochasticDescent(Settings):
     """Settings of second_phase="sgd" (Theorem 1 ii): eta_t = c / t^(1/2 + eps), t = 1, 2, ...
 

@@ -6,7 +6,7 @@ from ..core.hashing import tensors_hash
 from .context import Context
 from .steps.sharded import check_hooks, check_optimizer
 
-ALONE = ("lazy", "agd")  # second phases of one process
+ALONE = ("lazy", "agd", "exact")  # second phases of one process
 
 
 def check_several(context: Context, mode: str) -> None:

@@ -1,6 +1,7 @@
 """The phases of a run; a new second phase is a file here and a line below."""
 
 from .accelerated import AcceleratedPhase
+from .exact import ExactPhase
 from .first import FirstPhase
 from .gradient_descent import GradientDescentPhase
 from .last_layer import LastLayer
@@ -13,6 +14,7 @@ SECOND: dict[str, type[SecondPhase]] = {
     "base": LastLayer,
     "gd": GradientDescentPhase,
     "agd": AcceleratedPhase,
+    "exact": ExactPhase,
     "sgd": StochasticPhase,
     "lazy": LazyPhase,
 }

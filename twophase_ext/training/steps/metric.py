@@ -122,14 +122,24 @@ class Side:
         self.moving = torch.cat([part.view(self.k, -1) for part in start], 1)  # w^tau [k, p]
         own = self.moving if fixed is None else torch.cat([self.moving, fixed[:, None]], 1)
         self.length = float(own.norm()) * SLACK
-        if problem.damping is None:
-            base = problem.smoothness / self.curvature * SLACK
-        else:
-            mean = self.trace / (self.n * min(self.n, self.p))
-            floor = 8 * gamma(self.n + self.p + 8) * self.trace / self.n * SLACK
-            base = max(problem.damping * mean, floor)
-        self.damping = base + self.l2 / self.curvature
-        self.largest = (self.trace / self.n + self.damping) * SLACK  # of ||H||
+        self.damping = problem.smoothness / self.curvature * SLACK + self.l2 / self.curvature
+        if problem.damping is not None:
+            self.damping = self.damped(problem.damping)
+
+    def damped(self, damping: float) -> float:
+        """lambda of a damping in mean eigenvalues."""
+        mean = self.trace / (self.n * min(self.n, self.p))
+        floor = 8 * gamma(self.n + self.p + 8) * self.trace / self.n * SLACK
+        return max(damping * mean, floor) + self.l2 / self.curvature
+
+    @property
+    def largest(self) -> float:
+        """A bound of ||H||."""
+        return (self.trace / self.n + self.damping) * SLACK
+
+    def refactor(self, damping: float) -> None:
+        """Another lambda, in mean eigenvalues; ValueError where the factorization fails."""
+        raise NotImplementedError
 
     def rows(self, size: int = BATCH) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(which, rows of M in float64, targets) of all samples."""

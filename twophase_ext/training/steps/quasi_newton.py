@@ -17,6 +17,7 @@ from torch import Tensor
 from .metric import Side, slopes
 
 MEMORY = 12  # pairs that are kept
+TOLD = 6  # of them, before the decrement says how far the minimum is
 BEND, TRIES = 0.1, 12  # of a line search: |slope| at its end by that at its start; evaluations
 
 
@@ -36,8 +37,8 @@ class Found:
     """Where the iterations ended.
 
     at: coordinates. value: the objective. decrement: half the squared Newton decrement, an estimate
-    of how far the objective lies above its minimum. squared: ||g||_F^2, where it was asked for.
-    iterations: made. ended: whether no further one could lower the objective.
+    of how far the objective lies above its minimum; inf before there is one. squared: ||g||_F^2,
+    with l2. iterations: made. ended: whether no further one could lower the objective.
     """
 
     at: Tensor
@@ -89,7 +90,7 @@ class QuasiNewton:
             if not slope < 0 and self.pairs:
                 self.pairs.clear()
                 continue
-            decrement = max(-slope, 0.0) / 2
+            decrement = max(-slope, 0.0) / 2 if len(self.pairs) >= TOLD else math.inf
             squared = self.squared() if side.l2 else math.inf
             if enough(value, decrement, squared):
                 break

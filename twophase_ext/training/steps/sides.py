@@ -33,10 +33,15 @@ class SampleSide(Side):
                 self.gram[there, here] = self.gram[here, there].T
             own = (m @ m.T).tril_()
             self.gram[here, here] = own + own.tril(-1).T
-        lower = self.gram / n
+        self.refactor(problem.damping or 0.0)
+
+    def refactor(self, damping: float) -> None:
+        """As of Side."""
+        self.damping = self.damped(damping)
+        lower = self.gram / self.n
         lower.diagonal().add_(self.damping)
         self.factor = factored(lower)
-        self.pull = self.l2 / (n * self.damping)
+        self.pull = self.l2 / (self.n * self.damping)
 
     @property
     def size(self) -> float:
@@ -165,6 +170,13 @@ class FeatureSide(Side):
         for _, m, _ in self.rows(max(BATCH, min(self.n, PANEL // (8 * self.p)))):
             gram.addmm_(m.T, m)
         self.gram = gram.div_(self.n)
+        self.refactor(problem.damping)
+
+    def refactor(self, damping: float) -> None:
+        """As of Side."""
+        if self.gram is None:
+            raise RuntimeError("another damping was asked for where nothing is factored")
+        self.damping = self.damped(damping)
         lower = self.gram.clone()
         lower.diagonal().add_(self.damping)
         self.factor = factored(lower)
