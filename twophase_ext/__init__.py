@@ -14,9 +14,11 @@ from .theory.floor import LossFloor, loss_floor
 from .theory.guarantee import Guarantee, guarantee
 from .theory.ntk import NtkRank, ntk_rank
 from .training import (
+    AcceleratedDescent,
     Callback,
     ConvexLoss,
     EpochSampler,
+    Exact,
     FeatureCache,
     Frozen,
     GradientDescent,
@@ -35,10 +37,12 @@ from .training import (
 __version__ = str(build_info()["version"])
 
 __all__ = [
+    "AcceleratedDescent",
     "Assumptions",
     "Callback",
     "ConvexLoss",
     "EpochSampler",
+    "Exact",
     "FeatureCache",
     "Frozen",
     "GlobalMinimum",

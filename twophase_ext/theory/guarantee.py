@@ -58,7 +58,8 @@ class Guarantee:
     draws of mini-batches, and of the least loss so far. rigorous: False where a constant of it was
     measured. constants: L_H and l2, or G^2. assumptions: what the evaluation of the bound takes for
     granted. refuted: where a measured loss lies above its bound, and what to check then, as the
-    bound is none; "" where none does. reason: why there is no curve where one was asked for.
+    bound is none; "" where none does. reason: why there is no curve where one was asked for. notes:
+    what else there is to say: which weights the curve ends at, how far a minimum is.
     """
 
     mode: str
@@ -70,6 +71,7 @@ class Guarantee:
     assumptions: list[str] = field(default_factory=list)
     refuted: str = ""
     reason: str = ""
+    notes: list[str] = field(default_factory=list)
 
     @property
     def closest(self) -> dict[str, Any] | None:
@@ -86,6 +88,8 @@ class Guarantee:
         lines = [f"Theorem 1, premises (second_phase={self.mode!r}):"]
         width = max((len(name) for name, _, _ in self.premises), default=0)
         lines += [f"  {n:<{width}}  {status:<11}  {why}" for n, status, why in self.premises]
+        if not self.curve and self.notes:
+            return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
         if not self.curve:
             why = f": {self.reason}" if self.reason else ""
             return "\n".join([*lines, f"  no bound is claimed{why}"])
@@ -104,6 +108,7 @@ class Guarantee:
             lines.append(f"  closest: {ratio:.3g} times the loss after {closest['steps']} steps")
         if not self.rigorous:
             lines.append("  with a measured bound of the gradients: no proof")
+        lines += [f"  {note}" for note in self.notes]
         if self.assumptions:
             lines.append(f"  assumed: {'; '.join(self.assumptions)}")
         return "\n".join(lines)
@@ -260,11 +265,11 @@ def guarantee(
         if loss_there is not None:  # at w^tau itself one evaluation serves for both
             point["loss"] = float(loss_there) if t else start
         result.curve.append(point)
-    result.refuted = "" if result.in_expectation else _refuted(result.curve, start, weight.dtype)
+    result.refuted = "" if result.in_expectation else refuted(result.curve, start, weight.dtype)
     return result
 
 
-def _refuted(curve: list[dict[str, Any]], start: float, dtype: torch.dtype) -> str:
+def refuted(curve: list[dict[str, Any]], start: float, dtype: torch.dtype) -> str:
     """Where the measured losses are above their bounds, "" where none is; start: at w^tau."""
     known = [p for p in curve if "loss" in p]
     eps = torch.finfo(dtype).eps

@@ -12,13 +12,15 @@ from .freeze import Frozen, freeze
 from .load import load_run
 from .own_loop import FeatureCache, fit_last_layer
 from .result import Result
-from .settings import GradientDescent, Lazy, StochasticDescent
+from .settings import AcceleratedDescent, Exact, GradientDescent, Lazy, StochasticDescent
 from .trainer import Trainer
 
 __all__ = [
+    "AcceleratedDescent",
     "Callback",
     "ConvexLoss",
     "EpochSampler",
+    "Exact",
     "FeatureCache",
     "Frozen",
     "GradientDescent",

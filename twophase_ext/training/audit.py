@@ -20,6 +20,7 @@ from ..theory.premises import (
 from .batchnorm import batch_norms
 from .context import Context
 from .declared import problem_of
+from .settings import AcceleratedDescent
 from .state import PhaseState, RunState, unfixed
 
 Premise = tuple[str, str, str]
@@ -155,7 +156,7 @@ def fixed_premise(context: Context, state: RunState) -> Premise:
 
 def _gradient(context: Context) -> Premise:
     mode = context.config.second_phase
-    if mode == "gd":
+    if mode in ("gd", "agd", "exact"):
         return "gradient", HELD, "full, over all samples"
     name = "unbiased gradient, E[g | w] = grad L(w)"
     if mode == "sgd":
@@ -186,6 +187,10 @@ def _steps(context: Context, state: RunState) -> list[Premise]:
         else:
             found.append(_descent(state))
         return found
+    if config.exact is not None:
+        return [("steps", HELD, "any: what counts is the gap at the end"), _no_other_steps(known)]
+    if config.agd is not None:
+        return [_metric(config.agd, known), _no_other_steps(known)]
     if config.sgd is not None:
         largest = known.smoothness
         c = config.sgd.c if config.sgd.c is not None else 1 / (largest or float("nan"))
@@ -216,6 +221,18 @@ def _steps(context: Context, state: RunState) -> list[Premise]:
             f"{kind}, momentum {momentum}, weight decay {decay}",
         ),
     ]
+
+
+def _metric(settings: AcceleratedDescent, known: PhaseState) -> Premise:
+    """H >= M^T M / n by its definition; how the factorization errs is in the bound."""
+    name = "steps H^-1 grad / L_ell, H >= M^T M / n"
+    if known.iterate is None:
+        return name, UNCHECKED, "no step was made"
+    if settings.damping is None:
+        return name, HELD, f"H = L_H / L_ell I, L_H = {known.smoothness:.6g}, accelerated"
+    shown = "" if settings.l2 == 0 else f", l2 = {settings.l2:g} included"
+    shown = f"{settings.damping:g} mean eigenvalues{shown}"
+    return name, HELD, f"H = M^T M / n + lambda I, lambda = {shown}, accelerated"
 
 
 def _no_other_steps(known: PhaseState) -> Premise:

@@ -15,10 +15,19 @@ from ..expressivity.verify import METHODS
 from ..model.losses import resolve_loss
 from .features.cache import MODES
 from .optimizer.schedule import INTERVALS
-from .settings import GradientDescent, Lazy, Settings, StochasticDescent
+from .settings import (
+    AcceleratedDescent,
+    Exact,
+    GradientDescent,
+    Lazy,
+    Settings,
+    StochasticDescent,
+)
 
 SETTINGS: dict[str, type[Settings]] = {
     "gd": GradientDescent,
+    "agd": AcceleratedDescent,
+    "exact": Exact,
     "sgd": StochasticDescent,
     "lazy": Lazy,
 }
@@ -135,6 +144,8 @@ class Config:
     scheduler_interval: str = _option(_one_of(*INTERVALS), default="epoch")
     # settings of these second phases, None in the others
     gd: GradientDescent | None = _option(_settings, "own", default=None)
+    agd: AcceleratedDescent | None = _option(_settings, "own", default=None)
+    exact: Exact | None = _option(_settings, "own", default=None)
     sgd: StochasticDescent | None = _option(_settings, "own", default=None)
     lazy: Lazy | None = _option(_settings, "own", default=None)
 

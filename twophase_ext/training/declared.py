@@ -9,7 +9,7 @@ from ..model.losses import ConvexLoss, loss_problem, zero_dim
 from .config import Config
 from .data.samples import Samples
 
-BOUNDED = ("gd", "sgd", "lazy")  # second phases with a bound to evaluate
+BOUNDED = ("gd", "agd", "exact", "sgd", "lazy")  # second phases with a bound to evaluate
 
 
 def problem_of(loss: ConvexLoss, outputs: int, samples: Samples) -> str:

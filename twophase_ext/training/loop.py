@@ -38,7 +38,7 @@ class Loop:
         with context.progress, Interrupt(context.ranks) as interrupt:
             call(run, "on_fit_start")
             context.progress.begin("training", epochs, state.epoch)
-            while state.epoch < epochs:
+            while state.epoch < epochs and not self.second.finished:
                 phase: Phase = self.first if run.phase == 1 else self.second
                 started = time.perf_counter()
                 try:
@@ -86,10 +86,12 @@ class Loop:
             measured = run.measure(run.val_features, context.val)
         record = self._record(phase, seconds, loss, accuracy, *measured)
         state.next_epoch()
+        phase.look_back(record)
         context.schedule.end_epoch(record["phase"], loss)
         # Before the checkpoint, so that it holds what a callback sets (a learning rate, say).
         call(run, "on_epoch_end", record)
-        if context.cadence.epoch(state.epoch) or state.epoch == context.config.epochs:
+        last = state.epoch == context.config.epochs or self.second.finished
+        if context.cadence.epoch(state.epoch) or last:
             run.save()
         context.progress.advance("training", 1, f"loss {loss:.4f}, {seconds:.1f} s an epoch")
 

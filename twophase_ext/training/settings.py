@@ -67,6 +67,65 @@ class GradientDescent(Settings):
         object.__setattr__(self, "steps", integer("gd: steps", self.steps, 1))
 
 
+def _patience(argument: str, value: Any) -> int | None:
+    """`early_stopping` of a second phase."""
+    return None if value is None else integer(f"{argument}: early_stopping", value, 1)
+
+
+@dataclass(frozen=True)
+class AcceleratedDescent(Settings):
+    """Settings of second_phase="agd": accelerated gradient in a metric H >= M^T M / n.
+
+    H = M^T M / n + lambda I; damping: lambda in mean eigenvalues, trace(M^T M) / (n min(n, p)), p
+    the columns of M = [h_X, 1], >= 0. Smaller is faster, and with p near n generalises worse
+    (docs/second-phase.md). None: H = L_H / L_ell I, the plain method, without a factorization.
+    l2: adds (l2 / 2) ||w||^2 of the last layer to the objective. steps: an epoch, each a pass over
+    the features or a product with M M^T, whichever is smaller. early_stopping: epochs of the second
+    phase without a lower validation loss after which it ends; the weights of the lowest are kept.
+    None: it goes on to the end and keeps the last ones.
+    """
+
+    damping: float | None = 0.1
+    l2: float = 0.0
+    steps: int = 5
+    early_stopping: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.damping is not None:
+            damping = 0.0 if self.damping == 0 else _number("agd", "damping", self.damping, 1e6)
+            object.__setattr__(self, "damping", damping)
+        l2 = 0.0 if self.l2 == 0 else _number("agd", "l2", self.l2, math.inf)
+        object.__setattr__(self, "l2", l2)
+        object.__setattr__(self, "steps", integer("agd: steps", self.steps, 1))
+        object.__setattr__(self, "early_stopping", _patience("agd", self.early_stopping))
+
+
+@dataclass(frozen=True)
+class Exact(Settings):
+    """Settings of second_phase="exact": the last layer's minimum, by least squares or L-BFGS.
+
+    gap: the phase ends where its objective is shown to lie no more than this above the least, or
+    where by estimate a tenth of this is left, or at the last epoch. l2: adds (l2 / 2) ||w||^2 of
+    the last layer to the objective: recommended for cross-entropy of separable data, which has no
+    minimum without. steps: iterations of L-BFGS an epoch, which starts without the last one's
+    memory. early_stopping: as of "agd".
+    """
+
+    gap: float = 1e-6
+    l2: float = 0.0
+    steps: int = 50
+    early_stopping: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        object.__setattr__(self, "gap", _number("exact", "gap", self.gap, math.inf))
+        l2 = 0.0 if self.l2 == 0 else _number("exact", "l2", self.l2, math.inf)
+        object.__setattr__(self, "l2", l2)
+        object.__setattr__(self, "steps", integer("exact: steps", self.steps, 1))
+        object.__setattr__(self, "early_stopping", _patience("exact", self.early_stopping))
+
+
 @dataclass(frozen=True)
 class StochasticDescent(Settings):
     """Settings of second_phase="sgd" (Theorem 1 ii): eta_t = c / t^(1/2 + eps), t = 1, 2, ...

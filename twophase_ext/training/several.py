@@ -6,6 +6,8 @@ from ..core.hashing import tensors_hash
 from .context import Context
 from .steps.sharded import check_hooks, check_optimizer
 
+ALONE = ("lazy", "agd", "exact")  # second phases of one process
+
 
 def check_several(context: Context, mode: str) -> None:
     """Raise ValueError for what several processes do not train; one process trains everything.
@@ -27,8 +29,8 @@ def check_several(context: Context, mode: str) -> None:
     ranks.agree("train: SHA-256 of the first samples", tensors_hash({"x": x, "y": y}))
     if context.compiled is not None:
         raise ValueError(f"compile: expected False on several processes, got {context.compiled}")
-    if phase == "lazy":
-        raise ValueError(f"second_phase: 'lazy' runs in one process, got {ranks.size} processes")
+    if phase in ALONE:
+        raise ValueError(f"second_phase: {phase!r} runs in one process, got {ranks.size} processes")
     check_hooks(context.optimizer)
     if phase == "none":
         return

@@ -19,10 +19,13 @@ class PhaseState:
     """What the second phase remembers from step to step; None: not known yet.
 
     unfixed: evidence that h is no fixed function of the training data. weights: a hash of what
-    moves, after the last epoch; changed: evidence that something else moved it. Of "gd" and "sgd":
-    start, w^tau of the last layer; norms, ||[h_i, 1]||; smoothness, L_H. Of "gd": begin, the
+    moves, after the last epoch; changed: evidence that something else moved it. Of those with a
+    bound: start, w^tau of the last layer; norms, ||[h_i, 1]||; smoothness, L_H. Of "gd": begin, the
     objective at the epoch's start; objective, at the last step; rise, what rounding explains of
-    the next one. Of "sgd": first, objective and gradient_square at tau.
+    the next one. Of "sgd": first, objective and gradient_square at tau. Of "agd": iterate, the
+    fields of an `Iterate`; points, those of a `Point` at the end of each epoch. Of "exact":
+    iterate, the coordinates x and an estimate of the gap. Of both: best, where the validation loss
+    was lowest, {"loss", "epoch", "weights"}; ended, why the phase came to its end early.
     """
 
     unfixed: str | None = None
@@ -35,6 +38,10 @@ class PhaseState:
     objective: float | None = None
     rise: float | None = None
     first: dict[str, float] | None = None
+    iterate: dict[str, Any] | None = None
+    points: list[dict[str, Any]] | None = None
+    best: dict[str, Any] | None = None
+    ended: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What is known."""

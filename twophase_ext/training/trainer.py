@@ -35,7 +35,7 @@ from .persistence.runfolder import RunFolder
 from .phases import SECOND
 from .result import Result
 from .run import Run
-from .settings import GradientDescent, Lazy, StochasticDescent
+from .settings import AcceleratedDescent, Exact, GradientDescent, Lazy, StochasticDescent
 from .several import check_several
 from .state import PhaseState, RunState
 from .steps.base import BaseStep, check_autocast
@@ -63,12 +63,16 @@ class Trainer:
         noise_seed: of the noise alone, default `seed`.
         second_phase: "base", the base algorithm's own hyper-parameters on the last layer only;
             "gd", full gradient steps of 1 / L_H, and "sgd", eta_t = c / t^(1/2 + eps), on the last
-            layer (Theorem 1, with its bound); "lazy", full gradient steps on all layers under
-            Theorem 3, one an epoch, without momentum or weight decay, the rank verified again as
-            it goes: the step is halved, and in the end the run stopped (status "stopped"), where
+            layer (Theorem 1, with its bound); "agd", accelerated steps in the metric of the
+            features, with a bound that falls as 1 / t^2; "exact", the last layer's minimum to a
+            stated gap, after which the run ends; "lazy", full gradient steps on all layers
+            under Theorem 3, one an epoch, without momentum or weight decay, the rank verified again
+            as it goes: the step is halved, and in the end the run stopped (status "stopped"), where
             the rank cannot be shown; "none", the base algorithm to the end, to compare with.
             result.guarantee tells what held.
         gd: settings of second_phase="gd", a `GradientDescent` or a dict.
+        agd: settings of second_phase="agd", an `AcceleratedDescent` or a dict.
+        exact: settings of second_phase="exact", an `Exact` or a dict.
         sgd: settings of second_phase="sgd", a `StochasticDescent` or a dict.
         lazy: settings of second_phase="lazy", a `Lazy` or a dict.
         batch_norm: "frozen" (statistics recomputed once after the perturbation over the training
@@ -92,7 +96,7 @@ class Trainer:
             model.
         scheduler: callable optimizer -> LRScheduler, stepped after every epoch of the base
             algorithm; ReduceLROnPlateau gets the epoch's training loss. It goes on in second_phase
-            "base" and stops at tau in "gd", "sgd", "lazy".
+            "base" and stops at tau in the others.
         scheduler_interval: "epoch", or "step": the scheduler is stepped after every update.
         verify: method of `verify_expressivity` at w^tau ("auto", "separation", "certificate",
             "svd"), or False.
@@ -120,6 +124,8 @@ class Trainer:
         noise_seed: int | None = None,
         second_phase: str = "base",
         gd: GradientDescent | dict[str, Any] | None = None,
+        agd: AcceleratedDescent | dict[str, Any] | None = None,
+        exact: Exact | dict[str, Any] | None = None,
         sgd: StochasticDescent | dict[str, Any] | None = None,
         lazy: Lazy | dict[str, Any] | None = None,
         batch_norm: str = "frozen",

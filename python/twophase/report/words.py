@@ -12,6 +12,8 @@ from .gather import RunRecord
 SECOND_PHASES = {
     "base": "the base algorithm on the last layer alone",
     "gd": "full gradient steps of 1 / L_H on the last layer (Theorem 1 i)",
+    "agd": "accelerated gradient steps in the features' metric on the last layer",
+    "exact": "to the minimum of the last layer's objective",
     "sgd": "SGD with decaying steps on the last layer (Theorem 1 ii)",
     "lazy": "full gradient steps on all layers (Theorem 3)",
 }

@@ -20,8 +20,8 @@ INTERVALS = ("epoch", "step")
 class Schedule:
     """A scheduler, or none, stepped once an epoch or once an update of the base algorithm.
 
-    It goes on in the second phases that are the base algorithm's ("base", "none"). "gd", "sgd" and
-    "lazy" have their rates from theorems: there it stops at tau.
+    It goes on in the second phases that are the base algorithm's ("base", "none"). The others have
+    their rates from theorems: there it stops at tau.
     """
 
     def __init__(

@@ -1,5 +1,7 @@
 """The phases of a run; a new second phase is a file here and a line below."""
 
+from .accelerated import AcceleratedPhase
+from .exact import ExactPhase
 from .first import FirstPhase
 from .gradient_descent import GradientDescentPhase
 from .last_layer import LastLayer
@@ -11,6 +13,8 @@ SECOND: dict[str, type[SecondPhase]] = {
     "none": SecondPhase,
     "base": LastLayer,
     "gd": GradientDescentPhase,
+    "agd": AcceleratedPhase,
+    "exact": ExactPhase,
     "sgd": StochasticPhase,
     "lazy": LazyPhase,
 }

@@ -111,10 +111,12 @@ class GradientDescentPhase(TheoremPhase):
         self._check(self._objective(last))
         found = self.bound(
             status,
-            steps=[settings.steps * k for k in range(len(rows) + 1)],
-            losses=[*(row["objective"] for row in rows), self._objective(last)],
-            smoothness=self.state.second.smoothness,
-            l2=settings.l2,
+            lambda: self.theorem_1(
+                steps=[settings.steps * k for k in range(len(rows) + 1)],
+                losses=[*(row["objective"] for row in rows), self._objective(last)],
+                smoothness=self.state.second.smoothness,
+                l2=settings.l2,
+            ),
         )
         if settings.l2 > 0 and self.run.unfixed is None:
             found.constants["last_layer_gap"] = self._gap(gradients)

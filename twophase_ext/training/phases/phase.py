@@ -57,6 +57,9 @@ class Phase:
         context.progress.end(stage)
         return done
 
+    def look_back(self, record: dict[str, Any]) -> None:
+        """After an epoch, whose row `record` is; the state stands before the next one."""
+
     def save_within(self) -> None:
         """A checkpoint inside the epoch."""
         self.run.save_within(self.moving())
@@ -74,6 +77,11 @@ class SecondPhase(Phase):
     def steps(self) -> int:
         """Steps in an epoch, over rows of features."""
         return len(self.context.row_offsets()) - 1
+
+    @property
+    def finished(self) -> bool:
+        """Whether the phase has come to its end before the last epoch."""
+        return self.state.second.ended is not None
 
     @staticmethod
     def frozen(context: Context) -> dict[str, Tensor]:

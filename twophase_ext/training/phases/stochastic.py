@@ -94,8 +94,10 @@ class StochasticPhase(TheoremPhase):
         measured = max(row["gradient_square"] for row in rows)
         return self.bound(
             status,
-            steps=[steps * k for k in range(len(rows))],
-            losses=[row["objective"] for row in rows],
-            rates=[rate for epoch in epochs for rate in self.rates(epoch, steps)],
-            gradient_bound=None if self.context.loss is CROSS_ENTROPY else measured,
+            lambda: self.theorem_1(
+                steps=[steps * k for k in range(len(rows))],
+                losses=[row["objective"] for row in rows],
+                rates=[rate for epoch in epochs for rate in self.rates(epoch, steps)],
+                gradient_bound=None if self.context.loss is CROSS_ENTROPY else measured,
+            ),
         )

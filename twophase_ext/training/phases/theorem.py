@@ -1,8 +1,8 @@
-"""What "gd" and "sgd" share: w^tau kept, the constants of Theorem 1's bound, the bound itself."""
+"""What "gd", "agd" and "sgd" share: w^tau kept, the constants of the bound, the bound itself."""
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -123,36 +123,25 @@ class TheoremPhase(LastLayer):
         """L_H, that of the loss as a function of the last layer's weights."""
         return smoothness(self.blocks, loss=self.context.loss, form="tight", ones=self.ones)
 
-    def bound(self, status: str, **arguments: Any) -> Guarantee:
-        """The curve, where the run has come to its end, and the audit."""
+    def fixed_bias(self) -> Tensor | None:
+        """A bias of the last layer that does not move."""
+        bias = self.context.network.last.module.bias
+        return None if bias is None or self.ones else bias.detach()
+
+    def bound(self, status: str, evaluate: Callable[[], Guarantee] | None = None) -> Guarantee:
+        """The curve that `evaluate` gives, where the run has come to its end, and the audit."""
         context, known = self.context, self.state.second
-        config, layer = context.config, context.network.last.module
-        found, failed = Guarantee(mode=config.second_phase), ""
+        found, failed = Guarantee(mode=context.config.second_phase), ""
         if self.stopped:
             found.reason = self.stopped
         if status == "completed":
             self._look_once_more()
         claimed = status == "completed" and not self.run.unfixed and not known.changed
-        if claimed and known.start is not None:
-            fixed = None if layer.bias is None or self.ones else layer.bias.detach()
+        if claimed and known.start is not None and evaluate is not None:
             context.progress.say("guarantee: the bound is minimised over comparators")
-            # A pass in float64, with what is bounded, costs less than three of the phase's steps.
-            n = context.train.rows
-            rows = context.row_batch if config.second_phase == "sgd" else n
-            passes = max(arguments["steps"]) * rows / n / 3
             try:
                 with self.run.timed("guarantee"):
-                    found = guarantee(
-                        self.blocks,
-                        known.start[0],
-                        known.start[1] if self.ones else fixed,
-                        loss=context.loss,
-                        mode=config.second_phase,
-                        ones=self.ones,
-                        candidates=[("the last weights", *(p.detach() for p in self.parameters()))],
-                        passes=passes,
-                        **arguments,
-                    )
+                    found = evaluate()
             except Exception as error:  # the run is fine without its bound
                 failed = f"not evaluated: {type(error).__name__}: {error}"
                 warnings.warn(f"guarantee {failed}", stacklevel=2)
@@ -160,3 +149,23 @@ class TheoremPhase(LastLayer):
         if failed:
             found.premises.append(("bound", UNCHECKED, failed))
         return found
+
+    def theorem_1(self, **arguments: Any) -> Guarantee:
+        """Theorem 1's bound; arguments: of `guarantee`."""
+        context, config = self.context, self.context.config
+        start = self.state.second.start
+        if start is None:
+            raise RuntimeError("the bound was asked for before w^tau was kept")
+        # A pass in float64, with what is bounded, costs less than three of the phase's steps.
+        rows = context.row_batch if config.second_phase == "sgd" else context.train.rows
+        return guarantee(
+            self.blocks,
+            start[0],
+            start[1] if self.ones else self.fixed_bias(),
+            loss=context.loss,
+            mode=config.second_phase,
+            ones=self.ones,
+            candidates=[("the last weights", *(p.detach() for p in self.parameters()))],
+            passes=max(arguments["steps"]) * rows / context.train.rows / 3,
+            **arguments,
+        )
