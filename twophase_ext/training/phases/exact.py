@@ -15,14 +15,12 @@ from torch import Tensor
 
 from ...core.memory import available_memory
 from ...linalg.bounds import bound_text, plus
-from ...model.groups import Grouping
 from ...model.losses import CROSS_ENTROPY, SQUARED_ERROR
 from ...theory.comparators import last_layer_objective
 from ...theory.floor import floor_of
 from ...theory.guarantee import ARITHMETIC, Guarantee
 from ...theory.loss_rounding import ASSUMED
 from ..control.interrupt import Interrupt
-from ..data.samples import BATCH
 from ..faults import Diverged
 from ..run import Run
 from ..settings import Exact
@@ -72,14 +70,11 @@ class ExactPhase(MetricPhase):
     def fill_caches(self) -> None:
         """As of MetricPhase; then L_floor, from the equal inputs."""
         super().fill_caches()
-        context, groups, targets = self.context, Grouping(), list[Tensor]()
-        if context.config.augment_copies is not None or self.run.unfixed:
+        context, train = self.context, self.context.train
+        if context.config.augment_copies is not None or self.run.unfixed or train.groups is None:
             return  # of other samples than those given
-        for x, y in context.train.in_order(BATCH):
-            groups.add(x.cpu())
-            targets.append(y.cpu())
-        y, outputs = torch.cat(targets), context.network.outputs
-        self.floor = floor_of(context.loss, groups.index(), y, outputs).lower
+        outputs = context.network.outputs
+        self.floor = floor_of(context.loss, train.groups, train.targets, outputs).lower
 
     @torch.no_grad()
     def epoch(self, interrupt: Interrupt) -> bool:
