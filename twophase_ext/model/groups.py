@@ -64,8 +64,9 @@ def groups_of(inputs: Any) -> Tensor:
 
 def firsts(groups: Tensor) -> Tensor:
     """Of `groups_of`'s numbers the first sample of each group: int64 [N], increasing."""
-    last = torch.full((int(groups.max()) + 1 if len(groups) else 0,), len(groups))
-    return last.scatter_reduce_(0, groups, torch.arange(len(groups)), "amin")
+    count = int(groups.max()) + 1 if len(groups) else 0
+    last = torch.full((count,), len(groups), device="cpu")
+    return last.scatter_reduce_(0, groups, torch.arange(len(groups), device="cpu"), "amin")
 
 
 def repeated(groups: Tensor) -> list[list[int]]:
