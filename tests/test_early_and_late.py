@@ -172,6 +172,9 @@ def test_a_default_device_changes_nothing():
     """ "meta" stands in for an accelerator: what lands there by chance has no data."""
     x, y = toy_data(40)
 
+    def squares(q, y):
+        return (q - y).square().sum(1).mean()
+
     def everything():
         model = toy_mlp()
         with torch.device("cpu"):
@@ -192,6 +195,9 @@ def test_a_default_device_changes_nothing():
             ),
             tp.check_assumptions(model, x).hold,
             tp.rank_logdet(x).numerical_rank,
+            tp.loss_floor(x[[0, 0, 1]], y[:3]).upper,
+            tp.loss_floor(x[[0, 0, 1]], x[:3], tp.ConvexLoss(squares, 2.0)).upper,
+            tp.global_minimum(model, x, y).loss,
             tp.ntk_rank(model, x[:6]).rank,
         ]
         for phase in ("base", "gd", "sgd"):

@@ -145,7 +145,7 @@ def best_outputs(
     count = int(groups.max()) + 1
 
     def summed(rows: Tensor) -> Tensor:
-        zeros = torch.zeros(count, *rows.shape[1:], dtype=torch.float64)
+        zeros = torch.zeros(count, *rows.shape[1:], dtype=torch.float64, device="cpu")
         return zeros.index_add_(0, groups, rows.double())
 
     if isinstance(loss, SoftmaxLoss | LogisticLoss):
