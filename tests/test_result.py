@@ -189,6 +189,11 @@ def test_folders_without_a_run_without_an_end_and_damaged(tmp_path):
     assert found.status == "unfinished" and len(found.history) == 4
     with pytest.raises(ValueError, match="loss: the run's own is not known"):
         found.score((x, x[:, :1]))
+    (tmp_path / "a" / "result.json").write_text(
+        '{"status": "completed", "final": {"val_loss": []}}'
+    )
+    with pytest.raises(ValueError, match=r"folder: .*result\.json cannot be read"):
+        tp.load_run(tmp_path / "a")
     (tmp_path / "a" / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"folder: .*config\.json cannot be read"):
         tp.load_run(tmp_path / "a")

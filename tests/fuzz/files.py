@@ -178,6 +178,10 @@ def _report(folder: Path) -> None:
     assert "</html>" in page.read_text(encoding="utf-8")
 
 
+def _loaded(folder: Path) -> None:
+    assert str(tp.load_run(folder)).strip()
+
+
 RUN_FILES = ("config", "environment", "result", "verdict")
 READERS: dict[str, Reader] = {
     "verdict": Reader(
@@ -195,6 +199,10 @@ READERS: dict[str, Reader] = {
     "cifar npz": Reader("cifar10/c.npz", _npz, _load("cifar10"), True),
     "svhn": Reader("svhn/test_32x32.mat", _svhn, _load("svhn"), False),
     **{f"run {name}": Reader(f"{name}.json", _run, _report, False) for name in RUN_FILES},
+    **{
+        f"run loaded, {name}": Reader(name, _run, _loaded, False)
+        for name in ("config.json", "result.json", "verdict.json", "metrics.csv")
+    },
     "run metrics": Reader("metrics.csv", _run, _report, False),
     "run guarantee": Reader("guarantee.csv", _run, _report, False),
     "run options": Reader("options.yaml", _run, _report, False),

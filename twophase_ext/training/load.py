@@ -31,6 +31,8 @@ def load_run(folder: str | Path, model: nn.Module | None = None) -> Result:
     files that cannot be read and for a model that the weights are not of, TypeError where `model`
     is no nn.Module.
     """
+    if model is not None:
+        require_module(model)
     path = Path(folder)
     kept = RunFolder(path)
     if not kept.begun:
@@ -47,9 +49,7 @@ def load_run(folder: str | Path, model: nn.Module | None = None) -> Result:
         for row in _read(kept.history, path / "metrics.csv"):
             whole = {"epoch": int(row["epoch"]), "phase": int(row["phase"])}
             history.append({**dict.fromkeys(COLUMNS), **row, **whole})
-    if model is not None:
-        _fill(model, path, config)
-    return Result(
+    result = Result(
         model=model,  # type: ignore[arg-type]
         history=history,
         status=found["status"],
@@ -65,18 +65,21 @@ def load_run(folder: str | Path, model: nn.Module | None = None) -> Result:
         loss=None if config.get("own_loss") else NAMED.get(str(config["loss"])),
         last_layer=config.get("last_layer"),
     )
+    _read(result.__str__, path / "result.json")  # what cannot be shown is damaged
+    if model is not None:
+        _fill(model, path, config)
+    return result
 
 
 def _read(reader: Any, file: Path) -> Any:
     try:
         return reader()
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"folder: {file} cannot be read: {error}") from error
 
 
 def _fill(model: nn.Module, folder: Path, config: dict[str, Any]) -> None:
     """The checkpoint's weights into the model; nothing of it has changed where they do not fit."""
-    require_module(model)
     state, file = checkpoint.load(folder)
     dtype = PRECISIONS.get(str(config.get("precision")), PRECISIONS["float32"])[0]
     own = {canonical_name(name): name for name in model.state_dict()}
