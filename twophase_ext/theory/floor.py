@@ -127,8 +127,12 @@ def floor_of(
     solves: small minimisations of a declared loss that are made at most.
     """
     n = len(groups)
-    c = torch.ones(n, dtype=torch.float64) if weights is None else weights
-    d = loss.divisor(y) if isinstance(loss, TorchLoss) else torch.ones(n, dtype=torch.float64)
+    c = torch.ones(n, dtype=torch.float64, device="cpu") if weights is None else weights
+    d = (
+        loss.divisor(y)
+        if isinstance(loss, TorchLoss)
+        else torch.ones(n, dtype=torch.float64, device="cpu")
+    )
     whole = math.fsum(d.tolist())
     if not whole > 0:
         raise ValueError(f"loss: {loss.name}: expected a sample that counts, got none")

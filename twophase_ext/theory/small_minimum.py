@@ -31,7 +31,7 @@ def enclosed_infimum(loss: ConvexLoss, y: Tensor, c: Tensor, outputs: int) -> tu
     loss_rounding.py assumes, and as much of the gradient.
     """
     kinds, index = torch.unique(y, dim=0, return_inverse=True)
-    weights = torch.zeros(len(kinds), dtype=torch.float64).index_add_(0, index, c)
+    weights = torch.zeros(len(kinds), dtype=torch.float64, device="cpu").index_add_(0, index, c)
 
     def evaluate(q: Tensor) -> Evaluation:
         found = [rounding_of(loss, q[None], kind[None]) for kind in kinds]
@@ -50,7 +50,7 @@ def enclosed_infimum(loss: ConvexLoss, y: Tensor, c: Tensor, outputs: int) -> tu
         return torch.stack(parts).sum(0)
 
     curvature = loss.smoothness * float(weights.sum())
-    start = torch.zeros(outputs, dtype=torch.float64)
+    start = torch.zeros(outputs, dtype=torch.float64, device="cpu")
     q, value, error = _minimised(evaluate, hessian, start, curvature)
     lower = _below(evaluate, hessian(q), q, curvature)
     return lower, math.nextafter(value + error, math.inf)
