@@ -145,6 +145,8 @@ REFUSED = {
     "model: expected the module itself, got it in Distributed": {"model": "DDP"},
     "compile: expected False": {"compile": True},
     "second_phase: 'lazy' runs in one process, got 2": {"second_phase": "lazy", "verify": "auto"},
+    "second_phase: 'agd' runs in one process, got 2": {"second_phase": "agd"},
+    "second_phase: 'exact' runs in one process, got 2": {"second_phase": "exact"},
     "feature_cache: expected cached features": {"feature_cache": "none"},
     "optimizer: expected one of .* got Muon": {"optimizer": lambda p: Muon(p)},
     "optimizer: expected no hooks on gradients": {"optimizer": lambda p: hooked(p)},

@@ -203,10 +203,10 @@ def _explain(result: tp.Result) -> None:
         "full rank, the training\nloss is convex in the last layer and its infimum is the "
         "global one. The Gaussian noise reaches such weights\nwith probability 1."
     )
-    if not getattr(result.guarantee, "curve", []):
+    if getattr(result.guarantee, "mode", "") in ("base", "none"):
         print(
             "With momentum and a constant rate (second_phase='base', the paper's experiments) no "
-            "rate is claimed:\nsecond_phase='gd' and 'sgd' draw Theorem 1's bound beside the loss."
+            "rate is claimed:\nsecond_phase='gd', 'agd' and 'sgd' draw their bound beside the loss."
         )
 
 

@@ -145,6 +145,12 @@ def guarantee(record: RunRecord) -> tuple[str, str]:
             f"{bound_text(found.bound, upper=True)}, for the L given"
             + (" and ranks counted numerically." if "numerical" in premises else "."),
         )
+    if "gap" in found.constants:
+        gap = bound_text(found.constants["gap"], upper=True)
+        return (
+            f"gap ≤ {gap}",
+            f"Of the weights at the end is known: {'; '.join(found.notes)}{because}.",
+        )
     if not record.curve:
         why = f" ({found.reason})" if found.reason else ""
         return "no claim", f"No bound of Theorem 1 is claimed for this run{why}{because}."
@@ -172,7 +178,8 @@ def _bound(record: RunRecord, found: Guarantee, because: str) -> tuple[str, str]
     what = "objective, loss and l2 term," if found.constants.get("l2") else "training loss"
     if mean:
         what = "least loss so far, on average over the draws,"
-    said = f"Theorem 1 bounds the {what} by {limit} {after}"
+    name = "Accelerated, Theorem 1" if found.mode == "agd" else "Theorem 1"
+    said = f"{name} bounds the {what} by {limit} {after}"
     if "loss" in last:
         said += f"; {number(measured[-1])} was measured"
     if above:
