@@ -83,10 +83,11 @@ def local_kinks(
         on = torch.minimum(KINK * gaps[start:end], 0.5 * lengths)
         on = torch.where(on > 0, on, lengths.clamp(min=1.0))  # hopeless: two samples agree
         normals = directions / on[:, None]
-        w = (normals @ whitening.map).to(dtype).double()
+        unrounded = normals @ whitening.map
+        w = unrounded.to(dtype).double()
         # The kink through the exact weights: only the bias's own rounding moves it.
         b = (1 - (w * z[start:end]).sum(1)).to(dtype).double()
         weight[start:end], bias[start:end] = w, b
-        screen.add(start, end, normals, 1 / (length * on), w, b)
+        screen.add(start, end, (normals, unrounded), 1 / (length * on), w, b)
         advance(end - start)
     return LocalKinks(weight, bias, order, gaps, screen.near())

@@ -131,12 +131,19 @@ class Screen:
         return (self.q[where] * directions).sum(1), 2 * SLACK * uncertainty
 
     def add(
-        self, start: int, end: int, normals: Tensor, s: Tensor, weight: Tensor, bias: Tensor
+        self,
+        start: int,
+        end: int,
+        made_of: tuple[Tensor, Tensor],
+        s: Tensor,
+        weight: Tensor,
+        bias: Tensor,
     ) -> None:
-        """The block's neurons: n_j [., r], s_j [.], w_j [., d] and b_j [.] of the theorem."""
+        """The block's neurons: (n_j [., r], fl(R^T n_j)), s_j, w_j [., d], b_j of the theorem."""
+        normals, unrounded = made_of
         own, (m, d), r = slice(start, end), weight.shape, normals.shape[1]
         normal, size = lengths(normals), lengths(weight)
-        change = lengths(weight - normals @ self.whitening.map)
+        change = lengths(weight - unrounded)
         change += gamma(r + 2) * (self.map_size * normal + size)
         self.s[own] = s
         self.c[own] = weight @ self.whitening.mean + bias
