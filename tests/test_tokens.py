@@ -84,6 +84,34 @@ def test_proved_over_rows(form):
         assert 0.2 * sigma < verdict.sigma_min_lower <= sigma * (1 + 1e-9)
 
 
+def test_a_head_that_is_tied_to_the_embedding():
+    """A language model of equal weights at both ends: widened, the embedding keeps them."""
+    torch.manual_seed(0)
+
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(20, 8)
+            self.place = nn.Parameter(torch.randn(T, 8))
+            self.inner = nn.GRU(8, 8, batch_first=True)
+            self.head = nn.Linear(8, 20, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.inner(self.embed(ids) + self.place)[0])
+
+    ids = torch.stack([torch.randperm(20)[:T] for _ in range(N)])
+    ids[:, 0] = torch.arange(N)  # no two prefixes are equal
+    model = Language()
+    with pytest.raises(ValueError, match=r"shares its weights with .embed\.weight"):
+        tp.Trainer(model, epochs=2, tau=1, **QUIET).fit((ids, ids))
+    kept = model.embed.weight.detach().clone()
+    tp.nn.widen(model, ids)
+    assert model.head.last_layer.in_features == 66 and torch.equal(model.embed.weight, kept)
+    result = tp.Trainer(model, epochs=4, tau=2, **QUIET).fit((ids, ids.roll(-1, 1)))
+    assert (result.verdict.status, result.verdict.n) == ("proved", N * T)
+
+
 def test_equal_sequences_have_equal_rows():
     model, ids, labels = encoder()
     ids[7] = ids[2]

@@ -50,10 +50,7 @@ class AnalyticLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """A model cut at its wide layer and at its last layer; both run in the caller's grad mode.
-
-    They work in whatever mode the model is, and compute nothing after what they return.
-    """
+    """A model cut at its wide and its last layer; run in the caller's grad mode and its own."""
 
     model: nn.Module
     last: LastLayer
@@ -84,14 +81,18 @@ def describe_candidates(names: Iterable[str]) -> str:
 
 
 def find_last_layer(
-    model: nn.Module, example_input: Tensor, last_layer: nn.Module | str | None = None
+    model: nn.Module,
+    example_input: Tensor,
+    last_layer: nn.Module | str | None = None,
+    *,
+    tied: bool = False,
 ) -> LastLayer:
     """Find the nn.Linear whose output is the model's output, by running the model once.
 
     example_input: a batch of at least one sample, [b, ...]. last_layer: the module or its name,
-    where the user says which; it is checked in the same way. The layer must get [b, m_H], must
-    run once and share no parameter with another module. The run is in eval mode without gradients;
-    the model's mode, buffers and torch's random state are the same afterwards.
+    where the user says which; it is checked in the same way. The layer must get [b, m_H], run
+    once and, unless `tied`, share no parameter with another module. The run is in eval mode, with
+    no gradients; the model's mode, buffers and torch's random state are the same afterwards.
 
     Raises TypeError where `last_layer` is not an nn.Linear, ValueError in every other case that
     is not met; the errors name the affine layers that ran, in the order of execution.
@@ -102,7 +103,7 @@ def find_last_layer(
     """
     model = unwrap(model)
     if last_layer is not None:
-        named_last_layer(model, last_layer)
+        named_last_layer(model, last_layer, tied=tied)
     calls, output = record(model, example_input, nn.Linear | _CONVOLUTIONS)
     names = _names(model)
     linear = [call for call in calls if isinstance(call.module, nn.Linear)]
@@ -114,9 +115,8 @@ def find_last_layer(
         ends = ends or [c for c in linear[-1:] if _picks_rows(model, c, example_input, output)]
         if not ends:
             raise ValueError(_not_affine(calls, names, output, listing))
-        found = named_last_layer(model, ends[-1].module)
-    else:
-        found = named_last_layer(model, last_layer)
+        last_layer = ends[-1].module
+    found = named_last_layer(model, last_layer, tied=tied)
     own = [call for call in linear if call.module is found.module]
     if len(own) != 1:
         raise ValueError(
@@ -146,11 +146,13 @@ def _gives(call: Call, output: Tensor) -> bool:
     return unchanged(own, call.output_version, output)
 
 
-def named_last_layer(model: nn.Module, last_layer: nn.Module | str) -> LastLayer:
+def named_last_layer(
+    model: nn.Module, last_layer: nn.Module | str, *, tied: bool = False
+) -> LastLayer:
     """Check the module or name that was given as last layer, without running the model.
 
     Raises TypeError where it is not affine (nn.Linear), ValueError where it is not in the model,
-    is parametrized, not initialised, or shares a parameter with another module.
+    is parametrized, not initialised, or, unless `tied`, shares a parameter with another module.
     """
     model = unwrap(model)
     names = _names(model)
@@ -174,7 +176,7 @@ def named_last_layer(model: nn.Module, last_layer: nn.Module | str) -> LastLayer
         )
     if module not in names:
         raise ValueError(f"last_layer: this {module} is not in the model; {listing}")
-    _check_parameters(model, names, module)
+    _check_parameters(names, module, tied)
     if module.in_features < 1 or module.out_features < 1:
         raise ValueError(f"last_layer: {names[module]!r} has no weights: {module}")
     if any(torch._debug_has_internal_overlap(p) == 1 for p in module.parameters(recurse=False)):
@@ -297,7 +299,7 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _check_parameters(model: nn.Module, names: dict[nn.Module, str], module: nn.Linear) -> None:
+def _check_parameters(names: dict[nn.Module, str], module: nn.Linear, tied: bool) -> None:
     name = names[module]
     own = dict(module.named_parameters(recurse=False))
     if not {"weight"} <= set(own) <= {"weight", "bias"}:
@@ -307,7 +309,7 @@ def _check_parameters(model: nn.Module, names: dict[nn.Module, str], module: nn.
         )
     if is_lazy(module.weight):
         raise ValueError(f"last_layer: {name!r} is not initialised yet; run the model once")
-    for other, other_name in names.items():
+    for other, other_name in () if tied else names.items():
         for attribute, parameter in other.named_parameters(recurse=False):
             if other is not module and any(overlap(parameter, p) for p in own.values()):
                 shared = f"{other_name}.{attribute}".lstrip(".")

@@ -107,11 +107,12 @@ def widen(
     tensor or array, or a dict or tuple of them; by default the first inputs), and without inputs by
     tracing the model. A head that is a 1 x 1 convolution, found by running it, is replaced by the
     same layers over its pixels, a `PixelHead`. Where the model gives an output for every token or
-    pixel, the outputs of the distinct inputs are counted.
+    pixel, the outputs of the distinct inputs are counted. A last layer that is tied to an embedding
+    leaves its weights to it.
 
-    Raises ValueError where the last layer is not found, is ambiguous, shares its weights or is the
-    model itself, and for inputs with NaN or infinity; TypeError where it is not an nn.Linear, and
-    where n is neither inputs nor an int.
+    Raises ValueError where the last layer is not found, is ambiguous or is the model itself, and
+    for inputs with NaN or infinity; TypeError where it is not an nn.Linear, and where n is neither
+    inputs nor an int.
     """
     probing.require_module(model)
     inner = layers.unwrap(model)
@@ -133,7 +134,7 @@ def widen(
             example = arrays.as_tensor(x, name=name)
             example = as_example(example, real) if by_inputs else example.to(real.device)
             try:
-                found = layers.find_last_layer(inner, example, last_layer)
+                found = layers.find_last_layer(inner, example, last_layer, tied=True)
                 old, each = found.module, found.rows
             except ValueError:
                 head = None if last_layer is not None else _pixel_head(inner, example)
@@ -143,7 +144,7 @@ def widen(
             count = count if number else count * each
     else:
         named = _traced_last_layer(inner) if last_layer is None else last_layer
-        old = layers.named_last_layer(inner, named).module
+        old = layers.named_last_layer(inner, named, tied=True).module
     units = wide_units(count, ratio)
     place: dict[str, Any] = {"beta": beta, "device": old.weight.device, "dtype": old.weight.dtype}
     if isinstance(old, nn.Linear):
