@@ -122,6 +122,20 @@ def transformers_networks() -> Iterator[tuple[str, Callable[[], Made]]]:
             return getattr(hub, f"{name}ForSequenceClassification")(config), given
 
         yield name, make
+    # an output for every token; language models are tied to their embedding
+    for name, kind in (
+        *(("Bert", "ForTokenClassification"), ("Bert", "ForMaskedLM"), ("GPT2", "LMHeadModel")),
+        *(("Llama", "ForCausalLM"), ("Qwen3", "ForCausalLM"), ("ModernBert", "ForMaskedLM")),
+    ):
+
+        def per_token(name: str = name, kind: str = kind) -> Made:
+            config = getattr(hub, f"{name}Config")(**{**small, **extra.get(name, {})})
+            ids = tokens(8)
+            ids[:, 0] = torch.arange(N) + 5  # equal prefixes are one input of a causal model
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            return getattr(hub, f"{name}{kind}")(config), given
+
+        yield f"{name}{kind}", per_token
     picture = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -258,6 +272,23 @@ def torch_networks() -> Iterator[tuple[str, Callable[[], Made]]]:
     }
     for name, make in layers.items():
         yield name, lambda make=make: (Over(*make()), tokens())
+
+    class UNet(nn.Module):
+        """An output for every pixel, by a 1 x 1 convolution."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+            self.inner = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU())
+            self.up = nn.ConvTranspose2d(16, 8, 2, 2)
+            self.head = nn.Conv2d(16, CLASSES, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.down(x)
+            low = self.inner(nn.functional.max_pool2d(x, 2))
+            return self.head(torch.cat([x, self.up(low)], 1))
+
+    yield "UNet", lambda: (UNet(), images(8))
 
 
 FAMILIES = {

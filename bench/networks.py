@@ -16,6 +16,7 @@ two of them after tau) gave, each with its seconds; SECONDS for all of it.
 import argparse
 import json
 import logging
+import math
 import platform
 import signal
 import time
@@ -40,6 +41,16 @@ def _late(*_: Any) -> None:
     raise _TooLong
 
 
+@torch.no_grad()
+def labels(model: torch.nn.Module, x: Any) -> torch.Tensor:
+    """Of every sample, or of every token or pixel where the model gives an output for each."""
+    output = model(**x) if isinstance(x, dict) else model(x)
+    logits = output if isinstance(output, torch.Tensor) else output.logits
+    last = logits.dim() < 4  # of images the channels come second
+    shape = logits.shape[:-1] if last else (len(logits), *logits.shape[2:])
+    return (torch.arange(math.prod(shape)) % CLASSES).view(shape)
+
+
 def row(make: Callable[[], Made]) -> dict[str, Any]:
     """What became of one network."""
     found: dict[str, Any] = {"seconds": {}}
@@ -56,12 +67,10 @@ def row(make: Callable[[], Made]) -> dict[str, Any]:
     try:
         torch.manual_seed(0)
         model, x = make()
-        n = len(next(iter(x.values())) if isinstance(x, dict) else x)
-        y = torch.arange(n) % CLASSES
+        y = labels(model.eval(), x)
         found["parameters"] = sum(p.numel() for p in model.parameters())
         done("build")
         step = "analytic"
-        model.eval()
         report = tp.nn.analytic(model, example_input=x)
         left = [f for f in report.remaining]
         found["analytic"] = report.is_analytic
@@ -69,11 +78,12 @@ def row(make: Callable[[], Made]) -> dict[str, Any]:
         found["unknown"] = sorted({f"{f.kind}: {f.reason}"[:90] for f in left})[:4]
         done(step)
         step = "widen"
-        tp.nn.widen(model, n, example_input=x)
+        tp.nn.widen(model, x)
         done(step)
         step = "verify"
         verdict = tp.verify_expressivity(model, x, w="witness")
         found |= {"status": verdict.status, "method": verdict.method, "reason": verdict.reason}
+        found["n"] = verdict.n
         found["backbone"] = verdict.constants.get("backbone")
         done(step)
         step = "train"
