@@ -30,8 +30,17 @@ EXCUSED = {
 }
 
 
-def fast(parameters):
-    return torch.optim.Adam(parameters, lr=2e-2)
+class Fast:
+    """Adam; its repr, which names tests, holds no address: every process has the same names."""
+
+    def __call__(self, parameters):
+        return torch.optim.Adam(parameters, lr=2e-2)
+
+    def __repr__(self):
+        return "fast"
+
+
+fast = Fast()
 
 
 def quick(kind, **settings):
