@@ -37,6 +37,17 @@ def test_demo_leaves_a_run_folder_and_a_summary(tmp_path, capsys, monkeypatch):
     assert f"report: {report}" in out and "</html>" in report.read_text()
 
 
+def test_demo_on_iris_ends_with_how_far_the_minimum_is(tmp_path, capsys):
+    """With its repeated flower."""
+    arguments = ("--data_name", "iris", "--run_dir", str(tmp_path / "run"), "--epochs", "8")
+    assert run("demo", *arguments) == 0
+    out = capsys.readouterr().out
+    assert "149 distinct inputs of n = 150" in out and "samples 101, 142 have equal inputs" in out
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("The training loss is ") and last.endswith(" above it.")
+    assert "the global minimum over all weights of this network is 0 (proved" in last
+
+
 TRAIN = ["--n", "60", "--width", "2", "--epochs", "4", "--tau", "2", "--progress", "false"]
 
 

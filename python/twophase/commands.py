@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 DESCRIPTION = "Two-phase training with a global-convergence guarantee."
 SUMMARIES = {
-    "demo": "Train a small softplus network in two phases on real images and verify its condition.",
+    "demo": "Train a small softplus network in two phases on real data and verify its condition.",
     "train": "Train a model in two phases and leave a run folder.",
     "verify": "Prove that [h_X, 1] has rank n for a model and data, and write a certificate.",
     "doctor": "Say which premises of Theorem 1 hold for a model, its loss and its data, and what "

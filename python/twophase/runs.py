@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import twophase_ext as tp
 from twophase_ext.core.files import write_atomically
+from twophase_ext.model.groups import groups_of
 from twophase_ext.training.distributed.ranks import joined
 
 from . import data
@@ -37,51 +38,73 @@ class SaveOptions:
 
 
 def demo(
+    data_name: Literal["images", "iris"] = "images",
     run_dir: str | None = None,
     epochs: int = 20,
     seed: int = 1,
     progress: bool = True,
     callbacks: tuple = (),
 ) -> int:
-    """Train a small softplus network in two phases on real images and verify its condition.
+    """Train a small softplus network in two phases on real data and verify its condition.
 
-    MNIST (2,000 images) where TWOPHASE_DATA points to it, scikit-learn's digits otherwise.
+    Images: MNIST (2,000) where TWOPHASE_DATA points to it, scikit-learn's digits otherwise. Iris:
+    150 flowers, one of them measured twice.
 
     Args:
+        data_name: images or iris.
         run_dir: the run's folder; a new one under runs/ by default.
         epochs: epochs in all; the second phase begins at 60 % of them.
         seed: seed of every random stream.
         progress: print what happens.
         callbacks: passed to the Trainer (not on the command line).
     """
-    try:
-        images, labels = data.load("mnist", "train", download=False)
-        test = data.load("mnist", "test", download=False)
-        images, labels = images[:2000], labels[:2000]
-        name = "2,000 MNIST images"
-    except FileNotFoundError:
-        images, labels = data.load("digits", "train")
-        test = data.load("digits", "test")
-        name = f"{len(images):,} images of scikit-learn's digits"
-    wide = tp.nn.wide_units(len(images))
-    model = build_model("small", images, 10, width=8, wide=wide, seed=seed)
+    name, x, labels, test = _demo_data(data_name)
+    wide = tp.nn.wide_units(int(groups_of(x).max()) + 1)
+    kind = "small" if data_name == "images" else "mlp"
+    model = build_model(kind, x, int(labels.max()) + 1, width=8, wide=wide, seed=seed)
     trainer = tp.Trainer(
-        model, epochs=epochs, seed=seed, run_dir=run_dir, progress=progress, callbacks=callbacks
+        model,
+        epochs=epochs,
+        seed=seed,
+        second_phase="agd",
+        run_dir=run_dir,
+        progress=progress,
+        callbacks=callbacks,
     )
     if progress:
         print(
-            f"Two-phase training of a small convolutional softplus network on {name}:\n"
+            f"Two-phase training of a small softplus network on {name}:\n"
             f"first phase {trainer.config.tau_epoch} epochs on all layers, then Gaussian noise on "
-            f"the hidden layers,\nthen only the last layer, over {wide} fixed features (1.1 n).\n"
+            f"the hidden layers,\nthen only the last layer, over {wide} fixed features (1.1 for "
+            "each distinct input), by\naccelerated gradient steps with a guarantee.\n"
         )
-    result = trainer.fit((images, labels), test)
+    result = trainer.fit((x, labels), test)
     if progress:
         print(f"\n{result}")
         _draw(result)
     _report(result, progress)
     if progress:
         _explain(result)
+        print(f"\n{result.minimum}" if result.minimum else "")
     return _exit_code(result.status)
+
+
+def _demo_data(name: str) -> tuple[str, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """(what it is, inputs, labels, test set) of the demo."""
+    if name == "iris":
+        from sklearn.datasets import load_iris
+
+        values, kinds = load_iris(return_X_y=True)
+        x = torch.from_numpy((values - values.mean(0)) / values.std(0)).float()
+        return "iris, 150 flowers", x, torch.from_numpy(kinds).long(), None
+    try:
+        images, labels = data.load("mnist", "train", download=False)
+        test = data.load("mnist", "test", download=False)
+        return "2,000 MNIST images", images[:2000], labels[:2000], test
+    except FileNotFoundError:
+        images, labels = data.load("digits", "train")
+        what = f"{len(images):,} images of scikit-learn's digits"
+        return what, images, labels, data.load("digits", "test")
 
 
 def train(
