@@ -28,8 +28,16 @@ CASES = {
         "surgery": 12,
         "claims": 40,
         "training": 15,
+        "construction": 6,
     }.get(name, 25)
-    for module in ("fuzz.ops", "fuzz.exact", "fuzz.last_layer", "fuzz.models", "fuzz.altered")
+    for module in (
+        "fuzz.ops",
+        "fuzz.exact",
+        "fuzz.last_layer",
+        "fuzz.models",
+        "fuzz.altered",
+        "fuzz.minima",
+    )
     for name in importlib.import_module(module).CASES
 }
 # Reached by a case under another name, or a class that a function returns.
@@ -42,6 +50,7 @@ ELSEWHERE = {
 }
 RETURNED = {
     *("Assumptions", "Guarantee", "LazyGuarantee", "NtkRank", "RankLogdet", "Result", "Verdict"),
+    *("GlobalMinimum", "LossFloor"),
     *("Callback", "RunView"),
     *("AnalyticReport", "Finding", "Frozen", "Replacement", "Rows", "WideHead"),
     *("nn", "ops", "optim"),

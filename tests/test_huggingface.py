@@ -19,6 +19,14 @@ from twophase_ext.integrations.huggingface import TwoPhaseCallback  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+
+@pytest.fixture(autouse=True)
+def no_mpi(monkeypatch):
+    """What MPI leaves in a process that another test has started it in: accelerate would join."""
+    for name in [name for name in os.environ if name.startswith(("OMPI_", "PMI", "PMIX"))]:
+        monkeypatch.delenv(name)
+
+
 EPOCHS, TAU, SEED, BATCH = 5, 3, 4, 8
 
 

@@ -26,12 +26,14 @@ except AttributeError as error:
 else:
     raise AssertionError("tp.nothing")
 
-assert len([finder for finder in sys.meta_path if "WithDynamo" in type(finder).__name__]) == 1
+assert len([finder for finder in sys.meta_path if "WithDynamo" in type(finder).__name__]) == 2
 import torch._dynamo  # as torch.compile does: from then on it keeps softplus whole
 
 assert not [finder for finder in sys.meta_path if "WithDynamo" in type(finder).__name__]
 trace_rules = sys.modules["torch._dynamo.trace_rules"]
-assert id(sys.modules["twophase_ext.ops.softplus"]._traced) in trace_rules._allowed_callable_ids
+for name in ("softplus", "smooth_max_pool"):
+    traced = sys.modules[f"twophase_ext.ops.{name}"]._traced
+    assert id(traced) in trace_rules._allowed_callable_ids, name
 """
 
 

@@ -7,7 +7,8 @@ DESCRIPTION = "Two-phase training with a global-convergence guarantee."
 SUMMARIES = {
     "demo": "Train a small softplus network in two phases on real data and verify its condition.",
     "train": "Train a model in two phases and leave a run folder.",
-    "verify": "Prove that [h_X, 1] has rank n for a model and data, and write a certificate.",
+    "verify": "Prove that [h_X', 1] has rank N over the distinct inputs of a model, and write a "
+    "certificate.",
     "doctor": "Say which premises of Theorem 1 hold for a model, its loss and its data, and what "
     "to do.",
     "report": "Write one HTML file about one run folder or several: what ran, what was guaranteed.",

@@ -269,6 +269,8 @@ SETTINGS = {
 OF_SETTINGS = {
     tp.GradientDescent: ("smoothness", "l2", "steps"),
     tp.StochasticDescent: ("c", "eps"),
+    tp.AcceleratedDescent: ("damping", "l2", "steps", "early_stopping"),
+    tp.Exact: ("gap", "l2", "steps", "early_stopping"),
     tp.Lazy: ("smoothness", "eta_bar", "verify_every"),
     tp.ConvexLoss: ("function", "smoothness", "name"),
 }
@@ -281,7 +283,7 @@ def settings(r: random.Random) -> None:
     values = {
         name: r.choice((0.3, 0.5, 1, "tight", *STRANGE)) for name in names if r.random() < 0.7
     }
-    got = attempt(cls, **values, names=("gd", "sgd", "lazy", *names, cls.__name__))
+    got = attempt(cls, **values, names=("gd", "sgd", "lazy", "agd", "exact", *names, cls.__name__))
     if isinstance(got, tp.StochasticDescent):
         assert 0 < got.eps <= 0.5 and (got.c is None or 0 < got.c < math.inf)
     if isinstance(got, tp.Lazy):

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-MODULES = ("fuzz.ops", "fuzz.exact", "fuzz.last_layer", "fuzz.models", "fuzz.altered", "fuzz.files")
+MODULES = (
+    "fuzz.ops",
+    "fuzz.exact",
+    "fuzz.last_layer",
+    "fuzz.models",
+    "fuzz.altered",
+    "fuzz.minima",
+    "fuzz.files",
+)
 BLOCK = 5_000  # cases that one child runs
 HANG = 10  # seconds of the processor for one case
 WAIT = 300  # seconds in all for one case: a lock takes no processor time

@@ -25,7 +25,9 @@ class _WithDynamo(MetaPathFinder):
         if name != DYNAMO:
             return None
         sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path, target)
+        others = [f for f in sys.meta_path if isinstance(f, _WithDynamo)]  # of other functions
+        spec = others[0].find_spec(name, path, target) if others else None
+        spec = spec or PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 

@@ -27,7 +27,7 @@ from .attempts import failure
 from .backbone import choose_backbone
 from .culprits import Culprit, describe, find_culprits
 from .evidence import Evidence
-from .kinks import local_kinks
+from .kinks import KINK, OLD_KINK, local_kinks
 from .problem import Problem
 from .triangular import certify_triangular, preactivation_error, promoted_log_det
 from .witness import spread_kinks, whiten
@@ -115,7 +115,8 @@ def certify_witness(
     if factorization in ("auto", "triangular") and m >= n:
         with stages.stage("kinks at the samples", n * n * len(whitening.map)) as stage:
             counter = _counter(stage, n * len(whitening.map))
-            kinks = local_kinks(z, whitening, problem.dtype, problem.beta, counter)
+            kink = KINK if problem.version > 1 else OLD_KINK
+            kinks = local_kinks(z, whitening, problem.dtype, problem.beta, counter, kink)
         pairs = 2 * n * n * d if kinks.near is None else 0
         with stages.stage("triangular certificate", pairs) as stage:
             proof = certify_triangular(

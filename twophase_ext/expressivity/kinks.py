@@ -28,6 +28,7 @@ LARGE = 1 << 14  # samples from which on the larger block costs less
 # The kink's place between the own sample (0) and the nearest earlier one (1). Half-way errors weigh
 # least; nearer to the own sample fewer later ones lie behind: a third of the entries of L.
 KINK = 0.35
+OLD_KINK = 0.5  # of version 1 of the certificate file
 CERTAIN = 64.0  # a gap of so many error bounds of a screened product needs no second look
 
 
@@ -53,12 +54,13 @@ def local_kinks(
     dtype: torch.dtype,
     beta: float,
     advance: Callable[[int], object] = lambda _: None,
+    kink: float = KINK,
 ) -> LocalKinks:
     """One neuron for each of the n samples z [n, d] (float64), rounded to `dtype`.
 
     Each neuron is 1 at its own sample before rounding. beta: of the softplus, which says how far
-    off is off. n^2 r operations, memory n (3 d + 2 r) numbers. advance: called with the number of
-    neurons done.
+    off is off. kink: see KINK. n^2 r operations, memory n (3 d + 2 r) numbers. advance: called with
+    the number of neurons done.
     """
     n, d = z.shape
     q = whitening(z)
@@ -80,7 +82,7 @@ def local_kinks(
         along.masked_fill_(torch.ones_like(along, dtype=torch.bool).tril(), -torch.inf)
         gaps[start:end] = lengths - torch.maximum(reach, along.amax(0))
         # The first sample has no earlier one: half its size, as for a sample at the centre.
-        on = torch.minimum(KINK * gaps[start:end], 0.5 * lengths)
+        on = torch.minimum(kink * gaps[start:end], 0.5 * lengths)
         on = torch.where(on > 0, on, lengths.clamp(min=1.0))  # hopeless: two samples agree
         normals = directions / on[:, None]
         unrounded = normals @ whitening.map

@@ -25,6 +25,7 @@ from ..model.layers import wide_chain
 from ..model.network import Network
 from ..model.probing import copy_model, eager, input_of, rows_into, untouched, unwrap
 from .bounded import BoundedFeatures, Unbounded
+from .certificate_file import VERSION
 from .distinct import Inputs
 from .running.features import bounded_features
 
@@ -39,7 +40,8 @@ class Problem:
     data: the inputs of all samples. inputs: batches [b, ...] of the n distinct ones, exact, as the
     model is fed; M has n rows, those of these inputs that count. ones: whether M has the column 1.
     changes: entries of the state dict (the model's dtype) that differ from the user's model.
-    damped: whether `choose_backbone` (backbone.py) has put another backbone in.
+    damped: whether `choose_backbone` (backbone.py) has put another backbone in. version: of the
+    certificate file, for whose witness is made.
     """
 
     network: Network
@@ -47,6 +49,7 @@ class Problem:
     ones: bool
     changes: dict[str, Tensor] = field(default_factory=dict)
     damped: bool = False
+    version: int = VERSION
     bounded: BoundedFeatures | None = None  # of all samples, as `features` found them last
 
     def __post_init__(self) -> None:

@@ -18,6 +18,12 @@ from .verify import FACTORIZATIONS, METHODS, hashes_of, verify_model
 NOT_COMPARED = (
     *("seconds", "peak_bytes", "stages", "environment", "source", "witness", "disagreeing"),
 )
+# Constants of the triangular certificate: bounds of version 1 were weaker, and had other names;
+# what became of an attempt that another one followed is no claim.
+TRIANGULAR = {
+    *("inverse_norm", "comparison_norm", "distance", "preactivation", "evaluation", "rest"),
+    *("entries_below_diagonal", "smallest_gap"),
+}
 # Entries of constants["gram"] that memory and rounding choose; they change no bound's meaning.
 SCHEDULE = ("storage", "tile", "panel", "passes", "attempts", "failed_pivot", "lambda_estimates")
 EQUAL = (
@@ -129,9 +135,16 @@ def _bounds(verdict: Outcome, again: Outcome) -> str:
         written, proved = getattr(verdict, name), getattr(again, name)
         if written is not None and (proved is None or not written <= proved + allowed):
             return _differ(name, written, proved)
-    if not _close(verdict.feature_error, again.feature_error, ESTIMATES):
+    old = verdict.version == 1 and again.factorization == "triangular"
+    weaker = old and (verdict.feature_error or 0.0) >= (again.feature_error or 0.0)
+    if not weaker and not _close(verdict.feature_error, again.feature_error, ESTIMATES):
         return _differ("feature_error", verdict.feature_error, again.feature_error)
-    return _constants(verdict.constants, again.constants, share)
+    skipped = TRIANGULAR if old or again.factorization != "triangular" else set()
+    written, proved = (
+        {k: v for k, v in outcome.constants.items() if k not in skipped}
+        for outcome in (verdict, again)
+    )
+    return _constants(written, proved, share)
 
 
 def _constants(written: Any, proved: Any, share: float, name: str = "constants") -> str:

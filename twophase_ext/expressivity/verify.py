@@ -216,7 +216,7 @@ def verify_samples(
             f"{letter}; tp.nn.widen(model, {letter}) adds a wide enough layer",
         )
     try:  # the model is copied, run, and may be initialised anew
-        problem = Problem(network, data, ones)
+        problem = Problem(network, data, ones, version=version)
         if data.repeated:
             require_equal_rows(problem)
         if data.repeated and version == 1:

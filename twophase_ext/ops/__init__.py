@@ -7,7 +7,6 @@ from .last_layer_logits import last_layer_logits
 from .last_layer_step import last_layer_step_
 from .last_layer_update import last_layer_update_
 from .perturb import perturb_
-from .screen_products import packed_columns, screen_products
 from .sgd import sgd_
 from .smooth_max_pool import smooth_max_pool
 from .softplus import softplus, softplus_
@@ -20,9 +19,7 @@ __all__ = [
     "last_layer_step_",
     "last_layer_update_",
     "logit_error_constant",
-    "packed_columns",
     "perturb_",
-    "screen_products",
     "sgd_",
     "smooth_max_pool",
     "softplus",

@@ -74,14 +74,15 @@ def windows_of(
 ) -> Windows:
     """As torch's pooling takes them: one number for all dimensions, no stride for the kernel's."""
     stride = kernel_size if stride is None or stride == [] or stride == () else stride
-    kernel, strides, pads, dilations = (
-        _each(v, axes) for v in (kernel_size, stride, padding, dilation)
-    )
+    named = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    kernel, strides, pads, dilations = (_each(v, axes, name) for name, v in named.items())
     return Windows(kernel, strides, pads, dilations, bool(ceil_mode), float(beta))
 
 
-def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
-    found = (value,) if isinstance(value, int) else tuple(value)
+def _each(value: int | Sequence[int], axes: int, name: str) -> tuple[int, ...]:
+    found = tuple(value) if isinstance(value, Sequence) else (value,)
+    if not all(isinstance(v, int) for v in found):
+        raise TypeError(f"{name}: expected an int or {axes} of them, got {value!r}")
     return found * axes if len(found) == 1 else found
 
 

@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
+from ..core.dynamo import allowed_in_graph
 from ._arguments import number, require_tensor
 from ._inductor import keep_whole
 from ._windows import Windows, formula, tangent, windows_of
@@ -158,7 +159,7 @@ def _images(
     return [tensor.flatten(0, 1) for tensor in found], (size, found[0].shape[1])
 
 
-@torch.compiler.allow_in_graph
+@allowed_in_graph
 def _traced(
     x: Tensor,
     kernel: list[int],
