@@ -1,5 +1,6 @@
 """Repeated inputs: the condition, its proofs and the theorem are about the distinct ones."""
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -268,14 +269,30 @@ def test_widen_counts_what_the_model_tells_apart():
         assert isinstance(untouched[-1], nn.Linear)
 
 
-def of_files(width: int) -> tuple[nn.Module, torch.Tensor]:
+def of_files(width: int, beta: float = 1.0) -> tuple[nn.Module, torch.Tensor]:
     """The network and the inputs of the files of version 1."""
     wide = nn.Linear(2, width)
     with torch.no_grad():
         wide.weight.copy_(torch.arange(-width, width).reshape(width, 2) % 7 - 3.0)
         wide.bias.copy_(torch.arange(width) % 5 - 2.0)
     x = torch.arange(10, dtype=torch.float64).reshape(5, 2) % 7
-    return nn.Sequential(wide, tp.nn.Softplus(1.0), nn.Linear(width, 2)).double(), x
+    return nn.Sequential(wide, tp.nn.Softplus(beta), nn.Linear(width, 2)).double(), x
+
+
+def test_a_triangular_certificate_of_version_1_has_its_own_witness():
+    """Kinks half-way to the nearest earlier sample; its bounds hold, and none that is greater."""
+    model, x = of_files(8, 100.0)
+    verdict, said = tp.Verdict.load(VERDICTS / "triangular-1.json"), []
+    assert (verdict.version, verdict.factorization) == (1, "triangular")
+    assert verdict.recheck(model, x, say=said.append), said
+    assert "constants of the triangular certificate" in said[-1]
+    for name in ("sigma_min_lower", "logabsdet_lower", "feature_error"):
+        changed = dataclasses.replace(verdict, **{name: 100 + 2 * abs(getattr(verdict, name))})
+        assert name == "feature_error" or not changed.recheck(model, x, say=said.append), name
+    smaller = dataclasses.replace(verdict, feature_error=0.0)
+    assert not smaller.recheck(model, x, say=said.append)
+    now = tp.verify_expressivity(model, x, w="witness", method="certificate")
+    assert now.sigma_min_lower != verdict.sigma_min_lower and now.recheck(model, x, say=str)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +314,7 @@ def test_files_of_version_1_are_proved_again(name, width, again, tmp_path):
     assert (now.distinct, now.repeated) == ((5, []) if name == "proved" else (4, [[1, 4]]))
     # no claim of one version is one of the other
     verdict.version = 2
-    assert verdict.recheck(model, x, say=said.append) == (name == "proved")
+    assert not verdict.recheck(model, x, say=said.append)
     for version in (0, 3, -1):
         verdict.version = version
         assert not verdict.recheck(model, x, say=said.append)

@@ -18,8 +18,7 @@ from .verify import FACTORIZATIONS, METHODS, hashes_of, verify_model
 NOT_COMPARED = (
     *("seconds", "peak_bytes", "stages", "environment", "source", "witness", "disagreeing"),
 )
-# Constants of the triangular certificate: bounds of version 1 were weaker, and had other names;
-# what became of an attempt that another one followed is no claim.
+# Of the triangular certificate: those of version 1 were weaker, some under other names.
 TRIANGULAR = {
     *("inverse_norm", "comparison_norm", "distance", "preactivation", "evaluation", "rest"),
     *("entries_below_diagonal", "smallest_gap"),
@@ -135,11 +134,11 @@ def _bounds(verdict: Outcome, again: Outcome) -> str:
         written, proved = getattr(verdict, name), getattr(again, name)
         if written is not None and (proved is None or not written <= proved + allowed):
             return _differ(name, written, proved)
-    old = verdict.version == 1 and again.factorization == "triangular"
+    old = verdict.version == 1
     weaker = old and (verdict.feature_error or 0.0) >= (again.feature_error or 0.0)
     if not weaker and not _close(verdict.feature_error, again.feature_error, ESTIMATES):
         return _differ("feature_error", verdict.feature_error, again.feature_error)
-    skipped = TRIANGULAR if old or again.factorization != "triangular" else set()
+    skipped = TRIANGULAR if old else set()
     written, proved = (
         {k: v for k, v in outcome.constants.items() if k not in skipped}
         for outcome in (verdict, again)
@@ -236,4 +235,6 @@ def _proved_now(again: Outcome) -> str:
     if again.margin is not None:
         said.append(f"margin {again.margin:.3g}")
     proved = f"; proved now: {', '.join(said)}" if said else ""
-    return f"{proved}; not compared: {', '.join(NOT_COMPARED)}, tiles and attempts in constants"
+    old = ", constants of the triangular certificate" if again.version == 1 else ""
+    names = ", ".join(NOT_COMPARED)
+    return f"{proved}; not compared: {names}, tiles and attempts in constants{old}"
