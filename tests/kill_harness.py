@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # optimizers import it: once, instead of in every fork
 
 from helpers import quiet, toy_convnet, toy_images
 from twophase_ext.core.hashing import tensors_hash

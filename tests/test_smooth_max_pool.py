@@ -212,7 +212,7 @@ BAD = {
         {},
     ),
     "x: expected at least 4 numbers in dimension 2, got 3": (torch.zeros(1, 4, 3), (4,), {}),
-    "kernel: expected numbers from 1, got 0": (torch.zeros(1, 3, 3), (0, 1), {}),
+    "kernel_size: expected numbers from 1, got 0": (torch.zeros(1, 3, 3), (0, 1), {}),
     "stride: expected numbers from 1, got -1": (torch.zeros(1, 3, 3), (2, -1), {}),
     "padding: expected at most half of the kernel size 2, got 2": (
         torch.zeros(1, 3, 3),

@@ -81,8 +81,11 @@ def windows_of(
 
 def _each(value: int | Sequence[int], axes: int, name: str) -> tuple[int, ...]:
     found = tuple(value) if isinstance(value, Sequence) else (value,)
-    if not all(isinstance(v, int) for v in found):
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in found):
         raise TypeError(f"{name}: expected an int or {axes} of them, got {value!r}")
+    least = 0 if name == "padding" else 1
+    if min(found, default=least) < least:
+        raise ValueError(f"{name}: expected numbers from {least}, got {min(found)}")
     return found * axes if len(found) == 1 else found
 
 

@@ -8,6 +8,7 @@ user's own model, in its own dtype, over all samples.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,7 @@ def global_minimum(
         raise ValueError(
             f"loss: {resolved.name}: expected a loss whose minimisers are known, one of torch's"
         )
-    if not (isinstance(gap, int | float) and 0 < gap < math.inf):
+    if not (isinstance(gap, int | float) and 0 < gap <= sys.float_info.max):
         raise ValueError(f"gap: expected a number > 0, got {gap!r}")
     own = copy_model(model)
     with one_tensor(own, x) as packed:

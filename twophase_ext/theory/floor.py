@@ -102,7 +102,7 @@ def loss_floor(
     targets = as_data(y, name="y").cpu()
     if len(groups) == 0:
         raise ValueError("x: the data set is empty")
-    if targets.dim() == 0 or len(targets) != len(groups):
+    if targets.dim() == 0 or len(targets) != len(groups) or targets.numel() == 0:
         raise ValueError(f"y: expected {len(groups)} targets, got {list(targets.shape)}")
     require_finite(targets, "y", "target")
     k = _outputs(resolved, targets) if outputs is None else integer("outputs", outputs, 1)
