@@ -13,12 +13,13 @@ import torch
 
 from twophase_ext.expressivity.certify import WideSource
 from twophase_ext.expressivity.kinks import local_kinks
+from twophase_ext.expressivity.one_sided import exact_softplus
 from twophase_ext.expressivity.separation import separate
 from twophase_ext.expressivity.triangular import certify_triangular
 from twophase_ext.expressivity.witness import spread_kinks, whiten
 from twophase_ext.linalg.certificate import certify_gram
 
-BETA, ERROR = 100.0, 1e-11
+SOFTPLUS, ERROR = exact_softplus(100.0), 1e-11
 SEPARATION, SEPARATION_SMALL = [(1_000, 512), (4_000, 512)], [(40, 6), (80, 6)]
 WITNESS, WITNESS_SMALL = (1_000, 64), (48, 8)
 GRAM, GRAM_SMALL = (2_000, 64), (48, 8)
@@ -34,7 +35,7 @@ def wide_source(z: torch.Tensor, error: torch.Tensor) -> WideSource:
     m = math.ceil(1.1 * len(z))
     generator = torch.Generator().manual_seed(0)
     weight, bias = spread_kinks(whiten(z, error, torch.float32), m, torch.float32, generator)
-    return WideSource(z, weight, bias, BETA, True)
+    return WideSource(z, weight, bias, SOFTPLUS, True)
 
 
 def whole(source: WideSource) -> torch.Tensor:
@@ -71,9 +72,9 @@ def test_triangular(which, row, interleaved, small):
     array = whole(wide_source(z, error)).numpy()  # numpy is given h
 
     def ours():
-        kinks = local_kinks(z, whiten(z, error, torch.float32), torch.float32, BETA)
+        kinks = local_kinks(z, whiten(z, error, torch.float32), torch.float32, SOFTPLUS)
         return certify_triangular(
-            z, error, kinks.weight, kinks.bias, kinks.order, BETA, near=kinks.near
+            z, error, kinks.weight, kinks.bias, kinks.order, SOFTPLUS, near=kinks.near
         )
 
     rows = [

@@ -20,6 +20,7 @@ import torch
 
 from twophase_ext.expressivity.certify import WideSource, certify_matrix
 from twophase_ext.expressivity.kinks import local_kinks
+from twophase_ext.expressivity.one_sided import exact_softplus
 from twophase_ext.expressivity.separation import separate
 from twophase_ext.expressivity.triangular import certify_triangular, preactivation_error
 from twophase_ext.expressivity.witness import spread_kinks, whiten
@@ -28,7 +29,7 @@ from twophase_ext.linalg.plan import plan
 from twophase_ext.linalg.progress import Stage, Stages
 from twophase_ext.linalg.tiles import Grid
 
-BETA, SEED = 100.0, 0
+SOFTPLUS, SEED = exact_softplus(100.0), 0
 ERROR = 1e-11  # of a sample's features relative to its norm, in the place of a backbone's
 GEMM = (4096, 8000)
 REPEATS, ENOUGH = 5, 20.0  # the best of so many, but no further run after so many seconds
@@ -47,7 +48,7 @@ def wide_source(z: torch.Tensor, error: torch.Tensor) -> WideSource:
     m = math.ceil(1.1 * len(z))
     generator = torch.Generator().manual_seed(SEED)
     weight, bias = spread_kinks(whiten(z, error, torch.float32), m, torch.float32, generator)
-    return WideSource(z, weight, bias, BETA, True)
+    return WideSource(z, weight, bias, SOFTPLUS, True)
 
 
 def status(name: str) -> int:
@@ -131,9 +132,9 @@ def point_gram(path: Path, n: int) -> dict[str, Any]:
 
 def triangular(z: torch.Tensor, error: torch.Tensor):
     """The witness with a kink for each sample, and its certificate."""
-    kinks = local_kinks(z, whiten(z, error, torch.float32), torch.float32, BETA)
+    kinks = local_kinks(z, whiten(z, error, torch.float32), torch.float32, SOFTPLUS)
     return certify_triangular(
-        z, error, kinks.weight, kinks.bias, kinks.order, BETA, near=kinks.near
+        z, error, kinks.weight, kinks.bias, kinks.order, SOFTPLUS, near=kinks.near
     )
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from certificate_points import BETA, ERROR, SEED, status, wide_source
+from certificate_points import ERROR, SEED, SOFTPLUS, status, wide_source
 from certificate_scale import default_results, machine
 
 from twophase_ext.expressivity.certify import WideSource, certify_matrix
@@ -104,7 +104,7 @@ def layer(path: Path) -> tuple[WideSource, torch.Tensor]:
         torch.from_numpy(np.load(path / f"{name}.npy", allow_pickle=False))
         for name in ("weight", "bias")
     )
-    return WideSource(z, weight, bias, BETA, True), ERROR * z.norm(dim=1)
+    return WideSource(z, weight, bias, SOFTPLUS, True), ERROR * z.norm(dim=1)
 
 
 def run_point(kind: str, path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from liars import CASES, LIARS, duplicated, normal, off_by, smallest
 from twophase_ext.expressivity.certify import WideSource, certify_matrix
+from twophase_ext.expressivity.one_sided import exact_softplus
 from twophase_ext.linalg import distributed, scalapack, shift
 from twophase_ext.linalg.bounds import gamma
 from twophase_ext.linalg.certificate import certify_gram
@@ -163,7 +164,7 @@ def test_the_ones_column_counts():
 
 def test_a_wide_layer_and_its_exact_function():
     weight, bias = 3 * normal(60, 8, 1), normal(60, 1, 2)[:, 0]
-    source = WideSource(normal(40, 8), weight, bias, 10.0, True)
+    source = WideSource(normal(40, 8), weight, bias, exact_softplus(10.0), True)
     h = source.panel(0, 60)
     proof = certify(h, block_of=source.block, ones=True, block=8, panel=11, scale_rows=False)
     single = certify_gram(source, panel=11, scale_rows=False)

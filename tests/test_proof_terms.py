@@ -11,6 +11,7 @@ from torch import nn
 
 import twophase_ext as tp
 from twophase_ext.expressivity.certify import WideSource, certify_matrix
+from twophase_ext.expressivity.one_sided import exact_softplus
 from twophase_ext.expressivity.triangular import (
     certify_triangular,
     preactivation_error,
@@ -28,7 +29,7 @@ U = 2.0**-53
 def wide(n=30, m=50, beta=10.0, seed=0):
     g = torch.Generator().manual_seed(seed)
     z, weight, bias = (torch.randn(*s, generator=g).double() for s in ((n, 6), (m, 6), (m,)))
-    return WideSource(z, 3 * weight, bias, beta, True)
+    return WideSource(z, 3 * weight, bias, exact_softplus(beta), True)
 
 
 def certify(source, spread, factorization="gram"):
@@ -74,9 +75,11 @@ def kinks(n=6):
 
 def test_the_triangular_bound_has_all_three_errors():
     z, weight, bias, order = kinks()
-    without = certify_triangular(z, torch.zeros(6).double(), weight, bias, order, 3.0)
+    without = certify_triangular(
+        z, torch.zeros(6).double(), weight, bias, order, exact_softplus(3.0)
+    )
     error = torch.full((6,), 1e-3, dtype=torch.float64)
-    found = certify_triangular(z, error, weight, bias, order, 3.0)
+    found = certify_triangular(z, error, weight, bias, order, exact_softplus(3.0))
     for proof, least in ((without, 0.0), (found, 4.1e-3)):  # 1e-3 || |L| > 0 ||_2
         assert proof.proved and proof.preactivation >= least
         assert proof.evaluation >= 8 * U * 20 * math.sqrt(6)

@@ -1,6 +1,7 @@
 """Each rule by itself: float32's bounds hold what float64 shows, and are not absurdly large."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import twophase_ext as tp
 from running_models import Does, Stop
 from twophase_ext.expressivity.bounded import Unbounded
 from twophase_ext.expressivity.running.features import bounded_features
+from twophase_ext.expressivity.running.operand import Operand
 
 PLACES = (torch.arange(40) % 7).view(1, 5, 8)
 IDS = torch.tensor([[0, 2, 1, 2], [3, 3, 0, 1], [1, 0, 0, 2]])
@@ -184,3 +186,45 @@ def test_decisions_by_real_numbers_are_refused():
     model = Stop(Does(lambda x: x * 2 if bool((x > 0).any()) else x), 3).eval()
     with pytest.raises(Unbounded, match=r"any: it adds up the samples|decides"):
         bounded_features(model, model.stop, [torch.randn(4, 3)], n=4)
+
+
+class Rewriting(nn.Module):
+    """Norms are asked for before and after numbers are written in place, through views, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = F.silu(self.norm(self.first(x)))
+        z = (y * 2).tanh() + y
+        y.mul_(1e8)
+        z = z + self.norm(self.first(x)) + F.gelu(y) * 1e-7
+        y[:, 2:5].add_(1e9)
+        z = F.gelu(z) + (F.gelu(y) * 1e-9).sigmoid() + F.gelu(y.transpose(0, 1)).transpose(0, 1)
+        return self.last(z)
+
+
+def test_norms_that_are_kept_are_of_the_numbers_that_are_there(monkeypatch):
+    kept = Operand._known
+    reused = []
+
+    def checked(operand, what, compute):
+        reused.append(what in operand.sizes)
+        found = kept(operand, what, compute)
+        if not operand.constant:
+            order = 2 if what == "norm" else math.inf
+            rows = torch.linalg.vector_norm(operand.rows().double(), order, dim=1)
+            true = torch.zeros(operand.samples).double().index_add_(0, operand.ids, rows**order)
+            true = operand.by_sample(rows, "amax") if what == "largest" else true.sqrt()
+            assert bool((found >= true * (1 - 1e-12)).all())
+            assert bool((found <= true * 1.00001 + 1e-150).all())
+        return found
+
+    monkeypatch.setattr(Operand, "_known", checked)
+    torch.manual_seed(0)
+    model = Rewriting().double().eval()
+    x = torch.randn(6, 6, dtype=torch.float64)
+    found = bounded_features(model, model.last, [x[:3], x[3:]], n=6)
+    assert bool(found.error.isfinite().all())
+    assert any(reused) and not all(reused)

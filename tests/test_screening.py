@@ -8,12 +8,13 @@ import torch
 
 from twophase_ext.expressivity import kinks, screening
 from twophase_ext.expressivity.kinks import local_kinks
-from twophase_ext.expressivity.screening import cut_of, near_everywhere
+from twophase_ext.expressivity.one_sided import exact_softplus
+from twophase_ext.expressivity.screening import near_everywhere
 from twophase_ext.expressivity.triangular import certify_triangular
 from twophase_ext.expressivity.witness import whiten
 from twophase_ext.ops.screen_products import PANEL, packed_columns, screen_products
 
-BETA = 100.0
+SOFTPLUS = exact_softplus(100.0)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -26,7 +27,7 @@ def samples(n: int, d: int, seed: int = 0, offset: float = 0.0) -> torch.Tensor:
 
 def swept(z, dtype=torch.float32, error=0.0):
     errors = torch.full((len(z),), error, dtype=torch.float64)
-    return errors, local_kinks(z, whiten(z, errors, dtype), dtype, BETA)
+    return errors, local_kinks(z, whiten(z, errors, dtype), dtype, SOFTPLUS)
 
 
 def exact(z, found, i, j) -> Fraction:
@@ -99,7 +100,7 @@ def test_what_is_on_is_near(monkeypatch, devices, n, d):
     monkeypatch.setattr(screening, "NARROW", devices)
     z = samples(n, d)
     _, found = swept(z)
-    near, cut = found.near, cut_of(n, BETA)
+    near, cut = found.near, SOFTPLUS.cut(n)
     listed = set(zip(near.rows.tolist(), near.columns.tolist(), strict=True))
     assert len(listed) == len(near.rows) and (near.rows > near.columns).all()
     wanted = near_everywhere(z[found.order], found.weight, found.bias, cut, lambda _: None)
@@ -111,7 +112,7 @@ def test_what_is_on_is_near(monkeypatch, devices, n, d):
 def test_the_sweep_and_all_pairs_give_one_certificate():
     z = samples(500, 6)
     errors, found = swept(z, error=1e-9)
-    given = z, errors, found.weight, found.bias, found.order, BETA
+    given = z, errors, found.weight, found.bias, found.order, SOFTPLUS
     one, other = certify_triangular(*given, near=found.near), certify_triangular(*given)
     assert one.proved and one.entries == other.entries > 500
     assert one.sigma_min_lower == pytest.approx(other.sigma_min_lower, rel=1e-9)
@@ -150,7 +151,7 @@ def test_a_neuron_that_is_on_too_early_is_found():
         places = [int((found.order == k).nonzero()) for k in (7, twin)]
         assert found.near.offending[1] == max(places) > found.near.offending[0]
         proof = certify_triangular(
-            z, errors, found.weight, found.bias, found.order, BETA, near=found.near
+            z, errors, found.weight, found.bias, found.order, SOFTPLUS, near=found.near
         )
         assert not proof.proved and proof.offending[1] == int(found.order[max(places)])
 
@@ -161,7 +162,7 @@ def test_extreme_features_are_not_screened(scale):
     errors, found = swept(z, torch.float64)
     assert (found.near is None) == (max(scale, 1 / scale) > 1e100)
     proof = certify_triangular(
-        z, errors, found.weight, found.bias, found.order, BETA, near=found.near
+        z, errors, found.weight, found.bias, found.order, SOFTPLUS, near=found.near
     )
     assert proof.proved
 
@@ -180,6 +181,6 @@ def test_not_finite_features_prove_nothing():
     errors, found = swept(z)
     z[17, 2] = math.nan
     proof = certify_triangular(
-        z, errors, found.weight, found.bias, found.order, BETA, near=found.near
+        z, errors, found.weight, found.bias, found.order, SOFTPLUS, near=found.near
     )
     assert not proof.proved

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import twophase_ext as tp
 from soundness_cases import CASES, Case
 from twophase_ext.expressivity.kinks import local_kinks
+from twophase_ext.expressivity.one_sided import exact_softplus
 from twophase_ext.expressivity.separation import separate
 from twophase_ext.expressivity.triangular import certify_triangular
 from twophase_ext.expressivity.witness import whiten
@@ -74,8 +75,10 @@ def test_a_witness_is_claimed_for_the_distinct_rows_alone(method):
 def kinked(case: Case, error: float) -> tuple[Tensor, bool, float]:
     z = case.matrix.double()
     errors = torch.full((len(z),), error, dtype=torch.float64)
-    kinks = local_kinks(z, whiten(z, errors, torch.float64), torch.float64, 100.0)
-    proof = certify_triangular(z, errors, kinks.weight, kinks.bias, kinks.order, 100.0)
+    kinks = local_kinks(z, whiten(z, errors, torch.float64), torch.float64, exact_softplus(100.0))
+    proof = certify_triangular(
+        z, errors, kinks.weight, kinks.bias, kinks.order, exact_softplus(100.0)
+    )
     h = tp.softplus(z @ kinks.weight.T + kinks.bias, 100.0)
     return h, proof.proved, proof.sigma_min_lower
 

@@ -9,12 +9,14 @@ import torch
 
 from twophase_ext.expressivity import triangular
 from twophase_ext.expressivity.kinks import local_kinks
+from twophase_ext.expressivity.one_sided import exact_softplus
 from twophase_ext.expressivity.triangular import certify_triangular, preactivation_error
 from twophase_ext.expressivity.witness import spread_kinks, whiten
 from twophase_ext.linalg.norms import frobenius_upper, norm_upper
 from twophase_ext.ops import softplus
 
 BETA = 100.0
+SOFTPLUS = exact_softplus(BETA)
 
 
 def samples(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -23,9 +25,9 @@ def samples(n: int, d: int, seed: int = 0) -> torch.Tensor:
 
 def certified(z, error=0.0, dtype=torch.float64):
     errors = torch.full((len(z),), error, dtype=torch.float64)
-    kinks = local_kinks(z, whiten(z, errors, dtype), dtype, BETA)
+    kinks = local_kinks(z, whiten(z, errors, dtype), dtype, SOFTPLUS)
     proof = certify_triangular(
-        z, errors, kinks.weight, kinks.bias, kinks.order, BETA, near=kinks.near
+        z, errors, kinks.weight, kinks.bias, kinks.order, SOFTPLUS, near=kinks.near
     )
     return kinks, proof
 
@@ -59,7 +61,7 @@ def test_real_singular_value_of_a_hand_made_case():
     weight = torch.full((n, 1), slope, dtype=torch.float64)
     bias = -slope * (z[:, 0] - 0.5)
     zero = torch.zeros(n, dtype=torch.float64)
-    proof = certify_triangular(z, zero, weight, bias, torch.arange(n), BETA)
+    proof = certify_triangular(z, zero, weight, bias, torch.arange(n), SOFTPLUS)
     exact = np.tril(np.array([[slope * (i - j + 0.5) for j in range(n)] for i in range(n)]))
     comparison = 2 * np.diag(np.diag(exact)) - exact
     truth = np.linalg.norm(np.linalg.inv(comparison), 2)
@@ -74,7 +76,7 @@ def test_the_order_matters():
     kinks, _ = certified(z)
     zero = torch.zeros(50, dtype=torch.float64)
     flipped = certify_triangular(
-        z, zero, kinks.weight.flip(0), kinks.bias.flip(0), kinks.order.flip(0), BETA
+        z, zero, kinks.weight.flip(0), kinks.bias.flip(0), kinks.order.flip(0), SOFTPLUS
     )
     assert not flipped.proved and flipped.offending is not None
     earlier, own = flipped.offending
@@ -159,8 +161,8 @@ def test_nan_and_dead_neurons():
     zero = torch.zeros(20, dtype=torch.float64)
     weight = kinks.weight.clone()
     weight[5, 1] = float("nan")
-    assert not certify_triangular(z, zero, weight, kinks.bias, kinks.order, BETA).proved
-    dead = certify_triangular(z, zero, kinks.weight, kinks.bias - 9, kinks.order, BETA)
+    assert not certify_triangular(z, zero, weight, kinks.bias, kinks.order, SOFTPLUS).proved
+    dead = certify_triangular(z, zero, kinks.weight, kinks.bias - 9, kinks.order, SOFTPLUS)
     assert not dead.proved and "off at its own sample" in dead.reason
 
 

@@ -15,19 +15,19 @@ from torch import Tensor
 
 from ..core.hashing import tensors_hash
 from ..core.memory import available_memory
-from ..linalg.bounds import SLACK, UNDERFLOW, UNIT_ROUNDOFF, below, bound_text, minus
+from ..linalg.bounds import SLACK, UNDERFLOW, below, bound_text, minus
 from ..linalg.certificate import certify_gram
 from ..linalg.gram_run import GramCertificate
 from ..linalg.gram_tiles import PANEL, MatrixSource
 from ..linalg.norms import frobenius_upper
 from ..linalg.preconditioned import preconditioned_sigma_min
 from ..linalg.progress import Stages
-from ..ops import softplus_
 from .attempts import failure
 from .backbone import choose_backbone
 from .culprits import Culprit, describe, find_culprits
 from .evidence import Evidence
-from .kinks import KINK, OLD_KINK, local_kinks
+from .kinks import OF_VERSION_1, local_kinks
+from .one_sided import OneSided
 from .problem import Problem
 from .triangular import certify_triangular, preactivation_error, promoted_log_det
 from .witness import spread_kinks, whiten
@@ -39,12 +39,12 @@ PRECONDITIONED_ROWS = 8192
 
 @dataclass
 class WideSource:
-    """Columns of M = [softplus(z weight^T + bias), 1] on request (linalg's PanelSource)."""
+    """Columns of M = [activation(z weight^T + bias), 1] on request (linalg's PanelSource)."""
 
     z: Tensor
     weight: Tensor
     bias: Tensor
-    beta: float
+    activation: OneSided
     ones: bool
 
     @property
@@ -69,15 +69,14 @@ class WideSource:
         if start < m:
             part = slice(start, min(end, m))
             inner = out[:, : part.stop - start]
-            inner.copy_(
-                softplus_(torch.addmm(self.bias[part], self.z, self.weight[part].T), self.beta)
-            )
+            a = torch.addmm(self.bias[part], self.z, self.weight[part].T)
+            inner.copy_(self.activation.function(a))
         return out
 
     def content(self) -> str:
         """A hash of what every entry is computed from: what tiles on disk belong to."""
         tensors = {"z": self.z, "weight": self.weight, "bias": self.bias}
-        return f"{tensors_hash(tensors)} {self.beta!r} {self.ones}"
+        return f"{tensors_hash(tensors)} {self.activation.name} {self.ones}"
 
     def block(self, i0: int, i1: int, j0: int, j1: int) -> Tensor:
         """Rows i0..i1, columns j0..j1: what linalg's `certify_distributed` asks for."""
@@ -96,7 +95,7 @@ def certify_witness(
     stages: Stages,
 ) -> Evidence:
     """What is found of a witness: kinks at samples (triangular), else spread kinks (Gram)."""
-    wide = problem.wide_linear
+    wide, activation = problem.analytic_linear, problem.one_sided
     with stages.stage("choice of a backbone", 0, "samples") as stage:
         chosen = choose_backbone(problem, stage, wide)
     stages.say(f"backbone: {chosen}")
@@ -110,13 +109,16 @@ def certify_witness(
         "directions": len(whitening.map),
         "largest_feature_error": float(error.max()),
     }
-    evidence = Evidence(method="certificate", assumptions=found.assumptions, constants=constants)
+    assumptions = [*found.assumptions]
+    if problem.version > 1:
+        assumptions += [a for a in activation.assumed if a not in assumptions]
+    evidence = Evidence(method="certificate", assumptions=assumptions, constants=constants)
     reason = ""
     if factorization in ("auto", "triangular") and m >= n:
         with stages.stage("kinks at the samples", n * n * len(whitening.map)) as stage:
             counter = _counter(stage, n * len(whitening.map))
-            kink = KINK if problem.version > 1 else OLD_KINK
-            kinks = local_kinks(z, whitening, problem.dtype, problem.beta, counter, kink)
+            made = OF_VERSION_1 if problem.version == 1 else {}
+            kinks = local_kinks(z, whitening, problem.dtype, activation, counter, **made)
         pairs = 2 * n * n * d if kinks.near is None else 0
         with stages.stage("triangular certificate", pairs) as stage:
             proof = certify_triangular(
@@ -125,7 +127,7 @@ def certify_witness(
                 kinks.weight,
                 kinks.bias,
                 kinks.order,
-                problem.beta,
+                activation,
                 near=kinks.near,
                 advance=_counter(stage, 2 * n * d),
                 names=problem.data.names,
@@ -163,7 +165,7 @@ def certify_witness(
         return evidence.but(reason=reason)
     generator = torch.Generator().manual_seed(seed)
     weight, bias = spread_kinks(whitening, m, problem.dtype, generator)
-    source = WideSource(z, weight, bias, problem.beta, problem.ones)
+    source = WideSource(z, weight, bias, activation, problem.ones)
     dense = certify_matrix(
         source,
         preactivation_error(z, error, weight, bias),
@@ -171,7 +173,7 @@ def certify_witness(
         folder=folder,
         stages=stages,
         constants=constants,
-        assumptions=found.assumptions,
+        assumptions=assumptions,
         names=problem.data.names,
     )
     if dense.status == "proved":
@@ -197,7 +199,7 @@ def certify_given(
         weight = problem.wide.weight.detach()
         own = problem.wide.bias
         bias = weight.new_zeros(len(weight)) if own is None else own.detach()
-        source: Source = WideSource(found.z, weight, bias, problem.beta, problem.ones)
+        source: Source = WideSource(found.z, weight, bias, problem.one_sided, problem.ones)
         spread = preactivation_error(found.z, found.error, weight, bias)
     else:
         with stages.stage("features", problem.n, "samples") as stage:
@@ -340,17 +342,19 @@ def _whole(source: Source) -> Tensor:
 
 
 def _feature_error(source: Source, spread: float | None, size: float | None) -> float | None:
-    """||dH||_F: spread (softplus is 1-Lipschitz) + 8u ||h||_F + 8u sqrt(n m) / beta, rounded up."""
+    """||dH||_F: slope spread + u (of_value ||h||_F + of_input ||a||_F + constant sqrt(n m))."""
     if spread is None or size is None or isinstance(source, MatrixSource):
         return spread
-    n, m = source.n, len(source.weight)
-    evaluation = 8 * UNIT_ROUNDOFF * (size + math.sqrt(n * m) / source.beta)
-    return (spread + evaluation) * SLACK + UNDERFLOW
+    n, weight, activation = source.n, source.weight, source.activation
+    at = frobenius_upper(weight) * frobenius_upper(source.z)
+    at += math.sqrt(n) * frobenius_upper(source.bias)
+    evaluation = activation.evaluation_error(size, at * SLACK, n * len(weight))
+    return (activation.slope * spread + evaluation) * SLACK + UNDERFLOW
 
 
 def _load_witness(problem: Problem, weight: Tensor, bias: Tensor) -> None:
     """The wide layer's rows of the witness; neurons beyond them keep their weights."""
-    name, wide = problem.wide_name, problem.wide_linear
+    name, wide = problem.wide_name, problem.analytic_linear
     full_weight, full_bias = wide.weight.detach().clone(), wide.bias.detach().clone()
     full_weight[: len(weight)], full_bias[: len(bias)] = weight, bias
     problem.load(

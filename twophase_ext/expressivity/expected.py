@@ -64,7 +64,8 @@ class Reference:
         h = self.problem.activation(torch.addmm(self.bias, z, self.weight.T))
         rounding = gamma(d + 2) * (self.sizes * norms + self.shift)
         # near its kink softplus errs by the size of its bend
-        bend = 1 / self.problem.beta if self.problem.wide is not None else 1.0
+        softplus = self.problem.network.wide
+        bend = 1 / softplus.beta if softplus is not None else 1.0
         evaluation = 8 * UNIT_ROUNDOFF * (h.norm(dim=1) + math.sqrt(m) * bend)
         h_allowed = ERRORS * SLACK * SLOPE * (self.norm * error + rounding + evaluation)
         if self.problem.narrowed:

@@ -1,4 +1,4 @@
-"""One softplus neuron for each sample, on there and off at every earlier one: in one sweep.
+"""One neuron for each sample, on there and off at every earlier one: in one sweep.
 
 Order the samples by ||q_i||, q whitened (witness.py). For i before j,
 q_i . q_j / ||q_j|| = (||q_i||^2 + ||q_j||^2 - ||q_i - q_j||^2) / (2 ||q_j||)
@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .screening import Near, Screen, cut_of, some_of
+from .one_sided import OneSided
+from .screening import Near, Screen, some_of
 from .witness import Whitening
 
 BLOCK, SMALL_BLOCK = 672, 224  # neurons at a time; multiples of 32
@@ -28,7 +29,7 @@ LARGE = 1 << 14  # samples from which on the larger block costs less
 # The kink's place between the own sample (0) and the nearest earlier one (1). Half-way errors weigh
 # least; nearer to the own sample fewer later ones lie behind: a third of the entries of L.
 KINK = 0.35
-OLD_KINK = 0.5  # of version 1 of the certificate file
+OF_VERSION_1 = {"kink": 0.5, "height": 1.0}  # of the certificate file
 CERTAIN = 64.0  # a gap of so many error bounds of a screened product needs no second look
 
 
@@ -52,22 +53,24 @@ def local_kinks(
     z: Tensor,
     whitening: Whitening,
     dtype: torch.dtype,
-    beta: float,
+    activation: OneSided,
     advance: Callable[[int], object] = lambda _: None,
     kink: float = KINK,
+    height: float | None = None,
 ) -> LocalKinks:
     """One neuron for each of the n samples z [n, d] (float64), rounded to `dtype`.
 
-    Each neuron is 1 at its own sample before rounding. beta: of the softplus, which says how far
-    off is off. kink: see KINK. n^2 r operations, memory n (3 d + 2 r) numbers. advance: called with
-    the number of neurons done.
+    height: pre-activation of each neuron at its own sample before rounding, a power of two; by
+    default the activation's, which also says how far off is off. kink: see KINK. n^2 r operations,
+    memory n (3 d + 2 r) numbers. advance: called with the number of neurons done.
     """
     n, d = z.shape
     q = whitening(z)
     sizes = q.norm(dim=1)
     order = sizes.argsort()
     z, q, sizes = (part.index_select(0, order) for part in (z, q, sizes))
-    screen = Screen(z, q, sizes, whitening, cut_of(n, beta))
+    screen = Screen(z, q, sizes, whitening, activation.cut(n))
+    height = activation.height(n) if height is None else height
     weight, bias, gaps = z.new_empty(n, d), z.new_empty(n), z.new_empty(n)
     block = BLOCK if n >= LARGE else SMALL_BLOCK
     for start in range(0, n, block):
@@ -84,11 +87,12 @@ def local_kinks(
         # The first sample has no earlier one: half its size, as for a sample at the centre.
         on = torch.minimum(kink * gaps[start:end], 0.5 * lengths)
         on = torch.where(on > 0, on, lengths.clamp(min=1.0))  # hopeless: two samples agree
+        on = on / height
         normals = directions / on[:, None]
         unrounded = normals @ whitening.map
         w = unrounded.to(dtype).double()
         # The kink through the exact weights: only the bias's own rounding moves it.
-        b = (1 - (w * z[start:end]).sum(1)).to(dtype).double()
+        b = (height - (w * z[start:end]).sum(1)).to(dtype).double()
         weight[start:end], bias[start:end] = w, b
         screen.add(start, end, (normals, unrounded), 1 / (length * on), w, b)
         advance(end - start)

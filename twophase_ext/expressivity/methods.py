@@ -53,7 +53,7 @@ class Attempt:
     @kept
     def separation(self) -> Evidence:
         """Distinct backbone features: some weights of the wide layer have rank n."""
-        if constraint := self.problem.constraint(softplus=False):
+        if constraint := self.problem.constraint(witness=False):
             reason = f"separation needs free weights: {constraint}"
             return Evidence(method="separation", reason=reason)
         with self.problem.restored():  # "auto" goes on with the weights asked for
@@ -115,7 +115,7 @@ class Attempt:
             require_memory("certificate", problem.n, problem.columns, device, self.folder)
         try:
             if self.w == "witness":
-                if constraint := problem.constraint(softplus=True):
+                if constraint := problem.constraint(witness=True):
                     reason = f"a witness needs free weights: {constraint}"
                     return Evidence(method="certificate", reason=reason)
                 found = certify_witness(problem, seed=self.seed, **arguments)
@@ -127,7 +127,8 @@ class Attempt:
                 found = found.but(status="undecided", reason=f"{found.reason}; {rounded}")
             if found.status != "undecided":
                 with self._compared(2) as stage:
-                    require_agreement(problem, Reference(problem, problem.wide), stage)
+                    wide = problem.analytic if self.w == "witness" else problem.wide
+                    require_agreement(problem, Reference(problem, wide), stage)
             if self.w == "witness":
                 return found
         except Disagrees:
@@ -223,7 +224,7 @@ class Attempt:
         )
 
     def _witness(self) -> Evidence:
-        n, wide = self.problem.n, self.problem.wide
+        n, wide = self.problem.n, self.problem.analytic
         allowed, plan = True, ""
         if wide is not None:
             allowed, plan = self._affordable(

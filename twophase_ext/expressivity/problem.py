@@ -27,9 +27,11 @@ from ..model.probing import copy_model, eager, input_of, rows_into, untouched, u
 from .bounded import BoundedFeatures, Unbounded
 from .certificate_file import VERSION
 from .distinct import Inputs
+from .one_sided import OneSided, one_sided
 from .running.features import bounded_features
 
 CHUNK = 8192  # samples
+ONE_SIDED = "exact softplus, GELU, SiLU or Mish"
 OPERATIONS = 5e12  # of a pass of the model over all samples; beyond it over a random part of them
 
 
@@ -113,13 +115,6 @@ class Problem:
         return self.network.width + self.ones
 
     @property
-    def wide_linear(self) -> nn.Linear:
-        """`wide`; Unbounded where the model has no wide softplus layer."""
-        if self.wide is None:
-            raise Unbounded("the last hidden layer is not affine + exact softplus")
-        return self.wide
-
-    @property
     def analytic_linear(self) -> nn.Linear:
         """`analytic`; Unbounded where the last hidden layer is no affine and analytic one."""
         if self.analytic is None:
@@ -135,29 +130,36 @@ class Problem:
 
     @property
     def wide_name(self) -> str:
-        """The wide layer's name in the model's own state dict."""
-        return self._names[self.network.wide_layer.linear]
+        """The last hidden layer's name in the model's own state dict."""
+        if self.network.analytic is None:
+            raise Unbounded("the last hidden layer is not affine, then an analytic activation")
+        return self._names[self.network.analytic.linear]
 
     @property
-    def beta(self) -> float:
-        """Of the wide layer's softplus."""
-        return self.network.wide_layer.beta
+    def one_sided(self) -> OneSided:
+        """The last hidden layer's activation; Unbounded where it does not vanish on one side."""
+        analytic = self.network.analytic
+        found = None if analytic is None else one_sided(analytic.activation)
+        if found is None:
+            raise Unbounded(f"the last hidden layer is not affine, then {ONE_SIDED}")
+        return found
 
-    def constraint(self, *, softplus: bool) -> str:
+    def constraint(self, *, witness: bool) -> str:
         """Why the wide layer's weights cannot be chosen at will, "" where they can.
 
         A witness chooses them, and separation says that a choice exists: neither would be true of
-        weights that are shared, frozen or without bias. softplus: whether no other activation will
-        do.
+        weights that are shared, frozen or without bias. witness: whether only an activation that
+        vanishes on one side will do.
         """
-        own_wide = self.wide if softplus else self.analytic
-        if own_wide is None or self.network.analytic is None:
-            kind = "exact softplus" if softplus else "a real analytic activation"
+        own_wide, analytic = self.analytic, self.network.analytic
+        useless = witness and analytic is not None and one_sided(analytic.activation) is None
+        if own_wide is None or analytic is None or useless:
+            kind = ONE_SIDED if witness else "a real analytic activation"
             return (
                 f"there is no wide layer (affine + {kind}, neither parametrized nor with "
                 "hooks or a replaced forward); tp.nn.widen(model, n) adds one"
             )
-        wide = self.network.analytic.linear
+        wide = analytic.linear
         if wide.bias is None:
             return "the wide layer has no bias"
         own = [wide.weight, wide.bias]

@@ -29,7 +29,6 @@ from ..linalg.norms import frobenius_upper
 from ..ops.screen_products import PANEL, packed_columns, screen_products
 from .witness import Whitening
 
-SHARPEST = 1e-18  # ||entries taken as zero||_F stays below it
 MANY = 1 << 27  # near pairs: 2 GiB of them
 EXTREME = 2.0**200  # a size beyond which nothing is screened
 VANISHED = 2.0**-480  # more than all that underflows in norms and products of smaller sizes
@@ -41,18 +40,14 @@ NUMBERS = 1 << 24  # of a block of second looks
 Pair = tuple[int, int]
 
 
-def cut_of(n: int, beta: float) -> float:
-    """The pre-activation below which an entry counts as zero: n exp(beta cut) / beta = SHARPEST."""
-    return math.log(SHARPEST * beta / n) / beta  # softplus(t) <= exp(beta t) / beta
-
-
 @dataclass(frozen=True)
 class Near:
     """The pairs at which a neuron may be on, as places in the order; at all others it is off.
 
-    Off: the pre-activation at the computed features is at most `cut_of`, in real arithmetic or as
-    float64 computes it. rows [k], columns [k]: rows > columns, the neuron of place `column` at the
-    sample of place `row`. offending: places (earlier sample, neuron) of a pair that is not off.
+    Off: the pre-activation at the computed features is at most the cut (one_sided.py), in real
+    arithmetic or as float64 computes it. rows [k], columns [k]: rows > columns, the neuron of place
+    `column` at the sample of place `row`. offending: places (earlier sample, neuron) of a pair that
+    is not off.
     """
 
     rows: Tensor

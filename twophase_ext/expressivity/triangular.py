@@ -1,7 +1,7 @@
 """A lower bound of sigma_min from one triangular submatrix of [h, 1], in O(n^2 d).
 
 Theorem. Let T be n columns of M = [h, 1_n] (n x p), rows and columns in some order, and L lower
-triangular with positive diagonal and non-negative entries. Then
+triangular with positive diagonal. Then
 
     sigma_min(M) >= sigma_min(T) >= 1 / ||L^-1||_2 - ||T - L||_2,
     log det(M M^T) >= log det(T T^T) >= 2 sum log l_ii - 2 sqrt(n) e / (1 - e),
@@ -14,14 +14,15 @@ by monotony of det). Singular values are 1-Lipschitz. T = L (I + X), ||X||_F <= 
 
 T - L. Let a_ij = w_j . z_i + b_j as computed, a'_ij that of the exact features in real
 arithmetic, and t_ij = gamma_(d+2) (|w_j| |z_i| + |b_j|) + |w_j| error_i >= |a_ij - a'_ij|.
-Softplus is 1-Lipschitz: where L has an entry, it is off by t_ij besides the evaluation of softplus.
-Where L has none, a_ij <= cut (computed, or in real arithmetic), and 0 <= T_ij <= softplus(cut +
-t_ij) <= exp(beta (cut + t_ij)) / beta: next to nothing, unless beta t_ij is large. Then the norm
-over all entries (`preactivation_error`) may be the better bound: the smaller sum counts. The
+Where L has an entry, it is off by slope t_ij besides the evaluation of the activation, slope its
+Lipschitz constant. Where L has none, a_ij <= cut (computed, or in real arithmetic), and |T_ij| <=
+exp(rate t_ij) SHARPEST / n (one_sided.py): next to nothing, unless rate t_ij is large. Then the
+norm over all entries (`preactivation_error`) may be the better bound: the smaller sum counts. The
 2-norm is bounded by that of a sparse matrix of the t_ij, a fraction of their Frobenius norm.
 
-Where T comes from: one softplus neuron for each sample that is off at every earlier sample of the
-order and on at its own (kinks.py). Neurons are on at few samples: L is sparse.
+Where T comes from: one neuron for each sample that is off at every earlier sample of the order and
+on at its own (kinks.py), behind an activation that vanishes on one side: softplus, GELU, SiLU,
+Mish. Neurons are on at few samples: L is sparse.
 """
 
 import math
@@ -33,11 +34,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linalg.bounds import SLACK, UNIT_ROUNDOFF, below, gamma, minus
+from ..linalg.bounds import SLACK, below, gamma, minus
 from ..linalg.norms import frobenius_upper, norm_upper
 from ..linalg.sparse_triangular import inverse_norm_upper, norm_upper_of_magnitudes
-from ..ops.softplus import softplus
-from .screening import MANY, NUMBERS, Near, cut_of, lengths, near_everywhere
+from .one_sided import SHARPEST, OneSided
+from .screening import MANY, NUMBERS, Near, lengths, near_everywhere
 
 LARGEST_SHARE = 1 - 2.0**-10  # of sigma_min that an error may have for a bound of log det
 
@@ -50,8 +51,8 @@ class TriangularCertificate:
 
     comparison_norm: upper bound of ||<L>^-1||_2, inverse_norm: of ||L^-1||_2, the better of two.
     distance: upper bound of ||T - L||_2, the sum of preactivation (rounding and feature error),
-    evaluation (of softplus) and rest (entries taken as zero). entries: non-zeros of L below its
-    diagonal. logdet_lower: of log det(M M^T), -inf where there is none.
+    evaluation (of the activation) and rest (entries taken as zero). entries: non-zeros of L below
+    its diagonal. logdet_lower: of log det(M M^T), -inf where there is none.
     offending: a pair (earlier sample, sample) whose neuron is on at the earlier one.
     """
 
@@ -81,25 +82,25 @@ def certify_triangular(
     weight: Tensor,
     bias: Tensor,
     order: Tensor,
-    beta: float,
+    activation: OneSided,
     *,
     near: Near | None = None,
     advance: Say = lambda _: None,
     names: Tensor | None = None,
 ) -> TriangularCertificate:
-    """The certificate of this page for h = softplus_beta(z weight^T + bias).
+    """The certificate of this page for h = activation(z weight^T + bias).
 
     z [n, d] float64: computed features, error [n]: bounds of ||z_i - exact z_i||_2 (float64).
     weight [n, d], bias [n]: float64, exact; neuron j belongs to sample order[j] (int64 [n]).
     near: where these neurons may be on (`local_kinks`); without it all n^2 pairs are computed, in
     2 n^2 d operations. names [n]: the samples' numbers in what is said of them, by default 0 to
     n - 1. Memory n * BLOCK numbers (screening.py) and L. Assumed: products of float64 matrices
-    in any order of plain operations, rounding to nearest; softplus within 8u|h| + 8u/beta.
+    in any order of plain operations, rounding to nearest; `activation.assumed`.
     """
     started = time.perf_counter()
     n, d = z.shape
     names = order if names is None else names[order.to(names.device)]
-    cut = cut_of(n, beta)
+    cut = activation.cut(n)
     if near is None:
         near = near_everywhere(z.index_select(0, order), weight, bias, cut, advance)
     found: dict[str, Any] = {"entries": 0, "offending": None}
@@ -122,16 +123,18 @@ def certify_triangular(
     values = _preactivations(z, weight, bias, order, near.rows, near.columns)
     on = ~(values <= cut)
     rows, columns = torch.cat([near.rows[on], places]), torch.cat([near.columns[on], places])
-    values = softplus(torch.cat([values[on], diagonal]), beta)
+    at = torch.cat([values[on], diagonal])
+    values = activation.function(at.clone())
     found["entries"] = len(values) - n
     found["comparison_norm"], inverse_norm = inverse_norm_upper(_sparse(rows, columns, values, n))
     if not math.isfinite(inverse_norm):
         return result("the inverse of the triangular part is too large to bound")
     preactivation, frobenius, rest = _errors(
-        z, error[order], weight, bias, order, rows, columns, beta
+        z, error[order], weight, bias, order, rows, columns, activation
     )
-    squares = float(values.square().sum())
-    evaluation = 8 * UNIT_ROUNDOFF * (math.sqrt(squares) + math.sqrt(len(values)) / beta) * SLACK
+    evaluation = activation.evaluation_error(
+        frobenius_upper(values), frobenius_upper(at), len(values)
+    )
     distance = (preactivation + evaluation + rest) * SLACK
     found |= {"inverse_norm": inverse_norm, "distance": distance}
     found |= {"preactivation": preactivation, "evaluation": evaluation, "rest": rest}
@@ -176,22 +179,23 @@ def _errors(
     order: Tensor,
     rows: Tensor,
     columns: Tensor,
-    beta: float,
+    activation: OneSided,
 ) -> tuple[float, float, float]:
     """(preactivation in the 2-norm, in the Frobenius norm, rest), by the bounds that are smaller.
 
     rows, columns: places of L's entries; error [n] in the order of places, z in that of samples.
     """
     n, d = z.shape
-    zero = math.exp(beta * cut_of(n, beta)) / beta * (1 + 1e-9)
-    whole = preactivation_error(z, error, weight, bias)
+    zero, rate, slope = SHARPEST / n * (1 + 1e-9), activation.rate(n), activation.slope * SLACK
+    whole = slope * preactivation_error(z, error, weight, bias)
     sizes, widths, biases = lengths(z)[order], lengths(weight), bias.abs()
     reach, vanished = gamma(d + 2) * sizes + error, (d + 1) * 2.0**-1073
     at_entries = widths[columns] * reach[rows] + gamma(d + 2) * biases[columns] + vanished
     of_rows = (widths.max() * reach + gamma(d + 2) * biases.max() + vanished) * SLACK
-    off = math.sqrt(n) * zero * frobenius_upper((beta * of_rows).exp()) * (1 + 1e-9)
-    spread = norm_upper_of_magnitudes(_sparse(rows, columns, at_entries * SLACK, n))
-    frobenius = frobenius_upper(at_entries) * SLACK
+    off = math.sqrt(n) * zero * frobenius_upper((rate * of_rows).exp()) * (1 + 1e-9)
+    at_entries = at_entries * slope * SLACK
+    spread = norm_upper_of_magnitudes(_sparse(rows, columns, at_entries, n))
+    frobenius = frobenius_upper(at_entries)
     sparse = min(spread, frobenius), frobenius, off
     return min((whole, whole, n * zero), sparse, key=lambda bounds: bounds[0] + bounds[2])
 

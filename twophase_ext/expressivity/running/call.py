@@ -53,6 +53,7 @@ class Result:
     ids: Tensor | None
     error: Tensor
     huge: bool = False
+    norm: Tensor | None = None  # of the value, where it is known
 
 
 class Call:
@@ -125,11 +126,12 @@ class Call:
     ) -> list[Result]:
         """The result of operands that are broadcast: error, and `rounding` u of |result|."""
         dim, ids = together(operands, self.out.shape)
-        if rounding and self.u:
-            made = self.made(dim, ids)
-            made.huge = huge
-            error = error + rounding * self.u * made.norm
-        return [Result(self.out, dim, ids, error, huge)]
+        if not (rounding and self.u):
+            return [Result(self.out, dim, ids, error, huge)]
+        made = self.made(dim, ids)
+        made.huge = huge
+        error = error + rounding * self.u * made.norm
+        return [Result(self.out, dim, ids, error, huge, None if huge else made.norm)]
 
     def zeros(self, *operands: Operand) -> Tensor:
         """No error, [b] or [1]."""

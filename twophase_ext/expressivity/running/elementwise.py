@@ -259,7 +259,9 @@ def _product(call: Call) -> list[Result]:
         if (x.huge and y.huge) or not (x.exact and y.exact and bool(once.all())):
             return refuse("an operand may hold masks")
         return call.elementwise([x, y], call.zeros(x, y), huge=True)
-    error = x.largest * y.error + y.largest * x.error + x.error * y.error
+    error = y.largest * x.error
+    if not y.exact:
+        error = error + x.largest * y.error + x.error * y.error
     return call.elementwise([x, y], error * SLACK, 2)
 
 

@@ -127,7 +127,7 @@ class Running(TorchDispatchMode):
         dim, ids = sample_dim(tensor, note.ids, note.unit)
         if dim is None and self.samples > 1:
             refuse("it takes one sample of a batch")
-        return Operand(tensor, dim, ids, note.error, self.samples, note.huge)
+        return Operand(tensor, dim, ids, note.error, self.samples, note.huge, note.sizes)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -353,15 +353,18 @@ class Running(TorchDispatchMode):
             note = Note(error, ALL, result.ids, huge)
         else:
             note = laid_out(value, result.dim, result.ids, error, huge)
-        self.notes.write(value, replace(note, decided=decided))
+        note = replace(note, decided=decided)
+        if result.norm is not None and result.ids is not None:
+            note.sizes["norm"] = result.norm
+        self.notes.write(value, note)
 
     def is_made(self, tensor: Tensor) -> bool:
         """Whether its numbers are made of neither weights nor samples."""
-        note = self.notes.checked(tensor)
+        note = self.notes.of(tensor)
         if note is None:  # whole numbers of the model, or what Python brings to every pass
             real = tensor.is_floating_point() or tensor.is_complex()
             return not (real and tensor.untyped_storage()._cdata in self._state)
-        return note.made
+        return note.made and self.notes.checked(tensor) is not None
 
     def note_made(self, tensors: list[Tensor], *, exact: bool) -> None:
         """Constants of neither weights nor samples; exact: whether that says all about them."""

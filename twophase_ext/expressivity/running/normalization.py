@@ -60,7 +60,7 @@ def _finish(
         + times * shift_error
         + call.gamma(d + 24) * (made.norm + 2 * times * shift)
     )
-    results = [Result(call.out, x.dim, x.ids, error * SLACK)]
+    results = [Result(call.out, x.dim, x.ids, error * SLACK, norm=made.norm)]
     for other in call.outs[1:]:  # means and scales: nobody reads them
         if other.numel():
             results.append(_unread(call, other, x))
@@ -140,7 +140,7 @@ def _batch_norm(call: Call) -> list[Result]:
     share = x.value.numel() / len(scale) / (1 if x.constant else call.owner.samples)
     total = made.norm + 2 * math.sqrt(share) * spread
     error = float(scale.abs().max()) * SLACK * x.error + call.gamma(16) * total
-    results = [Result(call.out, x.dim, x.ids, error * SLACK)]
+    results = [Result(call.out, x.dim, x.ids, error * SLACK, norm=made.norm)]
     return results + [_unread(call, other, x) for other in call.outs[1:] if other.numel()]
 
 

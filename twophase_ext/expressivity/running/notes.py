@@ -5,7 +5,7 @@ are part of the storage's, and a write through one view is seen by the others.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class Note:
     HUGE may be there (masks), each right to a relative error of 2^-40 and outside of `error`.
     decided: integers that hang on samples' real numbers, by comparison or place. lost: why nothing
     is known of the numbers; they may be any sample's. made: of Python's numbers and whole numbers
-    of the model alone, neither of its weights nor of samples: as the machine has them.
+    of the model alone, neither of its weights nor of samples: as the machine has them. sizes: norms
+    of the numbers that are there now, by sample, as far as somebody asked for them.
     """
 
     error: Tensor
@@ -36,6 +37,7 @@ class Note:
     decided: bool = False
     lost: str = ""
     made: bool = False
+    sizes: dict[str, Tensor] = field(default_factory=dict, init=False, compare=False)
 
 
 class Notes:

@@ -1,7 +1,7 @@
 """Operands of an operator: values, whose they are, and how far off, with norms by sample."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -28,10 +28,12 @@ class Operand:
         error: Tensor,
         samples: int,
         huge: bool = False,
+        sizes: dict[str, Tensor] | None = None,
     ) -> None:
-        """ids None: a constant."""
+        """ids None: a constant. sizes: of the storage; this tensor's, where it shows all of it."""
         self.value, self.dim, self.ids, self.samples = value, dim, ids, samples
-        self.huge, self.share = huge, 1.0  # share: samples that a constant is repeated for
+        self.huge = huge
+        self.source: tuple[Operand, float] | None = None  # what it repeats, how often for a sample
         # numbers that an expanded view shows several times
         times = math.prod(
             n for n, s in zip(value.shape, value.stride(), strict=True) if s == 0 and n > 1
@@ -39,6 +41,9 @@ class Operand:
         if value.numel() and not times > 1 and _overlaps(value):
             times = _overlaps(value)
         self.error = error * math.sqrt(times) * SLACK if times > 1 else error
+        storage = value.untyped_storage().nbytes()
+        whole = times <= 1 and value.numel() * value.element_size() == storage and not huge
+        self.sizes = sizes if sizes is not None and whole else {}
 
     @property
     def constant(self) -> bool:
@@ -74,9 +79,19 @@ class Operand:
             return value.abs()
         return torch.linalg.vector_norm(value, order, dim=others or None)
 
-    @cached_property
+    def _known(self, what: str, compute: Callable[[], Tensor]) -> Tensor:
+        if what not in self.sizes:
+            self.sizes[what] = compute()
+        return self.sizes[what]
+
+    @property
     def norm(self) -> Tensor:
         """Upper bounds of the 2-norm, by sample; huge numbers are left out."""
+        return self._known("norm", self._norm)
+
+    def _norm(self) -> Tensor:
+        if self.source is not None:
+            return self.source[0].norm * math.sqrt(self.source[1]) * SLACK
         value = self.value.double()
         if self.huge:
             value = torch.where(value.abs() >= HUGE, 0.0, value)
@@ -85,13 +100,18 @@ class Operand:
         if self.dim is not None:
             norms = self.by_sample(norms.square(), "sum").sqrt()
         else:
-            norms = self.by_sample(norms, "sum") / math.sqrt(self.share)
+            norms = self.by_sample(norms, "sum")
         # squares below 2^-1022 may vanish
         return (norms * (1 + gamma(size + 8)) + math.sqrt(size) * 2.0**-510) * SLACK
 
-    @cached_property
+    @property
     def largest(self) -> Tensor:
         """The largest absolute value, by sample."""
+        return self._known("largest", self._largest)
+
+    def _largest(self) -> Tensor:
+        if self.source is not None:
+            return self.source[0].largest
         return self.by_sample(self._norms(self.value.double(), math.inf), "amax")
 
     @cached_property
@@ -123,12 +143,12 @@ class Operand:
             own = place - (len(shape) - self.value.dim())
             if own < 0 or self.value.shape[own] == 1:
                 share = len(ids) / int(ids.bincount().max())
-        value, error = self.value.expand(tuple(shape)), self.error
+        value, error, times = self.value.expand(tuple(shape)), self.error, times / share
         found = Operand.__new__(Operand)
         found.value, found.dim, found.ids, found.samples = value, dim, self.ids, self.samples
-        found.huge = self.huge
-        found.error = error * math.sqrt(times / share) * SLACK if times > 1 else error
-        found.share = share
+        found.huge, found.sizes = self.huge, {}
+        found.error = error * math.sqrt(times) * SLACK if times > 1 else error
+        found.source = self, times
         if self.dim is None and self.ids is not None and self.samples > 1:
             refuse("it takes one sample of a batch")
         return found
