@@ -9,18 +9,17 @@ isometries: orthogonal matrices, in a convolution on its middle pixel, whose nor
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..linalg.progress import Stage
-from ..model.holding import trainable
 from .bounded import Unbounded
 from .problem import Problem
 from .running.features import running
 from .separation import separate
+from .thinning import changed, free_names, thin_weights
 from .witness import whiten
 
 PILOT = 64  # samples that choose the backbone
@@ -29,6 +28,9 @@ SHOWN = 2  # samples whose pass shows where the branches are
 DAMPINGS = ((1.0, 1.0), (1.0, 0.0), (0.25, 0.0), (0.0, 0.0))
 KEPT = 6  # branches, of the first ones, that are tried as the only ones left
 ENOUGH = 0.75  # of the directions that there can be: then no branch is tried alone
+# Of a backbone that costs little: numbers of a sample after each affine map, tried in order;
+# channels at most, as so many features do for very many samples; samples that choose it.
+THIN, CHANNELS, THIN_PILOT = (1 << 13, 1 << 14, 1 << 16), 256, 1024
 
 
 class Branch(NamedTuple):
@@ -48,21 +50,11 @@ def branches(
 
     Those whose last affine map is frozen (requires_grad=False) are left out.
     """
-    free = _free(model)
+    free = free_names(model)
     found = dict.fromkeys(
         Branch(names, plain) for names, plain in running(model, stop, x, norms).tape.branches()
     )
     return [branch for branch in found if free.issuperset(branch.parameters)]
-
-
-def _free(model: nn.Module) -> set[str]:
-    """Names of trainable parameters."""
-    return {
-        f"{path}.{name}".lstrip(".")
-        for path, module in model.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-        if trainable(module, name)
-    }
 
 
 def isometries(model: nn.Module, stop: list[nn.Module], x: Tensor) -> dict[str, Tensor]:
@@ -70,7 +62,7 @@ def isometries(model: nn.Module, stop: list[nn.Module], x: Tensor) -> dict[str, 
 
     Of convolutions the middle pixel, for each group; biases are zero.
     """
-    state, free = model.state_dict(), _free(model)
+    state, free = model.state_dict(), free_names(model)
     steps = running(model, stop, x).tape.steps.values()
     weighted = list(dict.fromkeys(step.weights for step in steps if step.weights))
     changed: dict[str, Tensor] = {}
@@ -182,6 +174,8 @@ def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
     what it is, for a person. Raises Unbounded where no choice has bounds.
     """
     found = branches(problem.model, problem.chain(wide), problem.batches(SHOWN)[0], problem.norms)
+    if problem.version > 1 and (what := _thin(problem, stage, wide, found)):
+        return what
     best: _Tried | None = None
     reason: Unbounded | None = None
     for choice in _choices(found):
@@ -194,7 +188,7 @@ def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
             tamed = isometries(problem.model, problem.chain(wide), x)
             changes |= {name: value for name, value in tamed.items() if name not in off}
         try:
-            with _changed(problem.model, changes):
+            with changed(problem.model, changes):
                 features = problem.features(wide, stage, PILOT)
         except Unbounded as error:
             reason = reason or error
@@ -211,17 +205,31 @@ def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
     return f"{best.what} ({best.resolved} directions resolved on {min(PILOT, problem.n)} samples)"
 
 
-@contextmanager
-def _changed(model: nn.Module, changes: dict[str, Tensor]) -> Iterator[None]:
-    """The entries of the state dict are these, and what they were afterwards."""
-    state = model.state_dict()
-    own = {name: state[name].clone() for name in changes}
-    with torch.no_grad():
-        for name, value in changes.items():
-            state[name].copy_(value)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in own.items():
-                state[name].copy_(value)
+def _thin(problem: Problem, stage: Stage, wide: nn.Linear, found: list[Branch]) -> str:
+    """Load the first backbone of few channels that is good enough, and say which; "" for none."""
+    x, stop = problem.batches(SHOWN)[0], problem.chain(wide)
+    for numbers in THIN:
+        for factor in (1.0, 0.0) if found else (1.0,):
+            factors = [0.0 if branch.plain else factor for branch in found]
+            changes = damped(problem.model, found, factors)
+            try:
+                with changed(problem.model, changes):
+                    thin = thin_weights(problem.model, stop, x, numbers, CHANNELS)
+                if not thin:
+                    continue
+                changes |= thin
+                with changed(problem.model, changes):
+                    features = problem.features(wide, stage, THIN_PILOT)
+            except Unbounded:
+                continue
+            resolved = len(whiten(features.z, features.error, problem.dtype).map)
+            possible = min(CHANNELS, features.z.shape[1], len(features.z) - 1)
+            if resolved >= ENOUGH * possible and separate(features.z, features.error).proved:
+                problem.load({n: value.to(problem.dtype) for n, value in changes.items()})
+                problem.damped = True
+                rest = f", residual branches times {factor:g} (beside an identity: 0)"
+                return (
+                    f"channels of {numbers} numbers a layer{rest if found else ''} ({resolved} "
+                    f"directions resolved on {len(features.z)} samples)"
+                )
+    return ""

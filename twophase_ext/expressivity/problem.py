@@ -32,7 +32,7 @@ from .running.features import bounded_features
 
 CHUNK = 8192  # samples
 ONE_SIDED = "exact softplus, GELU, SiLU or Mish"
-OPERATIONS = 5e12  # of a pass of the model over all samples; beyond it over a random part of them
+OPERATIONS = 4e11  # of a pass of the model over all samples; beyond it over a random part of them
 
 
 @dataclass

@@ -9,6 +9,7 @@ draws numbers, decides by rounded ones or writes into the model's state ends it,
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,13 @@ from ..operator_norms import convolve
 from .moves import EXACT, MOVES
 from .notes import ALL, Note, Notes, laid_out, sample_dim
 from .operand import Operand
-from .products import affine_map, bias_of
+from .products import affine_map
 from .rules import RULES, Call, Result
-from .tape import Made, Step, Tape
+from .skipping import geometry, skip
+from .tape import Step, Tape
+from .thin import TOUCHED, thinned, whole
 from .trace import Trace
+from .untouched import Untouched, available
 from .writes import holds_huge, ruled, with_underflow, write_through, written_by
 
 _FLOATS = (torch.float64, torch.float32)
@@ -47,12 +51,15 @@ class Running(TorchDispatchMode):
         skipped: Mapping[int, Step] | None = None,
         *,
         lift: bool = True,
+        thin: bool = False,
+        pruned: dict[str, Tensor] | None = None,
     ) -> None:
         """norms: of the model's weights, kept from pass to pass. lift: whether what is cast to
         float32 stays in float64, as real arithmetic knows no casts.
 
         skipped: steps that need not be computed, by an earlier pass's tape. Without it the pass
         goes on where a rule is missing: the numbers are lost, which may not matter in the end.
+        thin: whether channels that are constant are left out (thin.py). pruned: as of `live_part`.
         """
         super().__init__()
         self.notes, self.norms = Notes(), norms
@@ -63,13 +70,14 @@ class Running(TorchDispatchMode):
         self.failed = ""
         state = [*model.parameters(), *model.buffers()]
         self._state = {t.untyped_storage()._cdata for t in state}
-        self._weights = {
+        self.weights = {
             p.untyped_storage()._cdata: name for name, p in reversed([*model.named_parameters()])
         }
         self.fresh: set[int] = set()  # constants that were made under the eyes of this mode
         self.trace = Trace(self._seen)
         self.tape, self._index, self._skipped = Tape(), -1, skipped or {}
-        self._lenient, self._lift = skipped is None, lift
+        self._lenient, self._lift, self.pruned = skipped is None, lift, pruned
+        self._thin, self.untouched = thin and available(), Untouched()
         self._device = torch.device("cpu")
         self._there: AbstractContextManager[Any] = nullcontext()
 
@@ -81,6 +89,7 @@ class Running(TorchDispatchMode):
         """x [b, ...] is what the samples are: exact, or off by error [b]."""
         self.samples = len(x)
         self._device = x.device
+        self._thin = self._thin and x.device.type == "cpu"
         if x.device != torch.get_default_device():
             self._there = x.device  # a context: what rules make lies there
         with self._there:
@@ -93,6 +102,7 @@ class Running(TorchDispatchMode):
         if self.failed:
             return refuse(self.failed)
         with self._there:
+            whole(self, value)
             note = self.notes.checked(value)
             if note is not None and note.lost:
                 raise Lost(note.lost)
@@ -107,6 +117,8 @@ class Running(TorchDispatchMode):
                 refuse("stop: its input does not have the rows of each sample, in their order")
             if note.huge:
                 refuse("stop: its input may hold masks")
+            if not self.untouched.all_whole():
+                refuse(TOUCHED)
         return Bounded(value, operand.error[ids])
 
     def skippable(self, value: Tensor) -> dict[int, Step]:
@@ -186,8 +198,15 @@ class Running(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and name not in MOVES:
             refuse("it draws random numbers")
         self._index += 1
-        if self._index in self._skipped:
-            return self._skip(self._skipped[self._index], func, args, kwargs)
+        skipped = self._skipped.get(self._index)
+        if self._thin and (skipped is None or skipped.unread):
+            made = self._thinned(func, args, kwargs, tensors)
+            if made is not None:
+                return made
+        if skipped is not None:
+            return skip(self, skipped, func, args, kwargs, self._device)
+        for tensor in () if func.is_view else tensors:
+            whole(self, tensor)
         before = {t.untyped_storage()._cdata for t in tensors}
         reads = dict.fromkeys(self.notes.token(t) for t in tensors if self.depends(t))
         written = [] if name in _SHAPES else written_by(func, args, kwargs)
@@ -202,7 +221,7 @@ class Running(TorchDispatchMode):
                 self._lose(func, written, error)
             self._step(name, tuple(reads), written)
             return out
-        out = self._compute(func, args, kwargs)
+        out = self.compute(func, args, kwargs)
         results = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
         fresh = [t for t in results if t.untyped_storage()._cdata not in before]
         if not fresh:
@@ -220,11 +239,28 @@ class Running(TorchDispatchMode):
         step = self._step(name, tuple(reads), fresh)
         if step is not None:
             step.in_place, step.whole = False, len(fresh) == len(results)
-            step.made = tree_map(self._geometry, out)
+            step.made = tree_map(partial(geometry, self), out)
             self._affine(step, Call(self, func, args, kwargs, fresh))
         return out
 
-    def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _thinned(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> Any:
+        reads = dict.fromkeys(self.notes.token(t) for t in tensors if self.depends(t))
+        try:
+            out = thinned(self, func, args, kwargs)
+        except Unbounded:
+            return None  # as all of the tensor it may have a rule
+        if out is None:
+            return None
+        made = out[0] if isinstance(out, tuple) else out
+        step = self._step(func._schema.name, tuple(reads), [made])
+        if step is not None and not any(made is t for t in tensors):
+            step.in_place, step.made = False, tree_map(partial(geometry, self), out)
+            self._affine(step, Call(self, func, args, kwargs, [made]))
+        return out
+
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operator itself; on a GPU a convolution as plain sums of products."""
         name = func._schema.name
         if name == "aten::convolution" and args[0].is_cuda:
@@ -273,40 +309,10 @@ class Running(TorchDispatchMode):
         if found is None:
             return
         own = [found.weight, *([] if found.bias is None else [found.bias])]
-        names = [self._weights.get(t.untyped_storage()._cdata) for t in own]
+        names = [self.weights.get(t.untyped_storage()._cdata) for t in own]
         step.weights = tuple(k for k in names if k is not None) if names[0] else ()
         if found.is_zero:
             step.unread = (self.notes.token(found.x),)
-
-    def _geometry(self, value: Any) -> Any:
-        note = self.notes.of(value) if isinstance(value, Tensor) else None
-        return value if note is None else Made.of(value, note)
-
-    def _skip(self, step: Step, func: Any, args: Any, kwargs: Any) -> Any:
-        """Zeros in place of numbers that nothing reads; of a map with zero weights, its bias."""
-        if step.in_place:
-            for tensor in written_by(func, args, kwargs):
-                note = self.notes.of(tensor)
-                if note is not None:
-                    lost = torch.full((self.samples,), torch.inf, dtype=torch.float64)
-                    self.notes.write(tensor, replace(note, error=lost))
-            return written_by(func, args, kwargs)[0] if func._schema.returns else None
-
-        def blank(made: Any) -> Any:
-            if not isinstance(made, Made):
-                return made
-            value, note = made.blank(self._device), made.note
-            if step.unread:
-                value += bias_of(Call(self, func, args, kwargs, [value]))
-                note = Note(note.error.new_zeros(1)) if note.lost else note
-                note = replace(note, error=torch.zeros_like(note.error))
-            else:
-                lost = torch.full((self.samples,), torch.inf, dtype=torch.float64)
-                note = replace(note, error=lost)
-            self.notes.write(value, note)
-            return value
-
-        return tree_map(blank, step.made)
 
     def _note(
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], fresh: list[Tensor]
@@ -339,7 +345,11 @@ class Running(TorchDispatchMode):
         for result in results:
             self._write(result, decides and not result.value.is_floating_point())
 
-    def _write(self, result: Result, decided: bool) -> None:
+    def keep(self, result: Result) -> None:
+        """Note what a rule said of a tensor that nobody else sees."""
+        self._write(result, False, seen=False)
+
+    def _write(self, result: Result, decided: bool, *, seen: bool = True) -> None:
         value, error = result.value, result.error
         if value.is_floating_point() and value.dtype not in _FLOATS:
             refuse(f"no rule for numbers of {value.dtype}")
@@ -356,7 +366,7 @@ class Running(TorchDispatchMode):
         note = replace(note, decided=decided)
         if result.norm is not None and result.ids is not None:
             note.sizes["norm"] = result.norm
-        self.notes.write(value, note)
+        self.notes.write(value, note, seen=seen)
 
     def is_made(self, tensor: Tensor) -> bool:
         """Whether its numbers are made of neither weights nor samples."""

@@ -126,10 +126,17 @@ def _all(
 
 
 def running(
-    model: nn.Module, stop: list[nn.Module], x: Tensor, norms: dict[Any, Any] | None = None
+    model: nn.Module,
+    stop: list[nn.Module],
+    x: Tensor,
+    norms: dict[Any, Any] | None = None,
+    pruned: dict[str, Tensor] | None = None,
 ) -> Running:
-    """One pass over a batch up to `stop`, without bounds where these fail; its tape is of use."""
-    mode = Running(model, {} if norms is None else norms)
+    """One pass over a batch up to `stop`, without bounds where these fail; its tape is of use.
+
+    pruned: gets the live columns of weights whose other columns do not count (thin.py).
+    """
+    mode = Running(model, {} if norms is None else norms, thin=pruned is not None, pruned=pruned)
     try:
         with torch.no_grad():
             _enter(mode, model, stop, x.clone())
@@ -138,13 +145,23 @@ def running(
     return mode
 
 
+def steps_to(model: nn.Module, stop: list[nn.Module], x: Tensor) -> tuple[list[Step], list[Step]]:
+    """(steps on which the input of `stop` depends, other ones) of one pass, in order."""
+    mode = Running(model, {})
+    with torch.no_grad():
+        value = _enter(mode, model, stop, x.clone())
+    dead = mode.skippable(value)
+    steps = mode.tape.steps
+    return [s for k, s in steps.items() if k not in dead], list(dead.values())
+
+
 def _first(
     model: nn.Module, stop: list[nn.Module], x: Tensor, norms: dict[Any, Any], lift: bool
 ) -> tuple[Running, Bounded, _Known]:
     """The first batch of its size, computed whole; again without what it need not compute where
     the numbers of an operator that has no rule reached the end.
     """
-    mode = Running(model, norms, lift=lift)
+    mode = Running(model, norms, lift=lift, thin=True)
     value = _enter(mode, model, stop, x.clone())
     known = _Known(mode.trace.result(), mode.skippable(value), lift)
     try:
@@ -152,6 +169,8 @@ def _first(
     except Lost:
         if not known.skipped:
             raise
+    finally:
+        mode.notes.forget()
     return *_again(model, stop, x, norms, known), known
 
 
@@ -159,8 +178,9 @@ def _again(
     model: nn.Module, stop: list[nn.Module], x: Tensor, norms: dict[Any, Any], known: _Known
 ) -> tuple[Running, Bounded]:
     """A further batch; Unbounded where it is not treated as the first one of its size."""
-    mode = Running(model, norms, known.skipped, lift=known.lift)
+    mode = Running(model, norms, known.skipped, lift=known.lift, thin=True)
     found = mode.bounded(_enter(mode, model, stop, x.clone()))
+    mode.notes.forget()
     if mode.trace.result() != known.trace:
         raise Unbounded("the model does something else for other samples")
     return mode, found

@@ -6,6 +6,7 @@ are part of the storage's, and a write through one view is seen by the others.
 
 import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Note:
     throughout for integers that are exact; inf: it hangs on how numbers were rounded. The number at
     offset o belongs to sample ids[o // unit % len(ids)]; ids None: a constant. huge: numbers beyond
     HUGE may be there (masks), each right to a relative error of 2^-40 and outside of `error`.
+    thin: what the storage stands for, where its memory holds nothing (thin.py).
     decided: integers that hang on samples' real numbers, by comparison or place. lost: why nothing
     is known of the numbers; they may be any sample's. made: of Python's numbers and whole numbers
     of the model alone, neither of its weights nor of samples: as the machine has them. sizes: norms
@@ -37,6 +39,7 @@ class Note:
     decided: bool = False
     lost: str = ""
     made: bool = False
+    thin: Any = None
     sizes: dict[str, Tensor] = field(default_factory=dict, init=False, compare=False)
 
 
@@ -46,7 +49,7 @@ class Notes:
     def __init__(self) -> None:
         """None yet."""
         # the weak reference keeps the address from being given to another storage
-        self._kept: dict[int, tuple[StorageWeakRef, Note, int, int]] = {}
+        self._kept: dict[int, tuple[StorageWeakRef, Note, int | None, int]] = {}
         self._count = 0
 
     def of(self, tensor: Tensor) -> Note | None:
@@ -67,20 +70,24 @@ class Notes:
         found = self._kept.get(tensor.untyped_storage()._cdata)
         if found is None:
             return None
-        if mark(tensor) != found[2]:
+        if found[2] is not None and mark(tensor) != found[2]:
             raise Refused("an operand was written by what is no operator")
         return found[1]
 
-    def write(self, tensor: Tensor, note: Note) -> None:
-        """Replace the note of the tensor's storage."""
+    def write(self, tensor: Tensor, note: Note, *, seen: bool = True) -> None:
+        """Replace the note of the tensor's storage. seen: whether its numbers matter to anybody."""
         storage = tensor.untyped_storage()
         kept = self._kept.get(storage._cdata)
         if kept is None:
             self._count += 1
         reference, token = (StorageWeakRef(storage), self._count) if kept is None else kept[::3]
-        self._kept[storage._cdata] = reference, note, mark(tensor), token
-        if len(self._kept) % 512 == 0:
+        self._kept[storage._cdata] = reference, note, mark(tensor) if seen else None, token
+        if note.thin is not None or len(self._kept) % 512 == 0:  # thin ones hold numbers
             self._kept = {k: v for k, v in self._kept.items() if not v[0].expired()}
+
+    def forget(self) -> None:
+        """All of them, when the run is over: what they hold may be large."""
+        self._kept = {}
 
 
 def mark(tensor: Tensor) -> int:

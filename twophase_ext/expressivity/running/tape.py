@@ -1,7 +1,7 @@
 """What a pass did, step by step: what need not be computed, and where residual branches end."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,12 +22,12 @@ class Made:
     @staticmethod
     def of(value: Tensor, note: Note) -> "Made":
         """Of a result and its note."""
-        return Made(tuple(value.shape), value.stride(), value.dtype, note)
+        return Made(tuple(value.shape), value.stride(), value.dtype, replace(note, thin=None))
 
     def blank(self, device: torch.device) -> Tensor:
-        """A tensor of this geometry that holds zeros."""
+        """A tensor of this geometry, whatever it holds: its memory is not touched."""
         size = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
-        flat = torch.zeros(max(size, 0), dtype=self.dtype, device=device)
+        flat = torch.empty(max(size, 0), dtype=self.dtype, device=device)
         return flat.as_strided(self.shape, self.stride)
 
 
