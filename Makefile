@@ -27,7 +27,7 @@ demo: $(STAMPS)/package
 	$(BIN)/twophase demo
 
 test: $(STAMPS)/package $(STAMPS)/test
-	OMP_WAIT_POLICY=passive $(BIN)/pytest --benchmark-disable --numprocesses $(WORKERS) --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/pytest --benchmark-disable --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMPS)/package $(STAMPS)/test
 	mkdir -p $(dir $(BENCH_JSON))

@@ -29,6 +29,20 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
 cuda = pytest.param("cuda", marks=pytest.mark.cuda)
 
 
+# Files of few tests that take long: begun first, so that no worker is left with one at the end.
+LONG = (
+    *("test_mnist", "test_cuda_bodies", "test_killed", "test_reproduce", "test_report_browser"),
+    *("test_deploy", "test_install", "test_determinism_runs", "test_sklearn", "test_examples"),
+    *("test_huggingface", "test_lightning", "test_ranks", "test_ranks_lost", "test_fuzz"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Files in the order of LONG, then by name; tests within a file stay in theirs."""
+    rank = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def alone():
     """Random numbers and threads do not depend on the tests before."""

@@ -226,7 +226,7 @@ def _thin(problem: Problem, stage: Stage, wide: nn.Linear, found: list[Branch]) 
             possible = min(CHANNELS, features.z.shape[1], len(features.z) - 1)
             if resolved >= ENOUGH * possible and separate(features.z, features.error).proved:
                 problem.load({n: value.to(problem.dtype) for n, value in changes.items()})
-                problem.damped = True
+                problem.damped = problem.thin = True
                 rest = f", residual branches times {factor:g} (beside an identity: 0)"
                 return (
                     f"channels of {numbers} numbers a layer{rest if found else ''} ({resolved} "

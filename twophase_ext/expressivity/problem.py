@@ -31,6 +31,7 @@ from .one_sided import OneSided, one_sided
 from .running.features import bounded_features
 
 CHUNK = 8192  # samples
+THIN = 4  # batches at a time, where few channels are computed
 ONE_SIDED = "exact softplus, GELU, SiLU or Mish"
 OPERATIONS = 4e11  # of a pass of the model over all samples; beyond it over a random part of them
 
@@ -42,8 +43,8 @@ class Problem:
     data: the inputs of all samples. inputs: batches [b, ...] of the n distinct ones, exact, as the
     model is fed; M has n rows, those of these inputs that count. ones: whether M has the column 1.
     changes: entries of the state dict (the model's dtype) that differ from the user's model.
-    damped: whether `choose_backbone` (backbone.py) has put another backbone in. version: of the
-    certificate file, for whose witness is made.
+    damped: whether `choose_backbone` (backbone.py) has put another backbone in; thin: one of few
+    channels (thinning.py). version: of the certificate file, for whose witness is made.
     """
 
     network: Network
@@ -51,6 +52,7 @@ class Problem:
     ones: bool
     changes: dict[str, Tensor] = field(default_factory=dict)
     damped: bool = False
+    thin: bool = False
     version: int = VERSION
     bounded: BoundedFeatures | None = None  # of all samples, as `features` found them last
 
@@ -216,12 +218,12 @@ class Problem:
     def restored(self) -> Iterator[None]:
         """The weights that are changed within are put back: what follows is about the old ones."""
         own = {name: value.clone() for name, value in self.model.state_dict().items()}
-        changes, was_damped = dict(self.changes), self.damped
+        changes, was = dict(self.changes), (self.damped, self.thin)
         try:
             yield
         finally:
             self.load(own)
-            self.changes, self.damped = changes, was_damped
+            self.changes, (self.damped, self.thin) = changes, was
 
     def reinitialise(self, seed: int) -> None:
         """Default initialisation under the seed; running statistics and frozen weights stay."""
@@ -264,6 +266,8 @@ class Problem:
         that is killed; it belongs to one problem.
         """
         batches = self.batches(count)
+        if self.thin:
+            batches = [torch.cat(batches[k : k + THIN]) for k in range(0, len(batches), THIN)]
         if folder is None:
             parts = [self._bounded(stop, batches, stage.advance)]
         else:

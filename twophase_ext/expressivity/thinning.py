@@ -51,10 +51,11 @@ def thin_weights(
 ) -> dict[str, Tensor]:
     """Entries of the state dict that leave so many numbers of a sample after each affine map.
 
-    The first channels stay, one at least and `channels` at most. Weights of channels
-    that are constant then are zero, and so is every weight on which the input of stop[0] does not
-    depend. Empty where nothing is left out, or where an affine map has no channels of its own: its
-    weights are frozen, in groups, or act on every token.
+    The first channels stay, one at least and `channels` at most, and of convolutions after the
+    first map that keep the number of places the middle pixel. Weights of channels that are constant
+    then are zero, and so is every weight on which the input of stop[0] does not depend. Empty where
+    no channel is left out, or where an affine map has no channels of its own: its weights are
+    frozen, in groups, or act on every token.
     """
     live, dead = steps_to(model, stop, x)
     state, free, modules = model.state_dict(), free_names(model), dict(model.named_modules())
