@@ -256,12 +256,13 @@ def test_weights_of_few_channels():
 def test_a_witness_of_few_channels_for_the_users_model(monkeypatch):
     from twophase_ext.expressivity import backbone
 
-    monkeypatch.setattr(backbone, "THIN", (1 << 9,))
+    monkeypatch.setattr(backbone, "THIN", (1 << 8,))
+    monkeypatch.setattr(backbone, "MANY", 30)
     torch.manual_seed(0)
-    x = torch.rand(60, 1, 16, 16)
-    model = PreActResNet18(1, 10, width=16, wide=66)
+    x = torch.rand(30, 1, 8, 8)
+    model = PreActResNet18(1, 10, width=8, wide=33)
     verdict = tp.verify_expressivity(model, x, w="witness", method="certificate")
-    assert verdict.status == "proved" and "channels of 512 numbers" in verdict.constants["backbone"]
+    assert verdict.status == "proved" and "channels of 256 numbers" in verdict.constants["backbone"]
     assert verdict.recheck(model, x, say=lambda _: None)
     model.load_state_dict(verdict.witness, strict=False)
     model = model.double().eval()
@@ -269,6 +270,6 @@ def test_a_witness_of_few_channels_for_the_users_model(monkeypatch):
         h = []
         model.head[2].register_forward_pre_hook(lambda _, a: h.append(a[0]))
         model(x.double())
-    matrix = torch.cat([h[0], torch.ones(60, 1)], 1)
+    matrix = torch.cat([h[0], torch.ones(30, 1)], 1)
     sigma = float(torch.linalg.svdvals(matrix)[-1])
     assert 0 < verdict.sigma_min_lower <= sigma * (1 + 1e-9)

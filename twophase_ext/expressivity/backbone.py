@@ -29,8 +29,9 @@ DAMPINGS = ((1.0, 1.0), (1.0, 0.0), (0.25, 0.0), (0.0, 0.0))
 KEPT = 6  # branches, of the first ones, that are tried as the only ones left
 ENOUGH = 0.75  # of the directions that there can be: then no branch is tried alone
 # Of a backbone that costs little: numbers of a sample after each affine map, tried in order;
-# channels at most, as so many features do for very many samples; samples that choose it.
-THIN, CHANNELS, THIN_PILOT = (1 << 13, 1 << 14, 1 << 16), 256, 1024
+# channels at most, as so many features do for very many samples; samples that choose it; samples
+# from which on it is tried.
+THIN, CHANNELS, THIN_PILOT, MANY = (1 << 13, 1 << 14, 1 << 16), 256, 1024, 1024
 
 
 class Branch(NamedTuple):
@@ -174,7 +175,7 @@ def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
     what it is, for a person. Raises Unbounded where no choice has bounds.
     """
     found = branches(problem.model, problem.chain(wide), problem.batches(SHOWN)[0], problem.norms)
-    if problem.version > 1 and (what := _thin(problem, stage, wide, found)):
+    if problem.version > 1 and problem.n >= MANY and (what := _thin(problem, stage, wide, found)):
         return what
     best: _Tried | None = None
     reason: Unbounded | None = None
@@ -214,7 +215,7 @@ def _thin(problem: Problem, stage: Stage, wide: nn.Linear, found: list[Branch]) 
             changes = damped(problem.model, found, factors)
             try:
                 with changed(problem.model, changes):
-                    thin = thin_weights(problem.model, stop, x, numbers, CHANNELS)
+                    thin = thin_weights(problem.model, stop, x, numbers, CHANNELS, problem.norms)
                 if not thin:
                     continue
                 changes |= thin

@@ -8,6 +8,7 @@ computed (running/thin.py).
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,12 @@ def changed(model: nn.Module, changes: dict[str, Tensor]) -> Iterator[None]:
 
 
 def thin_weights(
-    model: nn.Module, stop: list[nn.Module], x: Tensor, numbers: int, channels: int
+    model: nn.Module,
+    stop: list[nn.Module],
+    x: Tensor,
+    numbers: int,
+    channels: int,
+    norms: dict[Any, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Entries of the state dict that leave so many numbers of a sample after each affine map.
 
@@ -57,7 +63,7 @@ def thin_weights(
     no channel is left out, or where an affine map has no channels of its own: its weights are
     frozen, in groups, or act on every token.
     """
-    live, dead = steps_to(model, stop, x)
+    live, dead = steps_to(model, stop, x, norms)
     state, free, modules = model.state_dict(), free_names(model), dict(model.named_modules())
     used = {name for step in live for name in step.weights}
     found = {

@@ -145,9 +145,11 @@ def running(
     return mode
 
 
-def steps_to(model: nn.Module, stop: list[nn.Module], x: Tensor) -> tuple[list[Step], list[Step]]:
+def steps_to(
+    model: nn.Module, stop: list[nn.Module], x: Tensor, norms: dict[Any, Any] | None = None
+) -> tuple[list[Step], list[Step]]:
     """(steps on which the input of `stop` depends, other ones) of one pass, in order."""
-    mode = Running(model, {})
+    mode = Running(model, {} if norms is None else norms)
     with torch.no_grad():
         value = _enter(mode, model, stop, x.clone())
     dead = mode.skippable(value)

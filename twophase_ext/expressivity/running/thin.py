@@ -329,25 +329,17 @@ def _sum(owner: Owner, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return _channelwise(owner, func, args, kwargs)
     if kwargs or len(args) > 2 or x.shape != y.shape or x.dim() < 2:
         return None
-    found = []
-    for tensor in (x, y):
-        own = thin_of(owner, tensor)
-        if own is None:
-            if not _by_sample(owner, tensor):
-                return None
-            every = torch.arange(tensor.shape[1])
-            rest = tensor.new_zeros(1, tensor.shape[1], *[1] * (tensor.dim() - 2))
-            own = Thin(tuple(tensor.shape), tensor.stride(), every, tensor, rest)
-        found.append(own)
-    first, second = found
+    first, second = thin_of(owner, x), thin_of(owner, y)
+    if first is None or second is None:
+        return None
     if func._schema.name == "aten::add" and first.value is None:
         first, second = second, first
     live = torch.cat([first.live, second.live]).unique()
     rest = _applied(owner, func, (first.rest, second.rest), {})
     nothing = second.value is None and not bool(second.rest.any())
-    if nothing and owner.operand(second.rest).exact and not any(first.value is t for t in (x, y)):
+    if nothing and owner.operand(second.rest).exact:
         return live, first.value, first.rest
-    parts = [_spread(owner, own, live) for own in found]
+    parts = [_spread(owner, own, live) for own in (first, second)]
     return live, None if len(live) == 0 else _applied(owner, func, tuple(parts), {}), rest
 
 
