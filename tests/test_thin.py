@@ -12,9 +12,10 @@ import twophase_ext as tp
 from exact_running import Digits, digits, numbers
 from running_models import Stop
 from twophase.models import PreActResNet18
+from twophase_ext.expressivity import backbone
 from twophase_ext.expressivity.bounded import Unbounded
 from twophase_ext.expressivity.running import engine, thin, untouched
-from twophase_ext.expressivity.running.features import bounded_features
+from twophase_ext.expressivity.running.features import bounded_features, running
 from twophase_ext.expressivity.thinning import thin_weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no pages to look at")
@@ -86,8 +87,6 @@ def zeroed(net, seed, columns=True):
                 layer.weight.copy_(taps)
     if columns:
         pruned = {}
-        from twophase_ext.expressivity.running.features import running
-
         own = Stop(net, 20 if net.line else 12).double().eval()
         running(own, [own.stop], images(2, seed), pruned=pruned)
         state = dict(own.backbone.named_parameters())
@@ -254,8 +253,6 @@ def test_weights_of_few_channels():
 
 
 def test_a_witness_of_few_channels_for_the_users_model(monkeypatch):
-    from twophase_ext.expressivity import backbone
-
     monkeypatch.setattr(backbone, "THIN", (1 << 8,))
     monkeypatch.setattr(backbone, "MANY", 30)
     torch.manual_seed(0)
@@ -273,3 +270,28 @@ def test_a_witness_of_few_channels_for_the_users_model(monkeypatch):
     matrix = torch.cat([h[0], torch.ones(30, 1)], 1)
     sigma = float(torch.linalg.svdvals(matrix)[-1])
     assert 0 < verdict.sigma_min_lower <= sigma * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("method", ["certificate", "separation"])
+def test_few_channels_that_do_not_do_are_all_channels(monkeypatch, method):
+    """The pilot's samples are told apart; the last two differ where few channels do not look."""
+    monkeypatch.setattr(backbone, "THIN", (1 << 7,))
+    monkeypatch.setattr(backbone, "MANY", 30)
+    monkeypatch.setattr(backbone, "THIN_PILOT", 28)
+    monkeypatch.setattr(backbone, "ENOUGH", 0.1)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 16, 3, 2, 1), nn.BatchNorm2d(16), tp.nn.Softplus(10.0)),
+        *(nn.Conv2d(16, 32, 3, 2, 1), tp.nn.Softplus(10.0), nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+        *(nn.Linear(128, 33), tp.nn.Softplus(100.0), nn.Linear(33, 3)),
+    ).eval()
+    with torch.no_grad():
+        model[0].weight[:8, 1] = 0  # of the first channels none sees the second image
+    x = torch.rand(30, 2, 8, 8)
+    x[29, 0] = x[28, 0]
+    verdict = tp.verify_expressivity(model, x, w="witness", method=method)
+    assert verdict.status == "proved", str(verdict)
+    assert "channels of" not in verdict.constants["backbone"]
+    x[29, 0, 0, 0] += 0.5
+    few = tp.verify_expressivity(model, x, w="witness", method=method)
+    assert few.status == "proved" and "channels of 128 numbers" in few.constants["backbone"]

@@ -175,7 +175,8 @@ def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
     what it is, for a person. Raises Unbounded where no choice has bounds.
     """
     found = branches(problem.model, problem.chain(wide), problem.batches(SHOWN)[0], problem.norms)
-    if problem.version > 1 and problem.n >= MANY and (what := _thin(problem, stage, wide, found)):
+    few = problem.version > 1 and problem.n >= MANY and not problem.all_channels
+    if few and (what := _thin(problem, stage, wide, found)):
         return what
     best: _Tried | None = None
     reason: Unbounded | None = None

@@ -160,7 +160,8 @@ def certify_witness(
                 culprits=[sorted(c.samples) for c in groups] or [sorted(proof.offending)],
                 explanation=describe(groups),
             )
-    if factorization == "triangular":
+    # of few channels: a larger backbone before a dense factorization
+    if factorization == "triangular" or (factorization == "auto" and problem.thin and reason):
         reason = reason or f"triangular: one neuron a sample needs m_H >= n, got {m} < {n}"
         return evidence.but(reason=reason)
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 where none is named.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,18 @@ class Attempt:
             reason = f"separation needs free weights: {constraint}"
             return Evidence(method="separation", reason=reason)
         with self.problem.restored():  # "auto" goes on with the weights asked for
-            return self._separation()
+            return self._enlarged(self._separation)
+
+    def _enlarged(self, prove: Callable[[], Evidence]) -> Evidence:
+        """`prove`, again with all channels where a backbone of few does not do."""
+        back = self.problem.kept()
+        found = prove()
+        if found.status == "proved" or not self.problem.thin:
+            return found
+        self.stages.say(f"few channels do not do ({found.reason}): all of them")
+        back()
+        self.problem.all_channels = True
+        return prove()
 
     def _separation(self) -> Evidence:
         problem = self.problem
@@ -118,7 +130,9 @@ class Attempt:
                 if constraint := problem.constraint(witness=True):
                     reason = f"a witness needs free weights: {constraint}"
                     return Evidence(method="certificate", reason=reason)
-                found = certify_witness(problem, seed=self.seed, **arguments)
+                found = self._enlarged(
+                    lambda: certify_witness(problem, seed=self.seed, **arguments)
+                )
             else:
                 found = certify_given(problem, **arguments)
             if found.status == "full rank" and problem.narrowed:

@@ -44,7 +44,8 @@ class Problem:
     model is fed; M has n rows, those of these inputs that count. ones: whether M has the column 1.
     changes: entries of the state dict (the model's dtype) that differ from the user's model.
     damped: whether `choose_backbone` (backbone.py) has put another backbone in; thin: one of few
-    channels (thinning.py). version: of the certificate file, for whose witness is made.
+    channels (thinning.py), unless all_channels is set. version: of the certificate file, for whose
+    witness is made.
     """
 
     network: Network
@@ -53,6 +54,7 @@ class Problem:
     changes: dict[str, Tensor] = field(default_factory=dict)
     damped: bool = False
     thin: bool = False
+    all_channels: bool = False
     version: int = VERSION
     bounded: BoundedFeatures | None = None  # of all samples, as `features` found them last
 
@@ -214,16 +216,25 @@ class Problem:
         self.changes.update(changes)
         self._plain = None
 
+    def kept(self) -> Callable[[], None]:
+        """What puts the weights of now back."""
+        own = {name: value.clone() for name, value in self.model.state_dict().items()}
+        changes, was = dict(self.changes), (self.damped, self.thin)
+
+        def back() -> None:
+            self.load(own)
+            self.changes, (self.damped, self.thin) = changes, was
+
+        return back
+
     @contextmanager
     def restored(self) -> Iterator[None]:
         """The weights that are changed within are put back: what follows is about the old ones."""
-        own = {name: value.clone() for name, value in self.model.state_dict().items()}
-        changes, was = dict(self.changes), (self.damped, self.thin)
+        back = self.kept()
         try:
             yield
         finally:
-            self.load(own)
-            self.changes, (self.damped, self.thin) = changes, was
+            back()
 
     def reinitialise(self, seed: int) -> None:
         """Default initialisation under the seed; running statistics and frozen weights stay."""
