@@ -48,6 +48,8 @@ def construction(r: random.Random) -> None:
         return
     assert isinstance(got, tp.GlobalMinimum)
     model.load_state_dict(got.state, strict=False)
+    # arrays and labels of other types are taken where they mean the same
+    x, y = torch.as_tensor(x).double(), torch.as_tensor(y).long()
     truth = float(torch.nn.functional.cross_entropy(model(x).detach(), y))
     assert math.isclose(truth, got.loss, rel_tol=1e-6, abs_tol=1e-12)
     assert got.loss >= got.floor.lower - 1e-12
