@@ -239,3 +239,37 @@ def test_isometries_of_every_kind_of_weight():
     matrix = found["body.2.weight"][:, :, 1, 1]
     torch.testing.assert_close(matrix.T @ matrix, torch.eye(7).double())
     assert float(found["body.2.weight"].abs().sum()) == float(matrix.abs().sum())
+
+
+class Dense(nn.Module):
+    """Dense blocks, each layer beside all that came before it, and a map that halves the channels."""
+
+    def __init__(self, depth=6):
+        super().__init__()
+        self.first, width = nn.Conv2d(1, 4, 1), 4
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            self.layers.append(nn.Conv2d(width, 3, 3, padding=1))
+            width += 3
+        self.less = nn.Conv2d(width, 3, 1)
+        self.other = nn.Conv2d(width, 2, 1)
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(80, 66), tp.nn.Softplus(), nn.Linear(66, 3))
+
+    def forward(self, x):
+        kept = [self.first(x)]
+        for layer in self.layers:
+            kept.append(torch.sin(layer(torch.cat(kept, 1))))
+        x = torch.cat(kept, 1)
+        return self.head(torch.cat([self.less(x), self.other(x)], 1))  # neither beside an identity
+
+
+def test_dense_layers_are_branches_beside_an_identity():
+    torch.manual_seed(0)
+    model, x = Dense().double().eval(), torch.rand(24, 1, 4, 4, dtype=torch.float64)
+    found = _branches(model, model.head[1], x[:2])
+    assert found == [((f"layers.{i}.weight", f"layers.{i}.bias"), True) for i in range(6)]
+    with torch.no_grad():
+        for layer in model.layers:  # bounds grow beyond the spread with every layer
+            layer.weight.mul_(1e4)
+    verdict = tp.verify_expressivity(model, x, w="witness")
+    assert verdict.status == "proved" and "beside an identity: 0" in verdict.constants["backbone"]

@@ -74,7 +74,9 @@ class Tape:
         """(parameters of the last affine map, whether the shortcut has none) of residual branches.
 
         A residual sum has two operands that both depend on the samples. Its branch is the operand
-        with more affine maps of its own, the other one the shortcut.
+        with more affine maps of its own, the other one the shortcut. Where operands are put side by
+        side, as in dense blocks, each whose affine maps are those of another one and more is a
+        branch beside an identity.
         """
         before: dict[int, int] = {}  # storage -> the steps that its numbers hang on, as bits
         weighted = {index: step.weights for index, step in self.steps.items() if step.weights}
@@ -87,6 +89,12 @@ class Tape:
                 if len(first) != len(second):
                     longer, other = sorted((first, second), key=len, reverse=True)
                     yield weighted[max(longer)], not other
+            if step.name == "cat" and behind:
+                maps = [frozenset(k for k in weighted if bits >> k & 1) for bits in behind]
+                base = min(maps, key=len)
+                for own in maps:
+                    if own > base:
+                        yield weighted[max(own - base)], True
             total = 1 << index
             for bits in behind:
                 total |= bits
