@@ -1,6 +1,7 @@
 """Bounded features against a plain float64 pass: processor seconds, one thread, medians.
 
-python bench/bounded_features.py [RUNS]; on batches of 128 images or sequences of each network.
+python bench/bounded_features.py [RUNS]; on batches of 128 images or sequences of each network,
+with torchvision's ResNet-18, made analytic, where torchvision is.
 """
 
 import statistics
@@ -10,8 +11,14 @@ import time
 import torch
 from torch import nn
 
+import twophase_ext as tp
 from twophase.models import PreActResNet18
 from twophase_ext.expressivity.running.features import bounded_features
+
+try:
+    from torchvision.models import resnet18
+except ImportError:
+    resnet18 = None
 
 RUNS = int(sys.argv[1]) if len(sys.argv) > 1 else 7
 IMAGES = 128
@@ -41,11 +48,21 @@ def resnet(width: int) -> tuple[nn.Module, torch.Tensor]:
     return PreActResNet18(3, 10, width=width), torch.rand(IMAGES, 3, 32, 32)
 
 
+def torchvision_resnet() -> tuple[nn.Module, torch.Tensor]:
+    """ResNet-18 of torchvision and its inputs."""
+    model = resnet18(weights=None).eval()
+    x = torch.rand(IMAGES, 3, 64, 64)
+    tp.nn.analytic(model, example_input=x[:2])
+    return model, x
+
+
 NETWORKS = {
     "PreActResNet18, width 16": lambda: resnet(16),
     "PreActResNet18, width 64": lambda: resnet(64),
     "ViT-Ti, 64 tokens": lambda: (Vision(), torch.rand(IMAGES, 3, 64, 64)),
 }
+if resnet18 is not None:
+    NETWORKS["ResNet-18 of torchvision"] = torchvision_resnet
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -242,7 +242,7 @@ def test_isometries_of_every_kind_of_weight():
 
 
 class Dense(nn.Module):
-    """Dense blocks, each layer beside all that came before it, and a map that halves the channels."""
+    """A dense block, each layer beside all that came before it, and two maps beside each other."""
 
     def __init__(self, depth=6):
         super().__init__()
@@ -253,7 +253,9 @@ class Dense(nn.Module):
             width += 3
         self.less = nn.Conv2d(width, 3, 1)
         self.other = nn.Conv2d(width, 2, 1)
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(80, 66), tp.nn.Softplus(), nn.Linear(66, 3))
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(80, 66), tp.nn.Softplus(), nn.Linear(66, 3)
+        )
 
     def forward(self, x):
         kept = [self.first(x)]
