@@ -58,4 +58,6 @@ STABLE_TORCH_LIBRARY(twophase, m) {
   m.def(
       "screen_products(Tensor rows, Tensor panels, Tensor threshold, int most)"
       " -> (Tensor, Tensor, Tensor)");
+  // Squares of the columns of L^-1, [n]: L sparse and lower triangular, row by row.
+  m.def("triangular_inverse_squares(Tensor starts, Tensor columns, Tensor values) -> Tensor");
 }

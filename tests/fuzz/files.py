@@ -22,7 +22,7 @@ import twophase_ext as tp
 from twophase import data
 from twophase.report import write_report
 from twophase_ext.expressivity.bounded import BoundedFeatures
-from twophase_ext.expressivity.problem import _checksum, _read_features
+from twophase_ext.expressivity.kept import read_features, write_state
 from twophase_ext.linalg.journal import Journal, RecordedTiles
 from twophase_ext.linalg.tiles import FileTiles, Grid, TileFile
 from twophase_ext.training.persistence import checkpoint
@@ -91,11 +91,11 @@ def _features(folder: Path) -> None:
     g = torch.Generator().manual_seed(0)
     z = torch.randn(4, 3, dtype=torch.float64, generator=g)
     found = BoundedFeatures(z, z[:, 0].abs(), ["a"], 0.5)
-    torch.save({"key": "k", "checksum": _checksum(found), **vars(found)}, folder / "features0.pt")
+    write_state(folder / "features0.pt", "k", vars(found))
 
 
 def _read_kept(folder: Path) -> Any:
-    found = vars(_read_features(folder / "features0.pt", "k", CPU))
+    found = vars(read_features(folder / "features0.pt", "k", CPU))
     return {name: found[name] for name in ("z", "error", "assumptions")}
 
 

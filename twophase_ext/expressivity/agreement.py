@@ -28,6 +28,7 @@ from .problem import Problem
 
 BATCH = 192  # samples; the features are computed 256 at a time
 WHOLE = 1 << 20  # numbers of inputs that make one batch, too
+WIDE = 1 << 25  # numbers of h in a batch, at most
 SCALES = (1.0, 30.0)  # of the wide layer's weights drawn anew: guards show at large values
 NOISE = (1e-2, 3.0)  # relative, of the weights at which equal inputs have to give equal rows
 
@@ -135,6 +136,11 @@ def _sizes(problem: Problem) -> list[int]:
     return small + ([n] if n * problem.inputs[0][0].numel() <= WHOLE else [])
 
 
+def _most(problem: Problem) -> int:
+    """Samples of a batch whose h is not too large."""
+    return max(1, WIDE // (problem.columns * problem.data.each))
+
+
 def _passes(
     problem: Problem,
     model: nn.Module,
@@ -154,6 +160,7 @@ def _passes(
     if chosen is not None:
         order = chosen[torch.randperm(len(chosen), generator=generator, device="cpu")]
     order = order if shuffled else order.sort().values
+    size = min(size, _most(problem))
     for index in order.split(size):
         x = problem.data.inputs_of(index)
         rows, places = problem.data.rows_of(index)

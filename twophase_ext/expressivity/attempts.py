@@ -34,10 +34,12 @@ def kept(method: Callable[[Any], Evidence]) -> Callable[[Any], Evidence]:
 
 def require_memory(
     method: str, n: int, columns: int, device: torch.device, folder: Path | None = None
-) -> None:
-    """MemoryError where M [n, columns] fits nowhere by method "svd" or the Gram "certificate"."""
+) -> str:
+    """The plan of method "svd" or the Gram "certificate", "" where there is none; MemoryError where
+    M [n, columns] fits nowhere.
+    """
     if n > columns:
-        return  # deficient, without any matrix
+        return ""  # deficient, without any matrix
     if method == "svd":
         needed, have = 3 * 8 * n * columns, available_memory(device)
         if needed > have:
@@ -46,7 +48,8 @@ def require_memory(
                 f"{have / 2**30:.3g} GiB are available"
             )
     elif method == "certificate" and device.type == "cpu":  # CUDA has a way in place, too
-        plan(n, columns, folder=folder, device=device, rate=1.0)
+        return str(plan(n, columns, folder=folder, device=device))
+    return ""
 
 
 def reasons(*parts: Evidence | str | None) -> str:

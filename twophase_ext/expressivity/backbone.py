@@ -174,7 +174,7 @@ def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
     earlier choice on a tie. wide: the layer that the features enter. Loads the choice and returns
     what it is, for a person. Raises Unbounded where no choice has bounds.
     """
-    found = branches(problem.model, problem.chain(wide), problem.batches(SHOWN)[0], problem.norms)
+    found = branches(problem.model, problem.chain(wide), problem.first(SHOWN), problem.norms)
     few = problem.version > 1 and problem.n >= MANY and not problem.all_channels
     if few and (what := _thin(problem, stage, wide, found)):
         return what
@@ -185,7 +185,7 @@ def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
             break
         changes = damped(problem.model, found, choice.factors)
         if choice.tame:
-            x = problem.batches(SHOWN)[0]
+            x = problem.first(SHOWN)
             off = {name for name, value in changes.items() if not bool(value.any())}
             tamed = isometries(problem.model, problem.chain(wide), x)
             changes |= {name: value for name, value in tamed.items() if name not in off}
@@ -209,7 +209,7 @@ def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
 
 def _thin(problem: Problem, stage: Stage, wide: nn.Linear, found: list[Branch]) -> str:
     """Load the first backbone of few channels that is good enough, and say which; "" for none."""
-    x, stop = problem.batches(SHOWN)[0], problem.chain(wide)
+    x, stop = problem.first(SHOWN), problem.chain(wide)
     for numbers in THIN:
         for factor in (1.0, 0.0) if found else (1.0,):
             factors = [0.0 if branch.plain else factor for branch in found]

@@ -117,7 +117,8 @@ def certify_witness(
     if factorization in ("auto", "triangular") and m >= n:
         with stages.stage("kinks at the samples", n * n * len(whitening.map)) as stage:
             counter = _counter(stage, n * len(whitening.map))
-            made = OF_VERSION_1 if problem.version == 1 else {}
+            made: dict[str, Any] = dict(OF_VERSION_1) if problem.version == 1 else {}
+            made["folder"] = folder
             kinks = local_kinks(z, whitening, problem.dtype, activation, counter, **made)
         pairs = 2 * n * n * d if kinks.near is None else 0
         with stages.stage("triangular certificate", pairs) as stage:
@@ -355,15 +356,13 @@ def _feature_error(source: Source, spread: float | None, size: float | None) -> 
 
 def _load_witness(problem: Problem, weight: Tensor, bias: Tensor) -> None:
     """The wide layer's rows of the witness; neurons beyond them keep their weights."""
-    name, wide = problem.wide_name, problem.analytic_linear
-    full_weight, full_bias = wide.weight.detach().clone(), wide.bias.detach().clone()
-    full_weight[: len(weight)], full_bias[: len(bias)] = weight, bias
-    problem.load(
-        {
-            f"{name}.weight": full_weight.to(problem.dtype),
-            f"{name}.bias": full_bias.to(problem.dtype),
-        }
-    )
+    name, own = problem.wide_name, problem.source.state_dict()
+    changed = {}
+    for part, rows in (("weight", weight), ("bias", bias)):
+        whole = own[f"{name}.{part}"].detach().clone()
+        whole[: len(rows)] = rows.to(whole.dtype)  # exact: they were made for it
+        changed[f"{name}.{part}"] = whole
+    problem.load(changed)
 
 
 def _counter(stage: Any, flops: int) -> Any:

@@ -16,10 +16,14 @@ what it leaves out.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..core.hashing import hash_tensors
+from .kept import SweepFile
 from .one_sided import OneSided
 from .screening import Near, Screen, some_of
 from .witness import Whitening
@@ -30,6 +34,7 @@ LARGE = 1 << 14  # samples from which on the larger block costs less
 # least; nearer to the own sample fewer later ones lie behind: a third of the entries of L.
 KINK = 0.35
 OF_VERSION_1 = {"kink": 0.5, "height": 1.0}  # of the certificate file
+AGAIN = 32  # neurons of a sweep that was kept, looked at again
 CERTAIN = 64.0  # a gap of so many error bounds of a screened product needs no second look
 
 
@@ -57,12 +62,14 @@ def local_kinks(
     advance: Callable[[int], object] = lambda _: None,
     kink: float = KINK,
     height: float | None = None,
+    folder: Path | None = None,
 ) -> LocalKinks:
     """One neuron for each of the n samples z [n, d] (float64), rounded to `dtype`.
 
     height: pre-activation of each neuron at its own sample before rounding, a power of two; by
     default the activation's, which also says how far off is off. kink: see KINK. n^2 r operations,
-    memory n (3 d + 2 r) numbers. advance: called with the number of neurons done.
+    memory n (3 d + 2 r) numbers. advance: called with the number of neurons done. folder: keeps
+    the sweep, minute by minute, for a run that is killed.
     """
     n, d = z.shape
     q = whitening(z)
@@ -73,7 +80,17 @@ def local_kinks(
     height = activation.height(n) if height is None else height
     weight, bias, gaps = z.new_empty(n, d), z.new_empty(n), z.new_empty(n)
     block = BLOCK if n >= LARGE else SMALL_BLOCK
-    for start in range(0, n, block):
+    kept = None
+    if folder is not None:
+        follows = hash_tensors([z]), hash_tensors([whitening.map]), hash_tensors([whitening.mean])
+        content = f"{follows} {dtype} {activation.name} {screen.cut} {height} {kink} {block}"
+        arrays = {"weight": weight, "bias": bias[:, None], "gaps": gaps[:, None]}
+        kept = SweepFile(folder, content, arrays)
+        if (state := kept.resume()) is not None:
+            screen.resume(kept.done, state, block)
+            _require_same(z, weight, bias, kept.done, screen)
+            advance(kept.done)
+    for start in range(0 if kept is None else kept.done, n, block):
         end = min(start + block, n)
         own, lengths = q[start:end], sizes[start:end]
         length = lengths.clamp(min=torch.finfo(torch.float64).tiny)
@@ -96,4 +113,21 @@ def local_kinks(
         weight[start:end], bias[start:end] = w, b
         screen.add(start, end, (normals, unrounded), 1 / (length * on), w, b)
         advance(end - start)
+        if kept is not None and not screen.given_up:
+            kept.save(end, partial(screen.state, end), last=end == n)
     return LocalKinks(weight, bias, order, gaps, screen.near())
+
+
+def _require_same(z: Tensor, weight: Tensor, bias: Tensor, done: int, screen: Screen) -> None:
+    """ValueError unless some of the neurons done, drawn at random, are near where was kept.
+
+    A pre-activation within its rounding of the cut may be on either side.
+    """
+    own = torch.randint(done, (AGAIN,), device="cpu").to(z.device)
+    w, sizes = weight[own], z[:done].norm(dim=1, keepdim=True)
+    rows, columns = torch.cat(screen.pairs).unbind(1)
+    for neuron, a in zip(own.tolist(), torch.addmm(bias[own], z[:done], w.T).T, strict=True):
+        slack = 2.0**-40 * (weight[neuron].norm() * sizes[:, 0] + bias[neuron].abs())
+        a[rows[columns == neuron]] = -torch.inf  # found there
+        if bool((a > screen.cut + slack)[neuron + 1 :].any()):
+            raise ValueError("folder: the sweep kept there is another one; use another folder")

@@ -18,7 +18,13 @@ from .agreement import Reference, Stored, require_agreement, require_free_wide_l
 from .attempts import kept, reasons, require_memory
 from .backbone import choose_backbone
 from .bounded import Disagrees, Unbounded
-from .certify import certify_given, certify_matrix, certify_witness
+from .certify import (
+    PRECONDITIONED_COPIES,
+    PRECONDITIONED_ROWS,
+    certify_given,
+    certify_matrix,
+    certify_witness,
+)
 from .culprits import describe, find_culprits
 from .evidence import Evidence
 from .problem import Problem
@@ -124,7 +130,9 @@ class Attempt:
         if self.factorization == "gram" or (self.w != "witness" and self.factorization == "auto"):
             # before the features are paid for
             device = problem.inputs[0].device
-            require_memory("certificate", problem.n, problem.columns, device, self.folder)
+            plan = require_memory("certificate", problem.n, problem.columns, device, self.folder)
+            if plan:
+                self.stages.say(f"after the features: {plan}")
         try:
             if self.w == "witness":
                 if constraint := problem.constraint(witness=True):
@@ -204,9 +212,8 @@ class Attempt:
         )
 
     def auto(self) -> Evidence:
-        """Separation, then what says more about these weights where memory and time allow."""
+        """By cost, as far as memory and time allow: separation, certificates, singular values."""
         n, columns = self.problem.n, self.problem.columns
-        say = self.stages.say
         if self.w == "witness":
             return self._witness()
         found = self.separation()
@@ -214,18 +221,20 @@ class Attempt:
             return found
         at_w: Evidence | None = None
         certified: Evidence | None = None
-        allowed, plan = self._affordable("svd", SVD_FLOPS * n * n * columns, 3 * 8 * n * columns)
-        if allowed:
-            at_w = self.svd()
-        left = f"not computed: {plan}; pass method='svd' to compute it all the same"
-        allowed, plan = self._affordable(
-            "certificate", n * n * (columns + n / 3), 8 * n * (n + 2 * min(columns, 2048))
-        )
-        if allowed and (at_w is None or at_w.rank in (None, n)):
-            say(plan)
-            certified = self.certificate()
-            if certified.status == "proved":
-                return _with_estimates(certified, at_w)
+        left = ""
+        for method, flops, size in self._costs():
+            proved = certified is not None and certified.status == "proved"
+            if method != "svd" and (proved or (at_w is not None and at_w.rank not in (None, n))):
+                continue
+            allowed, plan = self._affordable(method, flops, size)
+            self.stages.say(f"{plan}{'' if allowed else ': left out'}")
+            if method == "svd":
+                at_w = self.svd() if allowed else None
+                left = f"not computed: {plan}; pass method='svd' to compute it all the same"
+            elif allowed:
+                certified = _better(certified, self._by(method))
+        if certified is not None and certified.status == "proved":
+            return _with_estimates(certified, at_w)
         if found.status == "proved":
             reason = "" if at_w else f"at these weights {left}"
             return _with_estimates(found, at_w).but(reason=reason)
@@ -237,13 +246,35 @@ class Attempt:
             reason=reasons(at_w, found, certified),
         )
 
+    def _by(self, factorization: str) -> Evidence:
+        """The certificate by one factorization."""
+        own, self.factorization = self.factorization, factorization
+        try:
+            return self.certificate()
+        finally:
+            self.factorization = own
+
+    def _costs(self) -> list[tuple[str, float, float]]:
+        """(what, operations, bytes) of what says more about given weights, the cheapest first.
+
+        Factorizations of the certificate, and "svd".
+        """
+        n, columns = self.problem.n, self.problem.columns
+        gram = n * n * (columns + n / 3), 8.0 * n * (n + 2 * min(columns, 2048))
+        more = 6.0 * n * n * columns, 8.0 * PRECONDITIONED_COPIES * n * columns
+        known = [("gram", *gram), ("preconditioned", *more)]
+        wanted = [cost for cost in known if self.factorization in ("auto", cost[0])]
+        if n > PRECONDITIONED_ROWS and self.factorization == "auto":
+            wanted = wanted[:1]
+        svd = ("svd", SVD_FLOPS * n * n * columns, 3 * 8.0 * n * columns)
+        return sorted([*wanted, svd], key=lambda cost: cost[1])
+
     def _witness(self) -> Evidence:
         n, wide = self.problem.n, self.problem.analytic
         allowed, plan = True, ""
         if wide is not None:
-            allowed, plan = self._affordable(
-                "certificate", n * n * wide.in_features, 8 * n * (6 * wide.in_features + 2048)
-            )
+            d = wide.in_features  # half of the pairs, in float32
+            allowed, plan = self._affordable("certificate", n * n * d / 2, 8 * n * (5 * d + 512))
             self.stages.say(plan)
         with self.problem.restored():
             found = self.certificate() if allowed else Evidence(method="certificate", reason=plan)
@@ -263,6 +294,15 @@ class Attempt:
         )
         fits = size <= AUTO_SHARE * available_memory(device)
         return fits and seconds <= AUTO_SECONDS[self.w], plan
+
+
+def _better(first: Evidence | None, second: Evidence) -> Evidence:
+    """What says more, the first on a tie, with the reasons of both where nothing is proved."""
+    if first is None or second.status == "proved":
+        return second
+    order = ("undecided", "full rank")
+    better = max(first, second, key=lambda found: order.index(found.status))
+    return better.but(reason=reasons(first, second))
 
 
 def _with_estimates(proved: Evidence, at_w: Evidence | None) -> Evidence:

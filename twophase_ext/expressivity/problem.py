@@ -1,6 +1,5 @@
 """What is verified: a network, its distinct inputs, and the weights asked for."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core.files import inside, read_tensors, write_atomically
 from ..core.hashing import describe_model, hash_tensors
-from ..core.messages import first_line, type_and_line
+from ..core.messages import type_and_line
 from ..core.seeds import stream_seed
 from ..linalg.progress import Stage
 from ..model.activations import ANALYTIC
@@ -27,8 +25,9 @@ from ..model.probing import copy_model, eager, input_of, rows_into, untouched, u
 from .bounded import BoundedFeatures, Unbounded
 from .certificate_file import VERSION
 from .distinct import Inputs
+from .kept import FeatureFiles
 from .one_sided import OneSided, one_sided
-from .running.features import bounded_features
+from .running.features import Known, bounded_features
 
 CHUNK = 8192  # samples
 THIN = 4  # batches at a time, where few channels are computed
@@ -76,11 +75,12 @@ class Problem:
         self.analytic = None if analytic is None else self._twin(analytic.linear)
         self.eps, self.narrowed = self._precision()
         self._plain: Tensor | None = None
+        self._found: dict[nn.Module, BoundedFeatures] = {}  # of these weights, by the layer
         self.norms: dict[Any, Any] = {}  # of the copy's weights
 
     def _precision(self) -> tuple[float, str]:
         """eps of the coarsest type that float64 numbers pass through, and by which operator."""
-        x = self.batches(2)[0]
+        x = self.first(2)
         x = x.clone()
         try:
             with torch.no_grad(), eager(), Narrowed(x) as seen:
@@ -103,7 +103,7 @@ class Problem:
     @cached_property
     def compared(self) -> int:
         """Samples on which the model itself is run beside its bounds: all, up to OPERATIONS."""
-        x = self.batches(2)[0].clone()
+        x = self.first(2).clone()
         # gradients on: the counter fails on a module that is handed a parameter without
         with torch.enable_grad(), eager(), FlopCounterMode(display=False) as counter:
             self.model(x)
@@ -176,7 +176,7 @@ class Problem:
         if not (trainable(wide, "weight") and trainable(wide, "bias")):
             return "the wide layer is frozen (requires_grad=False)"
         with torch.no_grad(), eager(), Readers(own_wide.parameters()) as readers:
-            input_of(self.model, own_wide, self.batches(2)[0])
+            input_of(self.model, own_wide, self.first(2))
         x = self.inputs[0][:2]
         x = x.to(self.dtype) if x.is_floating_point() else x
         with untouched(self.source), Readers([wide.weight, wide.bias]) as source_readers:
@@ -214,15 +214,15 @@ class Problem:
             for name, value in changes.items():
                 state[name].copy_(value)
         self.changes.update(changes)
-        self._plain = None
+        self._plain, self._found = None, {}
 
     def kept(self) -> Callable[[], None]:
-        """What puts the weights of now back."""
-        own = {name: value.clone() for name, value in self.model.state_dict().items()}
+        """What puts the weights of now back. (The copy is the user's model but for `changes`.)"""
         changes, was = dict(self.changes), (self.damped, self.thin)
 
         def back() -> None:
-            self.load(own)
+            own = self.source.state_dict()
+            self.load({name: changes.get(name, own[name].detach()) for name in self.changes})
             self.changes, (self.damped, self.thin) = changes, was
 
         return back
@@ -256,17 +256,24 @@ class Problem:
         }
         self.load({name: p.detach() for name, p in fresh.named_parameters() if name in free})
 
-    def batches(self, count: int | None = None) -> list[Tensor]:
-        """The first `count` distinct inputs (all by default) in float64."""
+    def _fed(self, count: int | None) -> list[Tensor]:
+        """The first `count` distinct inputs (all by default) as they are, in batches."""
         parts, left = [], len(self.data.first) if count is None else count
         for x in self.inputs:
             if left <= 0:
                 break
-            part = x[:left]
-            # a copy, whatever the dtype: a forward may work in place on its input
-            parts.append(part.to(torch.float64, copy=True) if x.is_floating_point() else part)
+            parts.append(x[:left])
             left -= len(x)
         return parts
+
+    def batches(self, count: int | None = None) -> Iterator[Tensor]:
+        """The same in float64: copies, as a forward may work in place on its input."""
+        for part in self._fed(count):
+            yield part.to(torch.float64, copy=True) if part.is_floating_point() else part
+
+    def first(self, count: int) -> Tensor:
+        """The first `count` distinct inputs, of the first batch at most, in float64."""
+        return next(self.batches(count))
 
     def features(
         self, stop: nn.Module, stage: Stage, count: int | None = None, folder: Path | None = None
@@ -276,81 +283,67 @@ class Problem:
         count: the first samples only. folder: keeps what is done, CHUNK samples a file, for a run
         that is killed; it belongs to one problem.
         """
-        batches = self.batches(count)
-        if self.thin:
-            batches = [torch.cat(batches[k : k + THIN]) for k in range(0, len(batches), THIN)]
-        if folder is None:
-            parts = [self._bounded(stop, batches, stage.advance)]
-        else:
-            parts, chunk = [], []
-            for k, batch in enumerate(batches, 1):
-                chunk.append(batch)
-                if sum(map(len, chunk)) >= CHUNK or k == len(batches):
-                    parts.append(self._kept(stop, chunk, stage, folder))
-                    chunk = []
-        z, error = (torch.cat([getattr(part, k) for part in parts]) for k in ("z", "error"))
+        if count is None and stop in self._found:
+            self.bounded = self._found[stop]
+            stage.advance(len(self.bounded.z))
+            return self.bounded
+        known: dict[int, Known] = {}
+
+        def compute(batches: list[Tensor], progress: Callable[[int], object]) -> BoundedFeatures:
+            return bounded_features(
+                self.model,
+                self.chain(stop),
+                batches,
+                n=sum(map(len, batches)),
+                progress=progress,
+                norms=self.norms,
+                known=known,
+            )
+
+        if folder is not None:
+            compute = FeatureFiles(folder, self._content(stop), self.data.each, compute)
+        n = sum(map(len, self._fed(count))) * self.data.each
+        z = error = torch.empty(0)
+        done, assumed, seconds = 0, [], 0.0
+        for batches in self._chunks(count, whole=folder is None):
+            part = compute(batches, stage.advance)
+            if len(part.z) == n:
+                z, error = part.z, part.error
+            else:
+                if not done:
+                    z, error = part.z.new_empty(n, part.z.shape[1]), part.error.new_empty(n)
+                rows = slice(done, done + len(part.z))
+                z[rows], error[rows] = part.z, part.error
+            done, seconds = done + len(part.z), seconds + part.seconds
+            assumed += [text for text in part.assumptions if text not in assumed]
         if (places := self.data.places) is not None:
             places = places[places < len(z)]
             z, error = z[places], error[places]
-        found = BoundedFeatures(
-            z,
-            error,
-            parts[0].assumptions,
-            sum(part.seconds for part in parts),
-        )
+        found = BoundedFeatures(z, error, assumed, seconds)
         if not bool((found.z.isfinite().all(1) & found.error.isfinite()).all()):
             raise Unbounded("the features hold NaN or infinity")
         if count is None:
-            self.bounded = found
+            self.bounded = self._found[stop] = found
         return found
 
-    def _bounded(
-        self, stop: nn.Module, batches: list[Tensor], progress: Callable[[int], object] = int
-    ) -> BoundedFeatures:
-        n = sum(map(len, batches))
-        return bounded_features(
-            self.model, self.chain(stop), batches, n=n, progress=progress, norms=self.norms
-        )
+    def _chunks(self, count: int | None, *, whole: bool) -> Iterator[list[Tensor]]:
+        """The first `count` distinct inputs as they are: CHUNK of them at a time, or all."""
+        batches, times = self._fed(count), THIN if self.thin else 1
+        chunk: list[Tensor] = []
+        for k in range(0, len(batches), times):
+            some = batches[k : k + times]
+            chunk.append(torch.cat(some) if len(some) > 1 else some[0])
+            if not whole and sum(map(len, chunk)) >= CHUNK:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
 
-    def _kept(
-        self, stop: nn.Module, batches: list[Tensor], stage: Stage, folder: Path
-    ) -> BoundedFeatures:
-        """From the file that is named by what the features follow from, or computed and kept."""
+    def _content(self, stop: nn.Module) -> str:
+        """All that features follow from, but the samples."""
         layer = next(name for name, module in self.model.named_modules() if module is stop)
-        state = hash_tensors([*batches, *self.model.state_dict().values()])
-        content = f"{state} {describe_model(self.source)} {layer}"
-        key = hashlib.sha256(content.encode()).hexdigest()
-        path = inside(folder, f"features-{key[:24]}.pt")
-        if path.exists():
-            found = _read_features(path, key, batches[0].device)
-            if self._as_before(stop, batches, found, int(key[:8], 16)):
-                stage.advance(len(found.z))
-                return found
-        found = self._bounded(stop, batches, stage.advance)
-        kept = {"key": key, "checksum": _checksum(found), **vars(found)}
-        write_atomically(path, lambda file: torch.save(kept, file))
-        return found
-
-    def _as_before(
-        self, stop: nn.Module, batches: list[Tensor], found: BoundedFeatures, draw: int
-    ) -> bool:
-        """Whether one batch has the features and bounds of the file, but for another rounding.
-
-        What a forward computes hangs on more than can be hashed: globals, objects in attributes.
-        (The values are compared with the model on every sample before a proof: agreement.py.)
-        """
-        k = draw % len(batches)
-        each = self.data.each
-        start = each * sum(map(len, batches[:k]))
-        rows = slice(start, start + each * len(batches[k]))
-        now = self._bounded(stop, [batches[k]])
-        z, error = found.z[rows], found.error[rows]
-        return (
-            now.z.shape == z.shape
-            and now.assumptions == found.assumptions
-            and torch.allclose(now.error, error, rtol=1e-6, atol=0.0)
-            and bool(((now.z - z).norm(dim=1) <= now.error + error).all())
-        )
+        state = hash_tensors(list(self.model.state_dict().values()))
+        return f"{state} {describe_model(self.source)} {layer}"
 
     @torch.no_grad()
     def plain_features(self) -> Tensor:
@@ -372,24 +365,3 @@ class Problem:
             raise ValueError("x: expected at least one sample")
         self._plain = h
         return h
-
-
-def _checksum(found: BoundedFeatures) -> str:
-    """Of everything that a proof is made from."""
-    return hash_tensors([found.z, found.error]) + repr(found.assumptions)
-
-
-def _read_features(path: Path, key: str, device: torch.device) -> BoundedFeatures:
-    """A file of `Problem.features`; ValueError where it is damaged or of another problem."""
-    try:
-        state = read_tensors(path, device)
-        theirs, checksum = state.pop("key"), state.pop("checksum")
-        found = BoundedFeatures(**state)
-        intact = checksum == _checksum(found)
-    except Exception as error:  # torch raises many types for a damaged file
-        raise ValueError(f"folder: {path} cannot be read: {first_line(error)}") from error
-    if theirs != key:
-        raise ValueError(f"folder: {path} belongs to another problem; use another folder")
-    if not intact:
-        raise ValueError(f"folder: {path} has been changed since it was written (checksum)")
-    return found

@@ -20,6 +20,7 @@ becomes one threshold of p: what is not at most that is near, and looked at in f
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ BLOCK = 512  # neurons at a time, where all pairs are computed
 NUMBERS = 1 << 24  # of a block of second looks
 
 Pair = tuple[int, int]
+_BY_NEURON = ("s", "c", "c_error", "per_length")  # what a screen knows of the neurons done
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,28 @@ class Screen:
         self.count = 0
         self.offending: Pair | None = None
 
+    def state(self, done: int) -> dict[str, Any]:
+        """What `resume` goes on from, the first `done` neurons being done."""
+        parts = {name: getattr(self, name)[:done].clone() for name in _BY_NEURON}
+        pairs = torch.cat(self.pairs)
+        self.pairs = [pairs]
+        return {**parts, "pairs": pairs, "offending": self.offending}
+
+    def resume(self, done: int, state: dict[str, Any], block: int) -> None:
+        """Go on after the first `done` neurons, in blocks of as many as before."""
+        for name in _BY_NEURON:
+            getattr(self, name)[:done] = state[name]
+        offending = state["offending"]
+        self.offending = None if offending is None else tuple(offending)
+        self._keep(state["pairs"])
+        if self.narrow:
+            for start in range(0, done, block):
+                self._pack(start, (self.q[start : min(start + block, done)] * self.scale).float())
+
+    def _pack(self, start: int, rows: Tensor) -> None:
+        end = start + len(rows)
+        self.panels[start // PANEL : -(-end // PANEL)] = packed_columns(rows)
+
     def nearest(self, start: int, end: int, directions: Tensor) -> tuple[Tensor, Tensor]:
         """(reach, uncertainty) [end - start]: how far earlier samples come along directions.
 
@@ -108,7 +132,7 @@ class Screen:
         rows = self.q[start:end] * self.scale
         if self.narrow:
             rows = rows.float()
-            self.panels[start // PANEL : -(-end // PANEL)] = packed_columns(rows)
+            self._pack(start, rows)
         if start == 0:
             self.largest = -nothing
             return -nothing, nothing

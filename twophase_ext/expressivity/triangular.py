@@ -10,7 +10,8 @@ where e = ||L^-1||_2 ||T - L||_F < 1.
 Proof. M M^T - T T^T is a sum of squares of the other columns: both first inequalities (the second
 by monotony of det). Singular values are 1-Lipschitz. T = L (I + X), ||X||_F <= e, and
 |log |det(I + X)|| <= sum |log(1 + lambda_k)| <= sum |lambda_k| / (1 - e) <= sqrt(n) e / (1 - e).
-||L^-1||_2 is bounded in linalg/sparse_triangular.py, by a comparison matrix and by a factorization.
+||L^-1||_2 is bounded in linalg/sparse_triangular.py, by a comparison matrix and by a factorization,
+and where that fills up by all columns of L^-1 (inverse_columns.py).
 
 T - L. Let a_ij = w_j . z_i + b_j as computed, a'_ij that of the exact features in real
 arithmetic, and t_ij = gamma_(d+2) (|w_j| |z_i| + |b_j|) + |w_j| error_i >= |a_ij - a'_ij|.
@@ -37,6 +38,7 @@ from torch import Tensor
 from ..linalg.bounds import SLACK, below, gamma, minus
 from ..linalg.norms import frobenius_upper, norm_upper
 from ..linalg.sparse_triangular import inverse_norm_upper, norm_upper_of_magnitudes
+from .inverse_columns import inverse_frobenius_upper
 from .one_sided import SHARPEST, OneSided
 from .screening import MANY, NUMBERS, Near, lengths, near_everywhere
 
@@ -49,7 +51,7 @@ Say = Callable[[int], object]  # called with the number of neurons done
 class TriangularCertificate:
     """What `certify_triangular` proved; sigma_min_lower is 0 where it proved nothing.
 
-    comparison_norm: upper bound of ||<L>^-1||_2, inverse_norm: of ||L^-1||_2, the better of two.
+    comparison_norm: upper bound of ||<L>^-1||_2, inverse_norm: of ||L^-1||_2, the best one known.
     distance: upper bound of ||T - L||_2, the sum of preactivation (rounding and feature error),
     evaluation (of the activation) and rest (entries taken as zero). entries: non-zeros of L below
     its diagonal. logdet_lower: of log det(M M^T), -inf where there is none.
@@ -126,7 +128,10 @@ def certify_triangular(
     at = torch.cat([values[on], diagonal])
     values = activation.function(at.clone())
     found["entries"] = len(values) - n
-    found["comparison_norm"], inverse_norm = inverse_norm_upper(_sparse(rows, columns, values, n))
+    lower = _sparse(rows, columns, values, n)
+    found["comparison_norm"], inverse_norm = inverse_norm_upper(lower)
+    if inverse_norm == found["comparison_norm"]:  # its factorization fills up
+        inverse_norm = min(inverse_norm, inverse_frobenius_upper(lower))
     if not math.isfinite(inverse_norm):
         return result("the inverse of the triangular part is too large to bound")
     preactivation, frobenius, rest = _errors(

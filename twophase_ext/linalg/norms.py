@@ -2,20 +2,25 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from .bounds import SLACK, above, gamma
 
 SQUARINGS = 6  # ||A||_F <= sqrt(d) ||A||_2 shrinks to d^(1 / 2^(SQUARINGS + 2)) times ||A||_2
 
+NUMBERS = 1 << 24  # at a time: no second copy of a large matrix
+
 
 def frobenius_upper(a: Tensor) -> float:
     """Upper bound of ||a||_F for a float64 tensor; scaled: no square over- or underflows."""
-    largest = float(a.abs().max()) if a.numel() else 0.0
+    largest = float(torch.linalg.vector_norm(a, math.inf)) if a.numel() else 0.0
     if largest == 0 or not math.isfinite(largest):
         return largest
     scale = 2.0 ** min(max(-math.frexp(largest)[1], -1000), 1000)
-    total = float((a * scale).square().sum()) * (1 + gamma(a.numel() + 4))
+    rows = a.split(max(1, NUMBERS * len(a) // a.numel())) if a.dim() else (a,)
+    total = sum(float((part * scale).square().sum()) for part in rows)
+    total *= 1 + gamma(a.numel() + 4)
     return above(math.sqrt(total + a.numel() * 2.0**-1022) / scale * SLACK)
 
 

@@ -10,6 +10,7 @@ from ..core.bars import bar
 # Lines of text: at the beginning of a stage of so much, at the end of one that took so long.
 LARGE = {"operations": 1e11, "samples": 4096}
 QUICK = 1.0  # seconds
+EVERY = 60.0  # seconds between two lines about one stage, where no bar is shown
 
 
 class Stage:
@@ -20,6 +21,11 @@ class Stage:
         self.name, self.unit, self.count, self.tiles = name, unit, 0.0, 0
         self._started = time.perf_counter()
         self.show: Callable[[], None] = lambda: None
+
+    def left(self, total: float) -> str:
+        """For a person: how much of `total` is done, and the time that the rest will take."""
+        seconds = (time.perf_counter() - self._started) * (total / self.count - 1)
+        return f"{self.name}: {self.count / total:.0%}, about {max(seconds, 0) / 60:.0f} min left"
 
     def advance(self, count: float, tiles: int = 0) -> None:
         """So many more operations were executed (or samples done), and tiles finished."""
@@ -64,6 +70,7 @@ class Stages:
         try:
             shown = bar("{task.fields[rate]}") if self._bar else None
             if shown is None:
+                stage.show = self._lines(stage, total)
                 yield stage
             else:
                 with self._showing(shown, stage, total):
@@ -74,6 +81,18 @@ class Stages:
         if seconds > QUICK:
             rate = f", {stage.rate}" if stage.count else ""
             self.say(f"{name}: done in {seconds:.1f} s{rate}")
+
+    def _lines(self, stage: Stage, total: float) -> Callable[[], None]:
+        """Says now and then how much is left."""
+        said = time.perf_counter()
+
+        def show() -> None:
+            nonlocal said
+            if time.perf_counter() - said > EVERY and 0 < stage.count < total:
+                said = time.perf_counter()
+                self.say(stage.left(total))
+
+        return show
 
     @contextmanager
     def _showing(self, shown: Any, stage: Stage, total: float) -> Iterator[None]:

@@ -10,6 +10,7 @@ from .screen import screen_products
 from .sgd import sgd_
 from .smooth_max_pool import smooth_max_pool, smooth_max_pool_backward
 from .softplus import softplus, softplus_backward, softplus_double_backward
+from .triangular_inverse import triangular_inverse_squares
 from .two_phase import two_phase
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "softplus_backward",
     "softplus_double_backward",
     "stream_key",
+    "triangular_inverse_squares",
     "two_phase",
 ]

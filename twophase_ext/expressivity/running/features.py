@@ -29,7 +29,7 @@ from .tape import Step
 _ORDER = (SOFTPLUS, SMOOTH_MAX, LIBM, LIFTED, CONSTANTS)
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """What a batch of this size does, and what of it need not be computed."""
 
     trace: str
@@ -46,16 +46,18 @@ def bounded_features(
     n: int,
     progress: Callable[[int], object] = lambda _: None,
     norms: dict[Any, Any] | None = None,
+    known: dict[int, Known] | None = None,
 ) -> BoundedFeatures:
     """The input of the layer `stop` for all samples, with a bound of each sample's error.
 
     stop: or the layers from it to the last one; where these run on every token and the model picks
     one, the rows that it picks.
     model: float64, in evaluation mode. batches: [b, ...] on the model's device, n samples in all,
-    of real numbers or integers, taken as exact. "Exact" is real arithmetic on the stored weights
-    and inputs; the bound holds for the float64 arithmetic in `assumptions`. z or error is NaN or
-    infinite where the computation overflows. progress: called with the number of samples done.
-    norms: of weights, kept from call to call.
+    of real numbers (the model gets them in float64) or integers, taken as exact. "Exact" is real
+    arithmetic on the stored weights and inputs; the bound holds for the float64 arithmetic in
+    `assumptions`. z or error is NaN or infinite where the computation overflows. progress: called
+    with the number of samples done. norms: of weights, kept from call to call. known: what batches
+    do, by their size, kept from call to call over the same weights.
 
     Every two batches of one size take the same operators with the same numbers beside them, and so
     does a batch of other samples where a size comes once: what a sample hangs on is its own.
@@ -73,12 +75,14 @@ def bounded_features(
     sizes = [len(x) for x in batches]
     if sum(sizes) != n or not batches:
         raise ValueError(f"batches: expected {n} samples, got {sum(sizes)}")
-    norms = {} if norms is None else norms
+    norms, known = {} if norms is None else norms, {} if known is None else known
+    lifts = {k.lift for k in known.values()} or {True}
     try:
-        parts, assumed = _all(model, stop, batches, norms, progress, lift=True)
+        parts, assumed = _all(model, stop, batches, norms, known, progress, lift=lifts == {True})
     except Unbounded:
+        known.clear()
         try:  # a forward may insist on float32
-            parts, assumed = _all(model, stop, batches, norms, progress, lift=False)
+            parts, assumed = _all(model, stop, batches, norms, known, progress, lift=False)
         except Unbounded:
             pass
         else:
@@ -101,13 +105,13 @@ def _all(
     stop: list[nn.Module],
     batches: list[Tensor],
     norms: dict[Any, Any],
+    known: dict[int, Known],
     progress: Callable[[int], object],
     *,
     lift: bool,
 ) -> tuple[list[Bounded], set[str]]:
     """Every batch's features, and what their bounds rest on."""
     sizes = [len(x) for x in batches]
-    known: dict[int, _Known] = {}
     assumed: set[str] = set()
     parts: list[Bounded] = []
     for x in batches:
@@ -139,7 +143,7 @@ def running(
     mode = Running(model, {} if norms is None else norms, thin=pruned is not None, pruned=pruned)
     try:
         with torch.no_grad():
-            _enter(mode, model, stop, x.clone())
+            _enter(mode, model, stop, _own(x))
     except Unbounded:
         pass
     return mode
@@ -151,7 +155,7 @@ def steps_to(
     """(steps on which the input of `stop` depends, other ones) of one pass, in order."""
     mode = Running(model, {} if norms is None else norms)
     with torch.no_grad():
-        value = _enter(mode, model, stop, x.clone())
+        value = _enter(mode, model, stop, _own(x))
     dead = mode.skippable(value)
     steps = mode.tape.steps
     return [s for k, s in steps.items() if k not in dead], list(dead.values())
@@ -159,13 +163,13 @@ def steps_to(
 
 def _first(
     model: nn.Module, stop: list[nn.Module], x: Tensor, norms: dict[Any, Any], lift: bool
-) -> tuple[Running, Bounded, _Known]:
+) -> tuple[Running, Bounded, Known]:
     """The first batch of its size, computed whole; again without what it need not compute where
     the numbers of an operator that has no rule reached the end.
     """
     mode = Running(model, norms, lift=lift, thin=True)
-    value = _enter(mode, model, stop, x.clone())
-    known = _Known(mode.trace.result(), mode.skippable(value), lift)
+    value = _enter(mode, model, stop, _own(x))
+    known = Known(mode.trace.result(), mode.skippable(value), lift)
     try:
         return mode, mode.bounded(value), known
     except Lost:
@@ -177,11 +181,11 @@ def _first(
 
 
 def _again(
-    model: nn.Module, stop: list[nn.Module], x: Tensor, norms: dict[Any, Any], known: _Known
+    model: nn.Module, stop: list[nn.Module], x: Tensor, norms: dict[Any, Any], known: Known
 ) -> tuple[Running, Bounded]:
     """A further batch; Unbounded where it is not treated as the first one of its size."""
     mode = Running(model, norms, known.skipped, lift=known.lift, thin=True)
-    found = mode.bounded(_enter(mode, model, stop, x.clone()))
+    found = mode.bounded(_enter(mode, model, stop, _own(x)))
     mode.notes.forget()
     if mode.trace.result() != known.trace:
         raise Unbounded("the model does something else for other samples")
@@ -198,6 +202,11 @@ def _enter(mode: Running, model: nn.Module, stop: list[nn.Module], x: Tensor) ->
     except Exception as error:  # of the user's forward, or of torch's modes
         reason = f"the model does not run as it is watched: {type_and_line(error)}"
         raise Unbounded(reason) from error
+
+
+def _own(x: Tensor) -> Tensor:
+    """A copy, as a forward may work in place on its input; real numbers in float64."""
+    return x.to(torch.float64, copy=True) if x.is_floating_point() else x.clone()
 
 
 def _others(x: Tensor, batches: list[Tensor]) -> Tensor:
