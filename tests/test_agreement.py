@@ -322,3 +322,22 @@ def test_a_forward_that_changes_its_own_weights_is_refused_before_training():
     with redirect_stdout(io.StringIO()), pytest.raises(ValueError, match=r"stem\.weight"):
         quiet(model).fit((inputs(dtype=torch.float32), torch.tensor([0, 1] * 4)))
     assert same_bits(before, bits(model))
+
+
+def test_no_batch_has_all_features_of_many_samples(monkeypatch):
+    """Of 20,000 samples a copy of them is 3.3 GiB, and some four are held."""
+    x = toy_data(300)[0]
+    model = toy_mlp()
+    tp.nn.widen(model, x)  # M is 300 x 331
+    sizes, observe = [], agreement._observe
+
+    def watched(problem, model, x, *rest):
+        sizes.append(len(x))
+        return observe(problem, model, x, *rest)
+
+    monkeypatch.setattr(agreement, "_observe", watched)
+    for most, largest in ((300 * 331, 300), (300 * 331 - 1, 256)):
+        monkeypatch.setattr(agreement, "FEATURES", most)
+        assert tp.verify_expressivity(model, x, method="separation").status == "proved"
+        assert max(sizes) == largest
+        sizes.clear()

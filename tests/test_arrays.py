@@ -168,6 +168,18 @@ def test_unsupported_is_a_type_error_that_names_the_argument(value):
         as_tensor(value, name="images")
 
 
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        (np.array([[1.0, True], [2.0, False]], dtype=object), r"pandas\.get_dummies"),
+        (np.array(["cat", "dog"]), r"numpy\.unique\(labels, return_inverse=True\)\[1\]"),
+    ],
+)
+def test_tables_of_several_types_and_text_are_told_what_to_do(value, advice):
+    with pytest.raises(TypeError, match=rf"^y: arrays of dtype .*; .*{advice}"):
+        as_tensor(value, name="y")
+
+
 def test_ragged_list_is_a_value_error():
     with pytest.raises(ValueError, match=r"^labels: expected a rectangular list"):
         as_tensor([[1, 2], [3]], name="labels")

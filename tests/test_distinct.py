@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import quiet, toy_data, toy_mlp
+from twophase_ext.expressivity import agreement
 from twophase_ext.training.persistence import checkpoint
 
 VERDICTS = Path(__file__).parent / "verdicts"
@@ -165,6 +167,26 @@ def test_every_sample_is_compared_with_its_distinct_input():
     fine = Counting(0)
     tp.nn.widen(fine, x, last_layer="body.4")
     assert tp.verify_expressivity(fine, x).status == "proved"
+
+
+def test_comparing_equal_inputs_keeps_their_rows_alone(monkeypatch):
+    """Not those of all samples: 20,000 rows of 22,000 features are 3.3 GiB."""
+    x = toy_data(400)[0]
+    x[399] = x[7]
+    model = toy_mlp()
+    tp.nn.widen(model, x)
+    made, alive = [], []
+    passes = agreement._passes
+
+    def watched(*args, **kwargs):
+        for index, seen in passes(*args, **kwargs):
+            alive.append(sum(h() is not None for h in made))
+            made.append(weakref.ref(seen.h))
+            yield index, seen
+
+    monkeypatch.setattr(agreement, "_passes", watched)
+    assert tp.verify_expressivity(model, x, method="separation").status == "proved"
+    assert len(alive) > 10 and max(alive) <= 1
 
 
 def test_nodes_of_a_graph_are_told_apart_by_their_place():

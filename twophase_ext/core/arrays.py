@@ -105,6 +105,14 @@ def require_finite(x: Tensor, name: str, what: str, indices: list[int] | None = 
         )
 
 
+_NO_NUMBERS = {  # by NumPy's kind
+    "O": "; a table whose columns are of several types comes as objects: make all of them one type "
+    "of number first, pandas.get_dummies(frame, dtype=float) or frame.astype(float)",
+    "U": "; text has to be numbered first, as labels are by "
+    "numpy.unique(labels, return_inverse=True)[1]",
+}
+
+
 def _from_numpy(a: np.ndarray | np.generic, name: str) -> Tensor:
     if isinstance(a, np.ma.MaskedArray):
         raise TypeError(f"{name}: masked arrays are not supported; fill the masked entries first")
@@ -113,7 +121,8 @@ def _from_numpy(a: np.ndarray | np.generic, name: str) -> Tensor:
     if native not in _NUMPY_DTYPES:
         if native.kind == "u":
             raise TypeError(f"{name}: {_no_arithmetic('arrays', str(array.dtype))}")
-        raise TypeError(f"{name}: arrays of dtype {array.dtype} are not supported")
+        why = _NO_NUMBERS.get(native.kind, "")
+        raise TypeError(f"{name}: arrays of dtype {array.dtype} are not supported{why}")
     shareable = array.flags.writeable and array.dtype.isnative
     strides_fit = all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
     if not (shareable and strides_fit):

@@ -28,7 +28,7 @@ from .problem import Problem
 
 BATCH = 192  # samples; the features are computed 256 at a time
 WHOLE = 1 << 20  # numbers of inputs that make one batch, too
-WIDE = 1 << 25  # numbers of h in a batch, at most
+FEATURES = 1 << 24  # of their features h, of which some four copies are held: of every batch
 SCALES = (1.0, 30.0)  # of the wide layer's weights drawn anew: guards show at large values
 NOISE = (1e-2, 3.0)  # relative, of the weights at which equal inputs have to give equal rows
 
@@ -100,6 +100,7 @@ def require_equal_rows(problem: Problem) -> None:
     """
     data = problem.data
     equal = torch.tensor([i for g in data.repeated for i in g], device="cpu")
+    again = data.rows_of(equal)[0].unique()
     chosen = None if problem.compared == data.n else equal[: problem.compared]
     tolerance = max(RELATIVE, OWN_EPS * problem.eps if problem.eps > 1e-15 else 0.0)
     for noise in NOISE:
@@ -109,36 +110,47 @@ def require_equal_rows(problem: Problem) -> None:
                     problem, problem.model, torch.float64, None, shuffled=True, size=size,
                     chosen=chosen,
                 )  # fmt: skip
-                _require_equal(passes, tolerance)
+                _require_equal(passes, again, tolerance)
     with problem.own_model() as own, _constant(own):
         passes = _passes(problem, own, problem.dtype, None, shuffled=False, size=256, chosen=chosen)
-        _require_equal(passes, OWN_EPS * torch.finfo(problem.dtype).eps)
+        _require_equal(passes, again, OWN_EPS * torch.finfo(problem.dtype).eps)
 
 
-def _require_equal(passes: Iterator[tuple[Tensor, _Seen]], tolerance: float) -> None:
-    first: dict[int, Tensor] = {}
+def _require_equal(passes: Iterator[tuple[Tensor, _Seen]], again: Tensor, tolerance: float) -> None:
+    """The rows of M numbered `again` (ascending) are the same whenever they come."""
+    first = torch.empty(0)
+    known = torch.zeros(len(again), dtype=torch.bool, device="cpu")
     for index, seen in passes:
-        for row, i in enumerate(index.tolist()):
-            h = seen.h[row]
-            other = first.setdefault(i, h)
-            if not bool((h - other).norm() <= tolerance * (h.norm() + other.norm())):
-                raise Disagrees(
-                    f"sample {int(seen.owners[row])} has an input equal to another one's, but not "
-                    "its row of h: "
-                    "the model depends on a sample's place or on the others of its batch"
-                )
+        chosen = torch.isin(index, again)
+        h, owners = seen.h[chosen.to(seen.h.device)], seen.owners[chosen]
+        place = torch.searchsorted(again, index[chosen])
+        if not len(first):  # of the rows that come again alone, whatever the number of all
+            first = h.new_empty(len(again), h.shape[1])
+        new = ~known[place]
+        first[place[new]] = h[new.to(h.device)]
+        known[place] = True
+        other = first[place]
+        allowed = tolerance * (h.norm(dim=1) + other.norm(dim=1))
+        bad = ~((h - other).norm(dim=1) <= allowed)
+        if bool(bad.any()):
+            raise Disagrees(
+                f"sample {int(owners[int(bad.nonzero()[0])])} has an input equal to another "
+                "one's, but not its row of h: "
+                "the model depends on a sample's place or on the others of its batch"
+            )
 
 
 def _sizes(problem: Problem) -> list[int]:
     """Of the batches of each pass: few samples come in several batches, and in one."""
     n = problem.data.n
     small = [BATCH] if n > BATCH else [-(-3 * n // 8)]
-    return small + ([n] if n * problem.inputs[0][0].numel() <= WHOLE else [])
+    numbers, features = problem.inputs[0][0].numel(), problem.data.each * problem.columns
+    return small + ([n] if n * numbers <= WHOLE and n * features <= FEATURES else [])
 
 
 def _most(problem: Problem) -> int:
     """Samples of a batch whose h is not too large."""
-    return max(1, WIDE // (problem.columns * problem.data.each))
+    return max(1, FEATURES // (problem.columns * problem.data.each))
 
 
 def _passes(
