@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.hashing import tensors_hash
 from ..core.seeds import epoch_order
-from ..model.losses import SoftmaxLoss
+from ..model.losses import has_labels
 from . import faults
 from .callbacks import call
 from .control.interrupt import Interrupt
@@ -77,7 +77,7 @@ class Loop:
                 samples = order[context.offsets()[-2] :]
             raise Diverged(phase.steps() - 1, loss, samples)
         accuracy: float | None = None
-        if isinstance(context.loss, SoftmaxLoss) and context.loss.labelled:
+        if has_labels(context.loss, context.train.targets):
             accuracy = float(state.sums[1]) / rows
             if phase is self.second and state.cache_mode != "none":
                 accuracy = run.measure(run.train_features, context.train)[1]

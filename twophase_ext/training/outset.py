@@ -73,6 +73,13 @@ def describe(network: Network, samples: Samples, progress: Progress) -> None:
         progress.say(f"the last hidden layer is affine + {kind}: separation can prove Assumption 1")
     if samples.each > 1 or samples.kept is not None:
         progress.say(f"outputs that count: {samples.rows}, of {samples.n} samples")
+    if samples.drawn is not None:
+        progress.say(
+            "WeightedRandomSampler: the training loss is the expected loss of what it draws, the "
+            "mean weighted by its weights; an epoch visits every sample once"
+        )
+    elif samples.weighted:
+        progress.say("sample weights: the training loss is sum w_i l_i / sum w_i")
     width = width_premise(network, samples.rows, samples.distinct)
     if width.status == FAILED:
         warnings.warn(

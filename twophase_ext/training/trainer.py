@@ -193,6 +193,9 @@ class Trainer:
         that its sampler draws, collate function and batch size are used; the order comes from the
         seed, no sample is dropped, num_workers is not used. Every sample is fetched once before
         training, to be checked, and compared whenever it is fetched again.
+        (x, y, weight), a dataset of such triples, or the weights of a WeightedRandomSampler: the
+        loss is sum_i w_i l_i / sum_i w_i, w_i >= 0 (docs/data.md); samples of weight 0 count
+        nowhere, of equal weights the run is the one without.
         resume: True continues the run in run_dir, "auto" continues it where there is a checkpoint
         and begins where there is none, a path continues the run in that folder or checkpoint file.
         A run resumed on the CPU, with the number of threads, instruction set and torch of before,
