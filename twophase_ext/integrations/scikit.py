@@ -14,6 +14,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import nn
 
 from ..core.arguments import integer
+from ..model.labels import decode, encode
 from ..model.softplus import Softplus
 from ..model.surgery.widen import widen
 from ..training import Result, Trainer
@@ -171,7 +172,7 @@ class TwoPhaseClassifier(ClassifierMixin, _TwoPhase):
         X, y = validate_data(self, X, y, **self._form())
         check_classification_targets(y)
         y = column_or_1d(y, warn=True)
-        classes, labels = np.unique(y, return_inverse=True)
+        labels, classes = encode(y, "y")
         if len(classes) < 2:
             raise ValueError(f"y: expected 2 classes or more, got 1 class, {classes[0]}")
         factor = None
@@ -191,8 +192,7 @@ class TwoPhaseClassifier(ClassifierMixin, _TwoPhase):
 
     def predict(self, X: Any) -> np.ndarray:
         """The label of the largest logit, [n]."""
-        labels = self._outputs(X).argmax(1)
-        return self.classes_[labels]
+        return decode(torch.from_numpy(self._outputs(X)).argmax(1), self.classes_)
 
 
 class TwoPhaseRegressor(RegressorMixin, _TwoPhase):

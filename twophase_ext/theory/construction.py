@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.arrays import as_data, require_finite
+from ..core.arrays import require_finite
 from ..expressivity import Verdict, verify_network
 from ..linalg.bounds import bound_text, plus
 from ..model.calling import one_tensor
 from ..model.groups import firsts, groups_of
 from ..model.inputs import as_example, batches, checked_inputs, first_parameter
+from ..model.labels import as_targets
 from ..model.losses import (
     ConvexLoss,
     prepare_targets,
@@ -112,7 +113,7 @@ def global_minimum(
         inputs = checked_inputs(whole)
         parameter = first_parameter(own)
         network = Network(own, as_example(inputs, parameter), last_layer)
-        targets = as_data(y, name="y").cpu()
+        targets = as_targets(y, "y")[0].cpu()
         if targets.dim() == 0 or len(targets) != len(inputs):
             raise ValueError(f"y: expected {len(inputs)} targets, got {list(targets.shape)}")
         require_finite(targets, "y", "target")

@@ -22,6 +22,7 @@ from ..core.arguments import integer
 from ..core.arrays import as_data, require_finite
 from ..linalg.bounds import UNIT_ROUNDOFF, above, below, bound_text
 from ..model.groups import firsts, groups_of
+from ..model.labels import as_targets
 from ..model.losses import ConvexLoss, prepare_targets, resolve_loss, split, unweighted
 from ..model.torch_losses import HuberLoss, LogisticLoss, SoftmaxLoss, SquaresLoss, TorchLoss
 from . import closed_floors
@@ -99,7 +100,7 @@ def loss_floor(
     """
     resolved = resolve_loss(loss)
     groups = groups_of(x)
-    targets = as_data(y, name="y").cpu()
+    targets = as_targets(y, "y")[0].cpu()
     if len(groups) == 0:
         raise ValueError("x: the data set is empty")
     if targets.dim() == 0 or len(targets) != len(groups) or targets.numel() == 0:

@@ -141,6 +141,7 @@ def begin_folder(context: Context, verdict: Verdict | None, *, new: bool) -> Non
             "statistics_batch": BATCH,
             "own_loss": not context.loss.known,
             "compile": context.compiled is not None,
+            "classes": context.train.classes,
         }
         folder.begin(resolved, environment_of_run(context.device, context.config.seed))
     if verdict is not None:

@@ -193,6 +193,7 @@ class Trainer:
         that its sampler draws, collate function and batch size are used; the order comes from the
         seed, no sample is dropped, num_workers is not used. Every sample is fetched once before
         training, to be checked, and compared whenever it is fetched again.
+        y of a classifier may be text: result.classes has its sorted classes.
         (x, y, weight), a dataset of such triples, or the weights of a WeightedRandomSampler: the
         loss is sum_i w_i l_i / sum_i w_i, w_i >= 0 (docs/data.md); samples of weight 0 count
         nowhere, of equal weights the run is the one without.
@@ -285,6 +286,7 @@ class Trainer:
             ),
             loss=self.loss,
             last_layer=context.network.last.name,
+            classes=context.train.classes,
         )
         if context.folder is not None:
             context.folder.write_result(result, state.epoch)
@@ -305,11 +307,15 @@ class Trainer:
         self.model.to(config.dtype)
         place: dict[str, Any] = {"device": self.device, "dtype": config.dtype}
         samples = Samples.of(train, name="train", **place)
+        place["classes"] = samples.classes
         held_out = None if val is None else Samples.of(val, name="val", **place)
         if held_out is not None and held_out.packing != samples.packing:
             raise ValueError(
                 f"val: expected inputs as those of train, {samples.packing}, got {held_out.packing}"
             )
+        if held_out is not None and (held_out.classes is None) != (samples.classes is None):
+            kinds = ["numbers" if p.classes is None else "text" for p in (samples, held_out)]
+            raise ValueError(f"val: expected labels that are {kinds[0]} as train's, got {kinds[1]}")
         form = serve(self.model, samples.packing, next(samples.in_order(2))[0][:2])
         if samples.batch_size is not None and samples.batch_size != config.batch_size:
             progress.say(f"batch_size: {samples.batch_size}, the DataLoader's")

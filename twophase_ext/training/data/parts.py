@@ -10,6 +10,8 @@ from torch import Tensor
 from ...core.arrays import as_data, require_finite
 from ...core.hashing import flat
 from ...model.groups import Grouping
+from ...model.labels import Classes, as_text
+from ...model.losses import ConvexLoss, SoftmaxLoss
 
 TARGETS = ("y", "label", "labels", "target", "targets")  # names of y in samples that are dicts
 WEIGHTS = ("weight", "weights", "sample_weight", "sample_weights")
@@ -18,12 +20,14 @@ WEIGHTS = ("weight", "weights", "sample_weight", "sample_weights")
 class Content:
     """A hash of samples in index order, however they are batched, and groups of equal inputs.
 
-    dtype: inputs are equal that are equal in it.
+    dtype: inputs are equal that are equal in it. classes: what the targets number, text.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, classes: Classes | None = None) -> None:
         """Of no sample yet."""
         self._parts = [hashlib.sha256() for _ in range(3)]
+        if classes is not None:
+            self._parts[1].update(repr(classes).encode())
         self._dtype, self.grouping = dtype, Grouping()
 
     def add(self, x: Tensor, y: Tensor, c: Tensor | None = None) -> None:
@@ -39,7 +43,20 @@ class Content:
 
 
 def parts_of(batch: Any, name: str) -> tuple[Any, Any, Any]:
-    """x, y and weights (None without) of a collated batch; ValueError where they cannot be told."""
+    """x, y and weights (None without) of a collated batch; ValueError where they cannot be told.
+
+    TypeError for targets that are text: which classes there are would be known at the end alone.
+    """
+    x, y, c = _told(batch, name)
+    if as_text(y) is not None:
+        raise TypeError(
+            f"{name}: labels that are text are taken as one array, (x, y); let the dataset give "
+            "numbers"
+        )
+    return x, y, c
+
+
+def _told(batch: Any, name: str) -> tuple[Any, Any, Any]:
     if isinstance(batch, Mapping):
         targets = [key for key in batch if key in TARGETS]
         weights = [key for key in batch if key in WEIGHTS]
@@ -98,6 +115,20 @@ def product(c: Tensor | None, drawn: Tensor | None, name: str, dtype: torch.dtyp
     return sample_weights(both, len(both), name, dtype)
 
 
+def check_classes(classes: Classes, loss: ConvexLoss, outputs: int, name: str) -> None:
+    """ValueError where labels that are text do not fit the loss, or the network's outputs."""
+    if not isinstance(loss, SoftmaxLoss):
+        raise ValueError(
+            f"{name}: the labels are text, {classes[0]!r}, which {loss.name} does not take; "
+            "cross-entropy does"
+        )
+    if len(classes) > outputs:
+        shown = ", ".join(map(repr, classes[:5])) + (", ..." if len(classes) > 5 else "")
+        raise ValueError(
+            f"{name}: {len(classes)} classes, {shown}, where the last layer has {outputs} outputs"
+        )
+
+
 def row_bytes(x: Tensor) -> list[bytes]:
     """The bytes of each sample."""
     if x[0].numel() == 0:
@@ -112,3 +143,18 @@ def check_length(name: str, n: int, n_targets: int) -> None:
         raise ValueError(f"{name}: expected as many targets as inputs ({n}), got {n_targets}")
     if n == 0:
         raise ValueError(f"{name}: the data set is empty")
+
+
+def check_range(x: Tensor, name: str, dtype: torch.dtype) -> None:
+    """ValueError for finite inputs that are not so in `dtype`."""
+    largest, wide = torch.finfo(dtype).max, x.dtype is torch.float64 and x.numel() > 0
+    if wide and float(torch.stack(x.aminmax()).abs().max()) > largest:
+        raise ValueError(f"{name}: expected inputs within {dtype}'s range, up to {largest:.3g}")
+
+
+def check_augmented(changed: Any, x: Tensor) -> None:
+    """ValueError where `augment` returned no tensor like x."""
+    if not isinstance(changed, Tensor) or changed.shape != x.shape or changed.dtype != x.dtype:
+        got = changed if isinstance(changed, Tensor) else None
+        found = type(changed).__name__ if got is None else f"{list(got.shape)} {got.dtype}"
+        raise ValueError(f"augment: expected {list(x.shape)} {x.dtype}, got {found}")

@@ -14,9 +14,20 @@ from ...core.arrays import as_data, require_finite
 from ...core.memory import available_memory
 from ...core.seeds import host_stream, stream_seed
 from ...model.calling import Packing, is_several, pack
+from ...model.labels import Classes, as_targets
 from ...model.losses import ConvexLoss, Telling, objective, split, weighted
 from .loaders import batching, chosen, drawn_with, is_loader, is_map_style, tell_ignored
-from .parts import Content, check_length, parts_of, product, row_bytes, sample_weights
+from .parts import (
+    Content,
+    check_augmented,
+    check_classes,
+    check_length,
+    check_range,
+    parts_of,
+    product,
+    row_bytes,
+    sample_weights,
+)
 from .rows import Rows, rows_that_count
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -50,6 +61,7 @@ class Samples(Rows):
         self.seed, self.epoch = 0, 0
         self.augment: Augment | None = None
         self.drawn: Tensor | None = None  # weights of a WeightedRandomSampler, [n]
+        self.classes: Classes | None = None  # of labels that were text, sorted
         # once `prepare` has looked at them all:
         self.telling = Telling()
         self.objective: ConvexLoss  # the loss as a mean over these samples
@@ -58,14 +70,21 @@ class Samples(Rows):
         self.content: str | None = None  # a hash of inputs and targets; None where they are random
 
     @staticmethod
-    def of(source: Any, *, name: str, device: torch.device, dtype: torch.dtype) -> "Samples":
-        """Samples from `source`; see the class. Errors name the argument `name`."""
+    def of(
+        source: Any,
+        *,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        classes: Classes | None = None,
+    ) -> "Samples":
+        """Samples from `source`, whose errors it names; classes: known ones, of text."""
         if is_loader(source):
             return _from_loader(source, name, device, dtype)
         if isinstance(source, IterableDataset):
             raise ValueError(f"{name}: expected a map-style dataset, got an IterableDataset")
         if isinstance(source, tuple | list) and len(source) in (2, 3):
-            return _Arrays(source, name, device, dtype)
+            return _Arrays(source, name, device, dtype, classes=classes)
         other = (tuple, list, Mapping, str, bytes, Tensor)
         if (
             is_map_style(source)
@@ -86,10 +105,7 @@ class Samples(Rows):
         # in one epoch a sample comes once: the first one tells the batch
         seed = stream_seed(self.seed, "augment", self.epoch, int(index[0]))
         changed = self.augment(x, torch.Generator().manual_seed(seed))
-        if not isinstance(changed, Tensor) or changed.shape != x.shape or changed.dtype != x.dtype:
-            got = changed if isinstance(changed, Tensor) else None
-            found = type(changed).__name__ if got is None else f"{list(got.shape)} {got.dtype}"
-            raise ValueError(f"augment: expected {list(x.shape)} {x.dtype}, got {found}")
+        check_augmented(changed, x)
         return changed, y
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,12 +114,14 @@ class Samples(Rows):
     def prepare(self, loss: ConvexLoss, outputs: int, each: int = 1) -> None:
         """Check every sample, and convert the targets for `loss` and `outputs` outputs.
 
-        each: rows of outputs of a sample. ValueError where none counts, and for weights of a loss
-        that takes none.
+        each: rows of outputs of a sample. ValueError where none counts, for weights of a loss that
+        takes none, and for text where labels are none, or of more classes than outputs.
         """
         self.outputs, self.each = outputs, each
         if self.weighted:
             weighted(loss)
+        if self.classes is not None:
+            check_classes(self.classes, loss, outputs, self.name)
         self.keep(self._look_at_all(loss))
         if self.groups is not None:
             self.groups = self.of_rows(self.groups)
@@ -172,32 +190,30 @@ class _Arrays(Samples):
         device: torch.device,
         dtype: torch.dtype,
         drawn: Tensor | None = None,
+        classes: Classes | None = None,
     ) -> None:
         """arrays: x, y and maybe weights; drawn: weights of a sampler, which multiply them."""
         (x, y, *rest), packing = arrays, None
         if is_several(x):
             x, packing = pack(x, f"{name}[0]")
         self.x = as_data(x, name=f"{name}[0]")
-        self.y = as_data(y, name=f"{name}[1]")
+        self.y, found = as_targets(y, f"{name}[1]", classes)
         for part, tensor in (("x", self.x), ("y", self.y)):
             if tensor.dim() == 0:
                 raise ValueError(f"{name}: expected {part} with a sample dimension, got a scalar")
         check_length(name, len(self.x), len(self.y))
         require_finite(self.x, name, "input")
         require_finite(self.y, name, "target")
-        largest = torch.finfo(dtype).max
-        wide = self.x.dtype is torch.float64 and self.x.numel() > 0
-        if wide and float(torch.stack(self.x.aminmax()).abs().max()) > largest:
-            raise ValueError(f"{name}: expected inputs within {dtype}'s range, up to {largest:.3g}")
+        check_range(self.x, name, dtype)
         super().__init__(name, len(self.x), device, dtype)
-        self.packing = packing
+        self.packing, self.classes = packing, found
         c = sample_weights(rest[0], self.n, f"{name}[2]", dtype) if rest else None
         c = product(c, drawn, name, dtype)
         equal = c is None or bool(c.min() == c.max() > 0)
         self.weights, self.weighted = None if equal else c, not equal
 
     def _look_at_all(self, loss: ConvexLoss) -> Tensor:
-        content, c = Content(self.dtype), self.weights
+        content, c = Content(self.dtype, self.classes), self.weights
         for start, end in self.batches(_CHECKED):
             own = None if c is None else c[start:end]
             content.add(self.x[start:end], self.y[start:end], own)
