@@ -63,6 +63,6 @@ def score_of(
         network = Network(model, check_runs(model, samples), last_layer)
         with samples.held():
             samples.prepare(loss, network.outputs, network.last.rows)
-            return measure(network, samples.objective, samples)
+            return measure(network, samples.objective, samples)[:2]
     finally:
         dismiss(model)
