@@ -47,7 +47,7 @@ def test_the_bound_is_above_the_loss_at_every_step(loss, seed, dtype):
         else:
             wish = (scale / 10) ** 0.5 * (problem.y - own)
         moved, _ = side.displacement(side.towards(wish))
-        square = distance2(blocks, moved, side.damping, problem.ones)
+        square = distance2(blocks, moved, side.damping, problem.ones, problem.loss)
         m = torch.cat([problem.h.double(), torch.ones(problem.n, 1).double()], 1)
         outputs = m[:, : moved.shape[1]] @ moved.T
         true = float(outputs.square().sum()) / problem.n + side.damping * float(

@@ -38,6 +38,14 @@ CASES = {
         },
     ),
     "no momentum": (2, {"optimizer": lambda p: torch.optim.SGD(p, 0.05)}),
+    "weights, metrics": (
+        2,
+        {
+            "weights": torch.linspace(0.5, 2, N),
+            "second_phase": "gd",
+            "metrics": {"middle": lambda q, y: q.max(1)[0].median()},  # no mean over parts
+        },
+    ),
 }
 
 
@@ -45,7 +53,9 @@ CASES = {
 def test_the_result_of_one_process(tmp_path, case):
     size, settings = CASES[case]
     given = data(settings.get("n", N), one_hot="loss" in settings)
-    settings = {name: value for name, value in settings.items() if name != "n"}
+    if "weights" in settings:
+        given = ((*given[0], settings["weights"]), *given[1:])
+    settings = {name: value for name, value in settings.items() if name not in ("n", "weights")}
     one = fit(toy_mlp, given, **settings)
 
     def by_rank():  # rank 0's weights are everybody's

@@ -207,17 +207,12 @@ def test_samplers_over_a_part_are_honoured(dataset, sampler):
     assert torch.equal(torch.cat([x for x, _ in found.in_order(8)]), X[:20])
 
 
-@pytest.mark.parametrize(
-    "sampler", [Shuffled(64), tp.EpochSampler(64), WeightedRandomSampler([1.0] * 64, 64)]
-)
+@pytest.mark.parametrize("sampler", [Shuffled(64), tp.EpochSampler(64)])
 def test_permutations_are_the_trainers(sampler):
     loader = DataLoader(TensorDataset(X, Y), batch_size=8, sampler=sampler)
-    if isinstance(sampler, WeightedRandomSampler):
-        return refused("WeightedRandomSampler cannot be honoured", loader)
     state = getattr(sampler, "generator", torch.Generator()).get_state()
     assert samples(loader).n == 64
     assert torch.equal(getattr(sampler, "generator", torch.Generator()).get_state(), state)
-    return None
 
 
 @pytest.mark.parametrize(
@@ -228,6 +223,8 @@ def test_permutations_are_the_trainers(sampler):
         (SubsetRandomSampler([1, 70]), "beyond the 64"),
         (SubsetRandomSampler([]), "draws no sample"),
         (RandomSampler(range(64), num_samples=20), "num_samples"),
+        (WeightedRandomSampler([1.0] * 64, 64, replacement=False), "without replacement"),
+        (WeightedRandomSampler([1.0] * 65, 64), "beyond the 64"),
     ],
 )
 def test_other_samplers_are_refused(sampler, message):
@@ -293,7 +290,11 @@ def test_columns_and_tables():
     ):
         assert same_bits(bits(quiet(toy_mlp()).fit(data).model), truth)
     refused(r"got a mapping with \['a', 'b'\]; pass a DataLoader whose", Table(("a", "b")))
-    refused("expected .x, y., a Dataset or a DataLoader, got dict", {"train": Table()}, TypeError)
+    refused(
+        "expected .x, y., .x, y, weight., a Dataset or a DataLoader, got dict",
+        {"train": Table()},
+        TypeError,
+    )
 
 
 def test_a_graph_is_left_behind():

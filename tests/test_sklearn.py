@@ -18,8 +18,6 @@ import twophase_ext as tp
 from helpers import bits, same_bits, toy_data
 from twophase_ext.integrations.scikit import (
     adam,
-    weighted_cross_entropy,
-    weighted_squared_error,
 )
 from twophase_ext.sklearn import TwoPhaseClassifier, TwoPhaseRegressor
 
@@ -123,25 +121,13 @@ def test_weights_are_repetitions_where_batches_are_whole(kind):
     assert np.abs(found - truth).max() < 1e-6 * np.abs(truth).max()
 
 
-def test_weighted_losses_against_float64_and_their_constants():
-    rng = np.random.default_rng(0)
-    q, w = rng.normal(size=(9, 3)), rng.uniform(0.1, 3, 9)
-    labels = rng.integers(3, size=9)
-    log_p = q - np.log(np.exp(q).sum(1, keepdims=True))
-    truth = -(w * log_p[np.arange(9), labels]).mean()
-    target = torch.from_numpy(np.eye(3)[labels] * w[:, None])
-    assert float(weighted_cross_entropy(torch.from_numpy(q), target)) == pytest.approx(truth)
-    y = rng.normal(size=(9, 3))
-    truth = (w * ((q - y) ** 2).sum(1)).mean()
-    target = torch.from_numpy(np.column_stack([y, w]))
-    assert float(weighted_squared_error(torch.from_numpy(q), target)) == pytest.approx(truth)
-    # a bound is given for them, as for a declaration that was tried and not refuted
+def test_a_bound_is_given_for_weighted_losses():
     x, y = (part.numpy() for part in toy_data())
     for kind in (TwoPhaseClassifier, TwoPhaseRegressor):
         given = {"verify": "separation", "second_phase": "gd", "epochs": 4}
         result = quick(kind, **given).fit(x, y, np.linspace(0.5, 2, 60)).result_
         (row,) = (row for row in result.guarantee.premises if row[0] == "convex, smooth loss")
-        assert row[1] != "failed"
+        assert row[1] == "held"
         assert result.guarantee.curve and not result.guarantee.refuted
 
 

@@ -111,7 +111,7 @@ def download(datasets: list[str]) -> int:
 
 
 # Python objects, which no command line gives
-HIDDEN = ("callbacks", "last_layer", "augment")
+HIDDEN = ("callbacks", "last_layer", "augment", "metrics")
 COMMANDS: dict[str, Callable[..., int]] = {
     "demo": demo,
     "train": train,

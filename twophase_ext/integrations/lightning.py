@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset, WeightedRandomSampler
 
 from ..expressivity import Verdict
 from ..model.losses import ConvexLoss, resolve_loss
@@ -168,10 +168,11 @@ class TwoPhaseCallback(Callback):
         # Lightning's own for several processes, which all samples are divided among.
         divided = isinstance(sampler, DistributedSampler) and trainer.world_size > 1
         part = None if divided else chosen(loader, "train dataloader")
-        # In index order, whatever the sampler's.
+        # In index order, whatever the sampler's, whose weights stay those of the samples.
         return DataLoader(
             dataset if part is None else Subset(dataset, part),
             batch_size=1,
+            sampler=sampler if isinstance(sampler, WeightedRandomSampler) else None,
             collate_fn=loader.collate_fn,
         )
 

@@ -7,15 +7,14 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_random_state, column_or_1d, compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.arguments import integer
-from ..model.losses import CROSS_ENTROPY, SQUARED_ERROR, ConvexLoss
+from ..model.labels import decode, encode
 from ..model.softplus import Softplus
 from ..model.surgery.widen import widen
 from ..training import Result, Trainer
@@ -36,17 +35,6 @@ def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         inputs = p[0].numel() if p.dim() > 1 else 1
         groups.setdefault(RATE * min(1.0, WIDTH / inputs), []).append(p)
     return torch.optim.Adam([{"params": ps, "lr": lr} for lr, ps in groups.items()])
-
-
-def weighted_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean of w_i times the cross-entropy of sample i; targets [n, m_y]: w_i at its label."""
-    return F.cross_entropy(outputs, targets)
-
-
-def weighted_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean of w_i ||q_i - y_i||^2; targets [n, m_y + 1]: y_i, then w_i."""
-    errors = (outputs - targets[:, :-1]).square().sum(1)
-    return (targets[:, -1] * errors).mean()
 
 
 class _TwoPhase(BaseEstimator):
@@ -83,7 +71,9 @@ class _TwoPhase(BaseEstimator):
             widen(model, n, self.ratio, last_layer=str(len(layers) - 1))
         return model
 
-    def _train(self, X: np.ndarray, y: Tensor, loss: ConvexLoss, outputs: int) -> Self:
+    def _train(
+        self, X: np.ndarray, y: np.ndarray, w: np.ndarray | None, loss: str, outputs: int
+    ) -> Self:
         seed = int(check_random_state(self.random_state).randint(2**31))
         given = {"run_dir": False, "progress": False, **(self.settings or {})}
         with torch.random.fork_rng():
@@ -103,7 +93,7 @@ class _TwoPhase(BaseEstimator):
             verify=self.verify,
             seed=seed,
             **given,
-        ).fit((X, y))
+        ).fit((X, y) if w is None else (X, y, w))
         if result.status == "interrupted":  # a search would go on with its next fit
             raise KeyboardInterrupt
         if result.status == "diverged":
@@ -119,7 +109,7 @@ class _TwoPhase(BaseEstimator):
 def _weights(
     sample_weight: Any, X: np.ndarray, factor: np.ndarray | None = None
 ) -> tuple[np.ndarray | slice, np.ndarray | None]:
-    """(samples whose weight is not 0, their weights scaled to mean 1; None where all are equal)."""
+    """(samples whose weight is not 0, their weights; None where there are none)."""
     if sample_weight is None and factor is None:
         return slice(None), None
     w = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
@@ -127,8 +117,7 @@ def _weights(
     kept = w > 0
     if not kept.any():
         raise ValueError("sample_weight: expected a weight above zero, all are zero")
-    w = w[kept]
-    return kept, None if np.ptp(w) == 0 else w / w.mean()
+    return kept, w[kept]
 
 
 class TwoPhaseClassifier(ClassifierMixin, _TwoPhase):
@@ -183,21 +172,15 @@ class TwoPhaseClassifier(ClassifierMixin, _TwoPhase):
         X, y = validate_data(self, X, y, **self._form())
         check_classification_targets(y)
         y = column_or_1d(y, warn=True)
-        classes, labels = np.unique(y, return_inverse=True)
+        labels, classes = encode(y, "y")
         if len(classes) < 2:
             raise ValueError(f"y: expected 2 classes or more, got 1 class, {classes[0]}")
         factor = None
         if self.class_weight is not None:
             factor = compute_sample_weight(self.class_weight, y)
         kept, w = _weights(sample_weight, X, factor)
-        loss: ConvexLoss = CROSS_ENTROPY
-        target = torch.from_numpy(labels[kept])
-        if w is not None:
-            target = F.one_hot(target, len(classes)) * torch.from_numpy(w)[:, None]
-            largest = CROSS_ENTROPY.smoothness * float(w.max())
-            loss = ConvexLoss(weighted_cross_entropy, largest, "weighted_cross_entropy")
         self.classes_ = classes
-        return self._train(X[kept], target, loss, len(classes))
+        return self._train(X[kept], labels[kept], w, "cross_entropy", len(classes))
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Logarithms of `predict_proba`, [n, classes]."""
@@ -209,8 +192,7 @@ class TwoPhaseClassifier(ClassifierMixin, _TwoPhase):
 
     def predict(self, X: Any) -> np.ndarray:
         """The label of the largest logit, [n]."""
-        labels = self._outputs(X).argmax(1)
-        return self.classes_[labels]
+        return decode(torch.from_numpy(self._outputs(X)).argmax(1), self.classes_)
 
 
 class TwoPhaseRegressor(RegressorMixin, _TwoPhase):
@@ -255,13 +237,7 @@ class TwoPhaseRegressor(RegressorMixin, _TwoPhase):
         kept, w = _weights(sample_weight, X)
         self._single = y.ndim == 1
         target = np.array(y, np.float64).reshape(len(y), -1)[kept]
-        outputs = target.shape[1]
-        loss: ConvexLoss = SQUARED_ERROR
-        if w is not None:
-            target = np.column_stack([target, w])
-            largest = SQUARED_ERROR.smoothness * float(w.max())
-            loss = ConvexLoss(weighted_squared_error, largest, "weighted_squared_error")
-        return self._train(X[kept], torch.from_numpy(target), loss, outputs)
+        return self._train(X[kept], target, w, "squared_error", target.shape[1])
 
     def predict(self, X: Any) -> np.ndarray:
         """The network's outputs, [n] or [n, targets] as the targets were."""

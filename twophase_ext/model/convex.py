@@ -64,6 +64,10 @@ class ConvexLoss:
         """The loss as a mean over the samples whose targets are y: this one, as declared."""
         return self
 
+    def row_scale(self, y: Tensor) -> Tensor | None:
+        """None: one constant L_ell for all samples (see `TorchLoss`)."""
+        return None
+
 
 def zero_dim(value: Any) -> Tensor:
     """A loss's value; TypeError where it is no tensor without dimensions."""

@@ -23,6 +23,7 @@ from .torch_losses import (
     softmax_loss,
     squares_loss,
 )
+from .weighted import WeightedLoss, split, unweighted, weighted
 
 __all__ = [
     "CROSS_ENTROPY",
@@ -30,23 +31,30 @@ __all__ = [
     "SQUARED_ERROR",
     "ConvexLoss",
     "SoftmaxLoss",
+    "SquaresLoss",
     "Telling",
     "TorchLoss",
+    "WeightedLoss",
     "correct",
     "counterexample",
     "counting",
+    "has_labels",
     "loss_problem",
     "objective",
     "prepare_targets",
     "resolve_loss",
+    "split",
     "squared_error",
+    "unweighted",
+    "weighted",
     "zero_dim",
 ]
 
 
-def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+def squared_error(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """The paper's ||q - y||^2: summed over outputs, averaged over samples (L_ell = 2)."""
-    return (outputs - targets).square().flatten(1).sum(1).mean()
+    each = (outputs - targets).square().flatten(1).sum(1)
+    return each if reduction == "none" else each.mean()
 
 
 # the two that there are kernels for
@@ -182,13 +190,27 @@ def _beside_defaults(make: Callable[..., Any], settings: dict[str, Any]) -> list
 
 
 def correct(loss: ConvexLoss, outputs: Tensor, y: Tensor) -> Tensor | None:
-    """How many of a batch's labels the largest output names; None where there are no labels."""
-    labelled = isinstance(loss, SoftmaxLoss) and loss.labelled and not y.is_floating_point()
+    """How many of a batch's labels the largest output names; None where there are no labels.
+
+    Samples count once, whatever their weights.
+    """
+    y, _ = split(loss, y)
+    own = unweighted(loss)
+    labelled = isinstance(own, SoftmaxLoss) and own.labelled and not y.is_floating_point()
     return (outputs.argmax(1) == y).sum() if labelled else None
 
 
+def has_labels(loss: ConvexLoss, y: Tensor) -> bool:
+    """Whether `correct` has an answer for these targets, as `over` was told them."""
+    return correct(loss, torch.empty(0, 1), y[:0]) is not None
+
+
 def counting(loss: ConvexLoss, y: Tensor) -> Tensor:
-    """Which rows of prepared targets count, bool [n]: all but labels that the loss ignores."""
+    """Which rows of prepared targets count, bool [n]: all but labels that the loss ignores, or of
+    weight 0.
+    """
+    if isinstance(loss, WeightedLoss):
+        return y[:, -1] > 0
     if isinstance(loss, SoftmaxLoss) and not y.is_floating_point():
         return y != loss.ignore_index
     return torch.ones(len(y), dtype=torch.bool, device=y.device)

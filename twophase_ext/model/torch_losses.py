@@ -21,6 +21,7 @@ from .convex import ConvexLoss
 
 IGNORED = -100  # torch's default label of samples that do not count
 _SLACK = 1 + 2.0**-40  # above the rounding of a constant
+EVEN = 1.01  # constants of samples that differ by less count as the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,7 @@ class TorchLoss(ConvexLoss):
     """
 
     known: ClassVar[bool] = True
+    uneven: int = 0  # m_y where samples differ in curvature, none of them being 0
     __eq__, __hash__ = object.__eq__, object.__hash__  # `over` other data it is another loss
 
     def checked(self, y: Tensor, outputs: int, name: str, indices: Sequence[int] | None) -> Tensor:
@@ -56,6 +58,22 @@ class TorchLoss(ConvexLoss):
         """The sum of g_i over a batch."""
         return self.function(outputs, y) * len(y)
 
+    def each(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """g_i of each sample of a batch [b], before `over`."""
+        found = self.function(outputs, y, reduction="none")  # type: ignore[call-arg]
+        return found if found.dim() == 1 else found.mean(1)
+
+    def row_scale(self, y: Tensor) -> Tensor | None:
+        """sqrt(r_i) [b], r_i L_ell the constant of a sample's own gradient; None where all are 1.
+
+        The Hessian of the mean loss in a last layer's weights is at most (L_ell / n) sum_i r_i
+        [h_i, 1] [h_i, 1]^T: rows sqrt(r_i) [h_i, 1] stand for the features.
+        """
+        if not self.uneven:
+            return None
+        share = self.function.share if isinstance(self.function, _Mean) else 1.0
+        return (self.curvature(y, self.uneven) * (share * _SLACK / self.smoothness)).sqrt()
+
     def over(self, y: Tensor, outputs: int) -> Self:
         """The mean over the samples whose targets are y [n, ...]: the loss of a whole data set.
 
@@ -68,12 +86,15 @@ class TorchLoss(ConvexLoss):
                 f"loss: {self.name}: expected a sample that counts, got {len(y)} targets that are "
                 "ignored or of weight 0"
             )
-        share = len(y) / whole
-        largest = float(self.curvature(y, outputs).max()) * share * _SLACK
-        smoothness = max(largest, torch.finfo(torch.float64).tiny)
+        share, own = len(y) / whole, self.curvature(y, outputs)
+        least, largest = (float(part) * share * _SLACK for part in own.aminmax())
+        found: dict[str, Any] = {
+            "smoothness": max(largest, torch.finfo(torch.float64).tiny),
+            "uneven": outputs if 0 < EVEN * least < largest else 0,
+        }
         if bool((d == 1).all()):
-            return replace(self, smoothness=smoothness)
-        return replace(self, smoothness=smoothness, function=_Mean(self, share))
+            return replace(self, **found)
+        return replace(self, function=_Mean(self, share), **found)
 
 
 @dataclass(frozen=True)
@@ -273,13 +294,14 @@ def _cross_entropy(q: Tensor, y: Tensor, *, weight: Tensor | None, **settings: A
     return F.cross_entropy(q, y, weight=None if weight is None else weight.to(q), **settings)
 
 
-def _binary(q: Tensor, y: Tensor, *, weight: Tensor | None, pos_weight: Tensor | None) -> Tensor:
-    weight, pos_weight = (None if part is None else part.to(q) for part in (weight, pos_weight))
-    return F.binary_cross_entropy_with_logits(q, y, weight=weight, pos_weight=pos_weight)
+def _binary(q: Tensor, y: Tensor, *, reduction: str = "mean", **weights: Tensor | None) -> Tensor:
+    own: dict[str, Any] = {k: None if part is None else part.to(q) for k, part in weights.items()}
+    return F.binary_cross_entropy_with_logits(q, y, reduction=reduction, **own)
 
 
-def _multi_label(q: Tensor, y: Tensor, *, weight: Tensor | None) -> Tensor:
-    return F.multilabel_soft_margin_loss(q, y, weight=None if weight is None else weight.to(q))
+def _multi_label(q: Tensor, y: Tensor, *, weight: Tensor | None, reduction: str = "mean") -> Tensor:
+    own = None if weight is None else weight.to(q)
+    return F.multilabel_soft_margin_loss(q, y, weight=own, reduction=reduction)
 
 
 def softmax_loss(

@@ -50,19 +50,21 @@ class Point:
 
 
 @torch.no_grad()
-def distance2(blocks: Blocks, moved: Tensor, damping: float, ones: bool) -> float:
+def distance2(blocks: Blocks, moved: Tensor, damping: float, ones: bool, loss: ConvexLoss) -> float:
     """||D||_H^2 = ||M D^T||_F^2 / n + damping ||D||_F^2, rounded up; moved: D [k, p] float64.
 
-    An output errs by at most gamma_p ||M_i|| ||D_j||.
+    Rows of M by `row_scale` of the loss. An output errs by at most gamma_p ||M_i|| ||D_j||.
     """
     if not bool(moved.any()):
         return 0.0
     squares, norms, n = 0.0, 0.0, 0
     weight, bias = (moved[:, :-1], moved[:, -1]) if ones else (moved, None)
-    for h, _ in blocks():
-        h = h.double()
-        squares += float(torch.nn.functional.linear(h, weight, bias).square().sum())
-        norms += float(h.square().sum()) + ones * len(h)
+    for h, y in blocks():
+        h, scale = h.double(), loss.row_scale(y)
+        share = 1.0 if scale is None else scale.square()
+        rows = torch.nn.functional.linear(h, weight, bias).square().sum(1)
+        squares += float((rows * share).sum())
+        norms += float(((h.square().sum(1) + ones) * share).sum())
         n += len(h)
     whole = float(moved.square().sum()) * SLACK + moved.numel() * 2.0**-1074
     off = gamma(moved.shape[1] + 2) * math.sqrt(norms * whole) * SLACK
@@ -120,7 +122,7 @@ def accelerated_guarantee(
         back = [v - w] if c is None or b is None or not ones else [v - w, (c - b)[:, None]]
         moved = torch.cat(back, 1)  # of the very v that is evaluated, a rounding apart
         value = last_layer_objective(blocks, v, c, loss, l2, ones)
-        family.append((value, distance2(blocks, moved, damping, ones) * (1 + 8 * U), name))
+        family.append((value, distance2(blocks, moved, damping, ones, loss) * (1 + 8 * U), name))
     start = family[0][0]
     for point in points:
         row = {"steps": point.steps, "bound": start, "comparator": "w^tau", "loss": start}

@@ -16,17 +16,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.arrays import as_data, require_finite
+from ..core.arrays import require_finite
 from ..expressivity import Verdict, verify_network
 from ..linalg.bounds import bound_text, plus
 from ..model.calling import one_tensor
 from ..model.groups import firsts, groups_of
 from ..model.inputs import as_example, batches, checked_inputs, first_parameter
-from ..model.losses import ConvexLoss, prepare_targets, resolve_loss
+from ..model.labels import as_targets
+from ..model.losses import (
+    ConvexLoss,
+    prepare_targets,
+    resolve_loss,
+    split,
+    unweighted,
+    weighted,
+)
 from ..model.network import Network
 from ..model.probing import copy_model
 from ..model.torch_losses import HuberLoss, LogisticLoss, SoftmaxLoss, SquaresLoss
-from .floor import LossFloor, floor_of
+from ..model.weighted import packed
+from .floor import LossFloor, floor_of, sample_weights
 
 OFF = 1e-12  # outputs of a neuron up to it count as 0; at its own sample it is about 1
 BATCH = 256  # samples a forward pass
@@ -73,6 +82,7 @@ def global_minimum(
     y: Any,
     *,
     loss: Any = "cross_entropy",
+    weights: Any = None,
     gap: float = 1e-4,
     last_layer: nn.Module | str | None = None,
     seed: int = 0,
@@ -81,7 +91,8 @@ def global_minimum(
 
     model: as for `verify_expressivity`, with a wide softplus layer of at least N units for the N
     distinct inputs (`tp.nn.widen`); it is not changed. x, y: all training data, as the Trainer's
-    arrays. loss: as the Trainer's, but for a `ConvexLoss` of one's own. gap > 0: of the mean loss.
+    arrays. loss: as the Trainer's, but for a `ConvexLoss` of one's own. weights [n] >= 0: of the
+    samples, as of `loss_floor`; those of weight 0 are left out. gap > 0: of the mean loss.
     Cross-entropy aims at q_c = log(t_c + e T), t as in `SoftmaxLoss`, which costs a group at most
     T log(1 + e m_y) <= T e m_y; regressions at the minimiser. Time and memory: the witness's proof,
     O(N^2 d), one pass of the model over the samples and a sparse substitution.
@@ -98,17 +109,20 @@ def global_minimum(
     if not (isinstance(gap, int | float) and 0 < gap <= sys.float_info.max):
         raise ValueError(f"gap: expected a number > 0, got {gap!r}")
     own = copy_model(model)
-    with one_tensor(own, x) as packed:
-        inputs = checked_inputs(packed)
+    with one_tensor(own, x) as whole:
+        inputs = checked_inputs(whole)
         parameter = first_parameter(own)
         network = Network(own, as_example(inputs, parameter), last_layer)
-        targets = as_data(y, name="y").cpu()
+        targets = as_targets(y, "y")[0].cpu()
         if targets.dim() == 0 or len(targets) != len(inputs):
             raise ValueError(f"y: expected {len(inputs)} targets, got {list(targets.shape)}")
         require_finite(targets, "y", "target")
         targets = prepare_targets(resolved, targets, network.outputs, "y")
-        resolved = resolved.over(targets, network.outputs)
         fed = torch.cat([part.cpu() for part, _ in batches(inputs, parameter)])
+        if (c := sample_weights(weights, len(inputs))) is not None:
+            c, fed, targets = c[c > 0], fed[c > 0], targets[c > 0]
+            resolved, targets = weighted(resolved), packed(targets, c)
+        resolved = resolved.over(targets, network.outputs)
         groups = groups_of(fed)
         floor = floor_of(resolved, groups, targets, network.outputs)
         distinct = fed[firsts(groups)]
@@ -143,17 +157,19 @@ def best_outputs(
     loss: ConvexLoss, groups: Tensor, y: Tensor, outputs: int, gap: float
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Outputs [N, m_y] of the groups with a mean loss within half of `gap` of the infimum."""
-    count = int(groups.max()) + 1
+    y, c = split(loss, y)
+    count, loss = int(groups.max()) + 1, unweighted(loss)
 
     def summed(rows: Tensor) -> Tensor:
         zeros = torch.zeros(count, *rows.shape[1:], dtype=torch.float64, device="cpu")
-        return zeros.index_add_(0, groups, rows.double())
+        own = c.double().reshape(-1, *[1] * (rows.dim() - 1))
+        return zeros.index_add_(0, groups, rows.double() * own)
 
     if isinstance(loss, SoftmaxLoss | LogisticLoss):
         t = summed(loss.terms(y, outputs))
         whole = t.sum(-1, keepdim=True)
         # the increments add up to sum T e m_y / sum d, or over m_y outputs to twice sum T e / m_y
-        per_sample = float(whole.sum()) / float(loss.divisor(y).sum())
+        per_sample = float(whole.sum()) / float((c * loss.divisor(y)).sum())
         classes = outputs if isinstance(loss, SoftmaxLoss) else 2 / outputs
         share = min(gap / (2 * max(per_sample, 1e-300) * classes), 1.0)
         q = torch.where(whole > 0, t + share * whole, 1.0).log()
@@ -161,23 +177,25 @@ def best_outputs(
             return (q[..., 0] - q[..., 1]).numpy()
         return (q - q.mean(1, keepdim=True)).numpy()
     if isinstance(loss, SquaresLoss):
-        return (summed(y) / groups.bincount()[:, None]).numpy()
+        return (summed(y) / summed(torch.ones_like(y[:, :1]))).numpy()
     if not isinstance(loss, HuberLoss):
         raise ValueError(f"loss: {loss.name}: its minimisers are not known")
     aims = y[firsts(groups)].double().numpy().copy()
     counts = groups.bincount()
     for g in (counts > 1).nonzero().flatten().tolist():
-        rows = y[groups == g].double().numpy()
-        aims[g] = [_huber_minimiser(column, loss.delta) for column in rows.T]
+        rows, own = y[groups == g].double().numpy(), c[groups == g].double().numpy()
+        aims[g] = [_huber_minimiser(column, own, loss.delta) for column in rows.T]
     return aims
 
 
-def _huber_minimiser(values: np.ndarray[Any, Any], delta: float) -> float:
+def _huber_minimiser(
+    values: np.ndarray[Any, Any], weights: np.ndarray[Any, Any], delta: float
+) -> float:
     """By bisection of the derivative, which grows."""
     low, high = float(values.min()), float(values.max())
     for _ in range(80):
         middle = (low + high) / 2
-        if float(np.clip(middle - values, -delta, delta).sum()) < 0:
+        if float((weights * np.clip(middle - values, -delta, delta)).sum()) < 0:
             low = middle
         else:
             high = middle

@@ -22,7 +22,8 @@ from ..core.arguments import integer
 from ..core.arrays import as_data, require_finite
 from ..linalg.bounds import UNIT_ROUNDOFF, above, below, bound_text
 from ..model.groups import firsts, groups_of
-from ..model.losses import ConvexLoss, prepare_targets, resolve_loss
+from ..model.labels import as_targets
+from ..model.losses import ConvexLoss, prepare_targets, resolve_loss, split, unweighted
 from ..model.torch_losses import HuberLoss, LogisticLoss, SoftmaxLoss, SquaresLoss, TorchLoss
 from . import closed_floors
 from .small_minimum import enclosed_infimum
@@ -83,9 +84,9 @@ def loss_floor(
 
     x: n inputs as the model is fed, tensor or array [n, ...], or a dict or tuple of them; equal
     ones are found by content (`model/groups.py`). y: targets as the loss takes them. loss: as the
-    Trainer's. weights [n] >= 0: of the samples; the objective is then (1 / n) sum_i c_i l_i (of a
-    loss with class weights their sum stands for n, as in torch). outputs: m_y, needed only where
-    the targets do not show it.
+    Trainer's. weights [n] >= 0: of the samples; the objective is then the Trainer's weighted mean,
+    sum_i c_i l_i / sum_i c_i (of a loss with class weights the sum of c_i times these, as torch's
+    mean of repeated samples has it). outputs: m_y, needed only where the targets do not show it.
 
     Cross-entropy: (1 / n) sum_g sum_c n_gc log(n_g / n_gc), the entropy of the label given the
     input; squared error: the mean squared distance from the group's mean; binary cross-entropy,
@@ -99,7 +100,7 @@ def loss_floor(
     """
     resolved = resolve_loss(loss)
     groups = groups_of(x)
-    targets = as_data(y, name="y").cpu()
+    targets = as_targets(y, "y")[0].cpu()
     if len(groups) == 0:
         raise ValueError("x: the data set is empty")
     if targets.dim() == 0 or len(targets) != len(groups) or targets.numel() == 0:
@@ -107,7 +108,7 @@ def loss_floor(
     require_finite(targets, "y", "target")
     k = _outputs(resolved, targets) if outputs is None else integer("outputs", outputs, 1)
     targets = prepare_targets(resolved, targets, k, "y")
-    found = floor_of(resolved, groups, targets, k, _sample_weights(weights, len(groups)))
+    found = floor_of(resolved, groups, targets, k, sample_weights(weights, len(groups)))
     # of labels alone: an output that no label names would keep the infimum from being attained
     guessed = outputs is None and targets.dim() == 1
     return replace(found, attained=None) if guessed and found.attained else found
@@ -124,15 +125,16 @@ def floor_of(
 ) -> LossFloor:
     """`loss_floor` for groups as `groups_of` numbers them and prepared targets, on the CPU.
 
+    Of a `WeightedLoss` the targets carry the weights, and `weights` is None.
     solves: small minimisations of a declared loss that are made at most.
     """
-    n = len(groups)
-    ones = torch.ones(n, dtype=torch.float64, device="cpu")
-    c = ones if weights is None else weights
-    d = loss.divisor(y) if isinstance(loss, TorchLoss) else ones
-    whole = math.fsum(d.tolist())
+    n, name = len(groups), loss.name
+    y, own = split(loss, y)
+    c, loss = own.double() if weights is None else weights, unweighted(loss)
+    d = loss.divisor(y) if isinstance(loss, TorchLoss) else torch.ones_like(c)
+    whole = math.fsum((c * d).tolist())
     if not whole > 0:
-        raise ValueError(f"loss: {loss.name}: expected a sample that counts, got none")
+        raise ValueError(f"loss: {name}: expected a sample that counts, got none")
     sizes = groups.bincount()
     counted = (c > 0) & (d > 0)
     apart = _disagreeing(groups, y, counted)
@@ -146,18 +148,18 @@ def floor_of(
         distinct=len(sizes),
         repeated=int((sizes > 1).sum()),
         disagreeing=len(apart),
-        loss=loss.name,
+        loss=name,
         attained=attained,
         reason=reason,
     )
 
 
 def _quotient(value: float, whole: float, towards: float) -> float:
-    """value / whole, rounded towards an infinity; whole is within one unit of exact."""
+    """value / whole, rounded towards an infinity; whole is within two units of exact."""
     if value == 0 or not math.isfinite(value):
         return towards if math.isnan(value) else value
     found = value / whole
-    for _ in range(3):
+    for _ in range(4):
         found = math.nextafter(found, towards)
     return found
 
@@ -309,7 +311,8 @@ def _outputs(loss: ConvexLoss, y: Tensor) -> int:
     )
 
 
-def _sample_weights(weights: Any, n: int) -> Tensor | None:
+def sample_weights(weights: Any, n: int) -> Tensor | None:
+    """The argument `weights`, float64 [n] on the CPU; ValueError where it is none."""
     if weights is None:
         return None
     c = as_data(weights, name="weights").cpu().double()

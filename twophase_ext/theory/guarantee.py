@@ -123,20 +123,25 @@ def smoothness(
     blocks: a function that starts a pass over (h [b, m], targets), any floating dtype. form:
     "paper", (L_ell / n) sum_i ||[h_i, 1]||^2 as in Theorem 1, or "tight", an upper bound of
     (L_ell / n) lambda_max(M^T M), M = [h, 1]: Collatz's max_i (A x)_i / x_i for A = |M|^T |M| and
-    x > 0 from a power iteration, at most the paper's form. l2 is added. Raises ValueError for an
+    x > 0 from a power iteration, at most the paper's form. Of samples that differ in curvature
+    (weights of samples or classes) each row counts with its own constant, r_i L_ell. l2 is added.
+    Raises ValueError for an
     unknown form, l2 < 0, no sample, and features that are not finite.
     """
     if form not in ("tight", "paper"):
         raise ValueError(f"form: expected 'tight' or 'paper', got {form!r}")
     if not 0 <= l2 < math.inf:
         raise ValueError(f"l2: expected a number >= 0, got {l2}")
-    constant = resolve_loss(loss).smoothness
+    resolved = resolve_loss(loss)
+    constant = resolved.smoothness
     x, trace, n, seen = None, 0.0, 0, False
     upper = math.inf
     for _ in range(ITERATIONS if form == "tight" else 1):
         product, trace, n = None, 0.0, 0
-        for h, _targets in blocks():
+        for h, targets in blocks():
             m = _with_ones(h, ones).abs_()
+            if (scale := resolved.row_scale(targets)) is not None:
+                m *= scale[:, None]
             if x is None:
                 x = m.new_ones(m.shape[1])
             trace, n = trace + float(m.square().sum()), n + len(m)

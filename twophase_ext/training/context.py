@@ -1,7 +1,7 @@
 """What a run works with: settled before its first step, and never another object afterwards."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .control.progress import Progress
 from .data.samples import Samples
 from .distributed.ranks import Ranks
 from .features.agreement import Agreement
+from .metrics import Metrics
 from .optimizer.averaged import Averaged
 from .optimizer.schedule import Schedule
 from .persistence.runfolder import RunFolder
@@ -26,7 +27,7 @@ class Context:
     """Model, data, settings and tools of one run.
 
     fixed: whether h is the same in every batch, as found before training. folder: the run's, where
-    one is kept. compiled: torch.compile's arguments, None without.
+    one is kept. metrics: the user's own. compiled: torch.compile's arguments, None without.
     """
 
     network: Network
@@ -43,6 +44,7 @@ class Context:
     base_step: BaseStep
     averaged: Averaged
     fixed: Agreement
+    metrics: Metrics = field(default_factory=dict)
     compiled: Mapping[str, Any] | None = None
     folder: RunFolder | None = None
 

@@ -7,15 +7,17 @@ for t >= tau:           w^{t+1} = w^t - eta^t * nu g^t, nu keeping rank K(w)   s
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ..core.hashing import tensors_hash
 from ..core.seeds import epoch_order
-from ..model.losses import SoftmaxLoss
+from ..model.losses import has_labels
 from . import faults
 from .callbacks import call
 from .control.interrupt import Interrupt
 from .faults import Diverged, Stopped
+from .metrics import own_metrics
 from .phases import SECOND, FirstPhase, Phase
 from .run import Run, all_finite
 from .transition import enter_second_phase
@@ -77,14 +79,21 @@ class Loop:
                 samples = order[context.offsets()[-2] :]
             raise Diverged(phase.steps() - 1, loss, samples)
         accuracy: float | None = None
-        if isinstance(context.loss, SoftmaxLoss) and context.loss.labelled:
+        labelled = has_labels(context.loss, context.train.targets)
+        cached = phase is self.second and state.cache_mode != "none"
+        found: dict[str, float | None] = {}
+        if labelled:
             accuracy = float(state.sums[1]) / rows
-            if phase is self.second and state.cache_mode != "none":
-                accuracy = run.measure(run.train_features, context.train)[1]
+        if context.metrics or (labelled and cached):
+            now = run.measure(run.train_features, context.train)
+            accuracy = now.accuracy if labelled and cached else accuracy
+            found |= {f"train_{name}": value for name, value in now.metrics.items()}
         measured: tuple[float | None, float | None] = (None, None)
         if context.val is not None:
-            measured = run.measure(run.val_features, context.val)
-        record = self._record(phase, seconds, loss, accuracy, *measured)
+            now = run.measure(run.val_features, context.val)
+            measured = now.loss, now.accuracy
+            found |= {f"val_{name}": value for name, value in now.metrics.items()}
+        record = self._record(phase, seconds, loss, accuracy, *measured, found)
         state.next_epoch()
         phase.look_back(record)
         context.schedule.end_epoch(record["phase"], loss)
@@ -93,7 +102,9 @@ class Loop:
         last = state.epoch == context.config.epochs or self.second.finished
         if context.cadence.epoch(state.epoch) or last:
             run.save()
-        context.progress.advance("training", 1, f"loss {loss:.4f}, {seconds:.1f} s an epoch")
+        own = [f"{part} {text}" for part in ("train", "val") for text in own_metrics(found, part)]
+        shown = [f"loss {loss:.4f}", *own]
+        context.progress.advance("training", 1, ", ".join([*shown, f"{seconds:.1f} s an epoch"]))
 
     def _record(
         self,
@@ -103,6 +114,7 @@ class Loop:
         train_accuracy: float | None = None,
         val_loss: float | None = None,
         val_accuracy: float | None = None,
+        metrics: Mapping[str, float | None] | None = None,
     ) -> dict[str, Any]:
         """This epoch's row, added to the history and written."""
         record: dict[str, Any] = {
@@ -115,6 +127,7 @@ class Loop:
             "learning_rate": phase.learning_rate(),
             "seconds": seconds,
             **phase.row,
+            **(metrics or {}),
         }
         stage = "second_phase" if phase is self.second else "first_phase"
         self.run.add_time(stage, seconds)

@@ -1,25 +1,42 @@
-"""Loss and accuracy of a network over a whole data set."""
+"""Loss, accuracy and the user's metrics of a network over a whole data set."""
+
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..model.losses import ConvexLoss, correct
 from ..model.network import Network
 from .data.samples import BATCH, Samples
 from .distributed.ranks import Ranks
 from .features.cache import Features
+from .metrics import Metrics, evaluate
+
+
+class Measured(NamedTuple):
+    """loss: the mean. accuracy: None where there are no labels. metrics: the user's own."""
+
+    loss: float
+    accuracy: float | None
+    metrics: dict[str, float | None]
 
 
 @torch.no_grad()
 def measure(
-    network: Network, loss: ConvexLoss, source: Samples | Features, ranks: Ranks | None = None
-) -> tuple[float, float | None]:
-    """(mean loss, accuracy) in evaluation mode; accuracy None where there are no labels.
+    network: Network,
+    loss: ConvexLoss,
+    source: Samples | Features,
+    ranks: Ranks | None = None,
+    metrics: Metrics | None = None,
+) -> Measured:
+    """In evaluation mode.
 
     Each rank passes its own part of Samples through the network: every sample counts once.
     """
     model, ranks = network.model, ranks or Ranks()
     mode = model.training
     total, right, labelled = 0.0, 0, True
+    kept: tuple[list[Tensor], list[Tensor]] = ([], [])  # for the metrics
     model.eval()
     if isinstance(source, Features):
         batches = source.outputs(network, BATCH)
@@ -34,6 +51,9 @@ def measure(
             if not len(y):
                 continue
         total += float(loss(outputs, y)) * len(y)
+        if metrics:
+            kept[0].append(outputs.cpu())
+            kept[1].append(y.cpu())
         count = correct(loss, outputs, y)
         labelled = labelled and count is not None
         right += 0 if count is None else int(count)
@@ -41,4 +61,8 @@ def measure(
     if not isinstance(source, Features):
         sums = ranks.all_reduce_(torch.tensor([total, right], dtype=torch.float64, device="cpu"))
         total, right = float(sums[0]), int(sums[1])
-    return total / rows, right / rows if labelled else None
+        if metrics and ranks.size > 1:
+            parts = ranks.all_gather_object(kept)
+            kept = ([t for p in parts for t in p[0]], [t for p in parts for t in p[1]])
+    found = evaluate(metrics or {}, loss, *kept)
+    return Measured(total / rows, right / rows if labelled else None, found)

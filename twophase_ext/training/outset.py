@@ -22,6 +22,7 @@ from .declared import check_loss
 from .distributed.ranks import Ranks
 from .features.agreement import Agreement, agreement
 from .features.cache import plan_for
+from .metrics import Metrics, try_out
 from .persistence.runfolder import create, describe_optimizer
 from .steps.sharded import check_model
 
@@ -34,11 +35,13 @@ def look_at(
     example: Tensor,
     ranks: Ranks,
     compare: bool,
+    metrics: Metrics,
 ) -> Agreement:
     """Check every sample of the sets, training first, and the model on them.
 
-    compare: whether h has to be the same in every batch. Raises ValueError or TypeError for what
-    would be found later: see `check_trains`, `check_loss`, `Samples.prepare`, `agreement`.
+    compare: whether h has to be the same in every batch. metrics: tried on some samples. Raises
+    ValueError or TypeError for what would be found later: see `check_trains`, `check_loss`,
+    `Samples.prepare`, `agreement`, `try_out`.
     """
     if ranks.size > 1:
         check_model(network.model)
@@ -51,6 +54,7 @@ def look_at(
     with train.held():
         train.prepare(loss, network.outputs, each)
         check_loss(loss, network.outputs, train, config)
+        try_out(metrics, network, train)
         if train.random and config.augment_copies is None:
             compare = False  # nothing is cached or claimed
         fixed = Agreement()
@@ -59,7 +63,19 @@ def look_at(
             fixed = agreement(network, train, config.batch_size, ranks, accumulate=accumulate)
     for samples in sets[1:]:
         samples.prepare(loss, network.outputs, each)
+        try_out(metrics, network, samples)
     return fixed
+
+
+def check_val(train: Samples, val: Samples) -> None:
+    """ValueError where the validation data are of another form."""
+    if val.packing != train.packing:
+        raise ValueError(
+            f"val: expected inputs as those of train, {train.packing}, got {val.packing}"
+        )
+    if (val.classes is None) != (train.classes is None):
+        kinds = ["numbers" if part.classes is None else "text" for part in (train, val)]
+        raise ValueError(f"val: expected labels that are {kinds[0]} as train's, got {kinds[1]}")
 
 
 def describe(network: Network, samples: Samples, progress: Progress) -> None:
@@ -73,6 +89,13 @@ def describe(network: Network, samples: Samples, progress: Progress) -> None:
         progress.say(f"the last hidden layer is affine + {kind}: separation can prove Assumption 1")
     if samples.each > 1 or samples.kept is not None:
         progress.say(f"outputs that count: {samples.rows}, of {samples.n} samples")
+    if samples.drawn is not None:
+        progress.say(
+            "WeightedRandomSampler: the training loss is the expected loss of what it draws, the "
+            "mean weighted by its weights; an epoch visits every sample once"
+        )
+    elif samples.weighted:
+        progress.say("sample weights: the training loss is sum w_i l_i / sum w_i")
     width = width_premise(network, samples.rows, samples.distinct)
     if width.status == FAILED:
         warnings.warn(
@@ -134,6 +157,7 @@ def begin_folder(context: Context, verdict: Verdict | None, *, new: bool) -> Non
             "statistics_batch": BATCH,
             "own_loss": not context.loss.known,
             "compile": context.compiled is not None,
+            "classes": context.train.classes,
         }
         folder.begin(resolved, environment_of_run(context.device, context.config.seed))
     if verdict is not None:

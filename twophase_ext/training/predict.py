@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..model.calling import dismiss, one_tensor, serve
 from ..model.inputs import checked_inputs, first_parameter
+from ..model.labels import Classes
 from ..model.losses import ConvexLoss
 from ..model.network import Network
 from ..model.probing import DoesNotRun
@@ -45,16 +46,23 @@ def _outputs(model: nn.Module, x: Tensor, parameter: Tensor) -> Tensor:
 
 @torch.inference_mode(False)
 def score_of(
-    model: nn.Module, loss: ConvexLoss, data: Any, last_layer: str | None
+    model: nn.Module,
+    loss: ConvexLoss,
+    data: Any,
+    last_layer: str | None,
+    classes: Classes | None = None,
 ) -> tuple[float, float | None]:
     """(mean loss, accuracy or None) of the model over data; see `Result.score`."""
     parameter = first_parameter(model)
-    samples = Samples.of(data, name="data", device=parameter.device, dtype=parameter.dtype)
+    place: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
+    samples = Samples.of(data, name="data", classes=classes, **place)
+    if classes is not None and samples.classes is None:
+        raise ValueError(f"data: expected labels that are text, {classes[0]!r}, got numbers")
     try:
         samples.form = serve(model, samples.packing, next(samples.in_order(2))[0][:2])
         network = Network(model, check_runs(model, samples), last_layer)
         with samples.held():
             samples.prepare(loss, network.outputs, network.last.rows)
-            return measure(network, samples.objective, samples)
+            return measure(network, samples.objective, samples)[:2]
     finally:
         dismiss(model)

@@ -12,13 +12,13 @@ def verified(context: Context, method: str) -> Verdict:
 
     Training is not lost for a proof that raised or that the memory does not hold.
     """
-    network, bias = context.network, context.network.last.module.bias
+    network, train, bias = context.network, context.train, context.network.last.module.bias
     try:
         return verify_network(
             network,
-            context.train.in_order(max(1, BATCH // context.train.each)),
-            n=context.train.n,
-            kept=context.train.kept,
+            ((x, train.unweighted(y)) for x, y in train.in_order(max(1, BATCH // train.each))),
+            n=train.n,
+            kept=train.kept,
             method=method,
             batch_norm=context.config.batch_norm,
             training=True,
@@ -31,7 +31,7 @@ def verified(context: Context, method: str) -> Verdict:
             status="undecided",
             claim="at w",
             method="none",
-            n=context.train.rows,
+            n=train.rows,
             width=network.width,
             batch_norm=context.config.batch_norm,
             bias=bias is not None and bias.requires_grad,

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.notebook import folded, paragraph
 from ..linalg.bounds import bound_text
-from ..model.losses import ConvexLoss
+from ..model.labels import Classes, decode
+from ..model.losses import ConvexLoss, SoftmaxLoss
 from ..model.probing import require_module
+from .metrics import own_metrics
 from .minimum import Minimum
 from .predict import outputs_of, score_of
 
@@ -26,19 +28,19 @@ class Result:
     of the last layer's weight). train_loss is the mean over the epoch's batches of the loss before
     each update; train_accuracy is measured during the epoch in the first phase and at its end in
     the second; accuracies are None for losses other than cross-entropy, val_* without validation
-    data. status: "completed", "interrupted", "diverged" or "stopped" (the second phase could not
-    go on: the reason is in the guarantee; lazy: the rank could not be
-    shown any more). verdict: the expressivity Verdict at w^tau, or None. guarantee: a `Guarantee`,
-    the premise audit and, for "gd" and "sgd", the bound of Theorem 1 beside the measured loss
-    (`LazyGuarantee` for "lazy", None before its tau).
-    divergence: of a run that diverged, {epoch, step, loss (a text), samples: the mini-batch's
-    indices (None for a full gradient), inputs_not_finite: those of them whose inputs are not};
-    model holds the broken weights, the last checkpoint is from before. final: losses
-    and accuracies of the trained network over the whole sets; empty unless completed. timings:
-    seconds by stage. hidden_hash: SHA-256 of the frozen hidden layers, the same before and after
-    the second phase. minimum: how far the training loss is from the global minimum over all
-    weights; its str is one sentence. loss: the one that was trained on; last_layer: the name of
-    that layer.
+    data; train_name and val_name of the Trainer's metrics. status: "completed", "interrupted",
+    "diverged" or "stopped" (the second phase could not go on: the reason is in the guarantee; lazy:
+    the rank could not be shown any more). verdict: the expressivity Verdict at w^tau, or None.
+    guarantee: a `Guarantee`, the premise audit and, for "gd" and "sgd", the bound of Theorem 1
+    beside the measured loss (`LazyGuarantee` for "lazy", None before its tau). divergence: of a run
+    that diverged, {epoch, step, loss (a text), samples: the mini-batch's indices (None for a full
+    gradient), inputs_not_finite: those of them whose inputs are not}; model holds the broken
+    weights, the last checkpoint is from before. final: losses, accuracies and metrics of the
+    trained network over the whole sets; empty unless completed. timings: seconds by stage.
+    hidden_hash: SHA-256 of the frozen hidden layers, the same before and after the second phase.
+    minimum: how far the training loss is from the global minimum over all weights; its str is one
+    sentence. loss: the one that was trained on; last_layer: the name of that layer. classes: of
+    labels that were text, sorted: output c is classes[c].
 
     `tp.load_run` makes one of a run folder: model is None there where none is given, and loss
     where it was one of the user's own.
@@ -58,17 +60,25 @@ class Result:
     minimum: Minimum | None = None
     loss: ConvexLoss | None = None
     last_layer: str | None = None
+    classes: Classes | None = None
 
-    def predict(self, x: Any) -> Tensor:
+    def predict(self, x: Any, *, labels: bool = False) -> Any:
         """The trained network's outputs [n, m_y] of inputs x, on its device, without gradients.
 
         Logits where it was trained on cross-entropy: `.argmax(1)` are the labels, `.softmax(1)` the
-        probabilities. x: tensor or array [n, ...], uint8 scaled to [0, 1], or a dict or tuple of
+        probabilities. labels: these labels instead, int64 [n], or an array of text where it was
+        trained on text. x: tensor or array [n, ...], uint8 scaled to [0, 1], or a dict or tuple of
         them, in the form that it was trained on. Evaluation mode, 256 samples at a time; the model
         keeps its mode. Raises ValueError for x empty, with NaN or infinity, or of a shape that the
-        model does not take, and without a model.
+        model does not take, without a model, and for labels of another loss.
         """
-        return outputs_of(self._model(), x)
+        outputs = outputs_of(self._model(), x)
+        if not labels:
+            return outputs
+        if self.loss is not None and not isinstance(self.loss, SoftmaxLoss):
+            raise ValueError(f"labels: expected False, {self.loss.name} has none")
+        numbers = outputs.argmax(1)
+        return numbers if self.classes is None else decode(numbers, self.classes)
 
     def score(self, data: Any) -> dict[str, float | None]:
         """{"loss": the mean over all samples, "accuracy": its share, None but for cross-entropy}.
@@ -83,7 +93,7 @@ class Result:
                 "loss: the run's own is not known, as a run folder keeps no function; set "
                 "result.loss, a tp.ConvexLoss"
             )
-        loss, accuracy = score_of(model, self.loss, data, self.last_layer)
+        loss, accuracy = score_of(model, self.loss, data, self.last_layer, self.classes)
         return {"loss": loss, "accuracy": accuracy}
 
     def _model(self) -> nn.Module:
@@ -110,7 +120,9 @@ class Result:
         for key, name in (("train", "training"), ("val", "validation")):
             loss, accuracy = self.final.get(f"{key}_loss"), self.final.get(f"{key}_accuracy")
             if loss is not None:
-                also = "" if accuracy is None else f" (accuracy {100 * accuracy:.2f} %)"
+                shown = [] if accuracy is None else [f"accuracy {100 * accuracy:.2f} %"]
+                shown += own_metrics(self.final, key)
+                also = f" ({', '.join(shown)})" if shown else ""
                 said.append(f"the {name} loss is {loss:.4g}{also}")
         return [f"At the end {' and '.join(said)}."] if said else []
 
@@ -161,6 +173,7 @@ class Result:
             loss, accuracy = self.final.get(f"{name}_loss"), self.final.get(f"{name}_accuracy")
             if loss is not None:
                 shown = "" if accuracy is None else f", accuracy {100 * accuracy:.2f} %"
+                shown = ", ".join([shown, *own_metrics(self.final, name)])
                 lines.append(f"  final {name}: loss {loss:.5f}{shown}")
         if self.hidden_hash:
             lines.append(

@@ -16,7 +16,7 @@ from . import saved
 from .context import Context
 from .data.samples import Samples
 from .features.cache import Features
-from .measure import measure
+from .measure import Measured, measure
 from .state import RunState, phase, unfixed
 
 
@@ -65,14 +65,15 @@ class Run:
         """Correct answers among the outputs; None for other losses than cross-entropy."""
         return correct(self.context.loss, outputs, y)
 
-    def measure(self, features: Features | None, samples: Samples) -> tuple[float, float | None]:
-        """Mean loss and accuracy over all samples, in evaluation mode."""
+    def measure(self, features: Features | None, samples: Samples) -> Measured:
+        """Mean loss, accuracy and metrics over all samples, in evaluation mode."""
         context = self.context
         with self.timed("evaluation"):
-            return measure(context.network, samples.objective, features or samples, context.ranks)
+            own = (context.network, samples.objective, features or samples)
+            return measure(*own, context.ranks, context.metrics)
 
     def measure_all(self) -> dict[str, float | None]:
-        """Losses and accuracies of the network as it stands, over the whole sets."""
+        """Losses, accuracies and metrics of the network as it stands, over the whole sets."""
         context, final = self.context, dict[str, float | None]()
         usable = context.config.batch_norm == "frozen"
         sets = (
@@ -81,8 +82,9 @@ class Run:
         )
         for name, samples, features in sets:
             if samples is not None:
-                loss, accuracy = self.measure(features if usable else None, samples)
-                final[f"{name}_loss"], final[f"{name}_accuracy"] = loss, accuracy
+                found = self.measure(features if usable else None, samples)
+                final[f"{name}_loss"], final[f"{name}_accuracy"] = found.loss, found.accuracy
+                final |= {f"{name}_{metric}": value for metric, value in found.metrics.items()}
         return final
 
     # --- checkpoints

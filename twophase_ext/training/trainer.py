@@ -26,6 +26,7 @@ from .data.samples import Augment, Samples
 from .distributed.ranks import joined
 from .features.agreement import Agreement
 from .loop import Loop
+from .metrics import Metrics, resolve_metrics
 from .minimum import minimum
 from .optimizer.averaged import Averaged
 from .optimizer.factory import OptimizerFactory, make_optimizer, paper_optimizer
@@ -106,6 +107,8 @@ class Trainer:
             There is always one at tau, after the verification, and one at the end.
         callbacks: `Callback` objects, or any with methods on_fit_start(run), on_perturb(run) or
             on_epoch_end(run, record), run a `RunView` (docs/callbacks.md).
+        metrics: {name: fn(logits [n, m_y], y) -> number}, over all training and validation data as
+            the network stands at each epoch's end, and at the end: rows train_name and val_name.
         progress: False prints nothing.
 
     Wrong arguments raise ValueError or TypeError that name them.
@@ -144,6 +147,7 @@ class Trainer:
         run_dir: str | Path | bool | None = None,
         checkpoint_every: int | str | None = None,
         callbacks: Iterable[Any] = (),
+        metrics: Metrics | None = None,
         progress: bool = True,
     ) -> None:
         """See the class."""
@@ -154,7 +158,7 @@ class Trainer:
             raise TypeError("optimizer: expected a callable parameters -> Optimizer")
         if scheduler is not None and not callable(scheduler):
             raise TypeError("scheduler: expected a callable optimizer -> LRScheduler")
-        self.loss = resolve_loss(loss)
+        self.loss, self.metrics = resolve_loss(loss), resolve_metrics(metrics)
         self.config = resolve(given, SECOND)
         self.model, self.last_layer = model, last_layer
         self.optimizer, self.scheduler = optimizer or paper_optimizer, scheduler
@@ -193,6 +197,8 @@ class Trainer:
         that its sampler draws, collate function and batch size are used; the order comes from the
         seed, no sample is dropped, num_workers is not used. Every sample is fetched once before
         training, to be checked, and compared whenever it is fetched again.
+        Of (x, y, weight), also in a dataset, and of a WeightedRandomSampler the loss is
+        sum_i w_i l_i / sum_i w_i; labels may be text, see result.classes (docs/data.md).
         resume: True continues the run in run_dir, "auto" continues it where there is a checkpoint
         and begins where there is none, a path continues the run in that folder or checkpoint file.
         A run resumed on the CPU, with the number of threads, instruction set and torch of before,
@@ -282,6 +288,7 @@ class Trainer:
             ),
             loss=self.loss,
             last_layer=context.network.last.name,
+            classes=context.train.classes,
         )
         if context.folder is not None:
             context.folder.write_result(result, state.epoch)
@@ -302,11 +309,10 @@ class Trainer:
         self.model.to(config.dtype)
         place: dict[str, Any] = {"device": self.device, "dtype": config.dtype}
         samples = Samples.of(train, name="train", **place)
+        place["classes"] = samples.classes
         held_out = None if val is None else Samples.of(val, name="val", **place)
-        if held_out is not None and held_out.packing != samples.packing:
-            raise ValueError(
-                f"val: expected inputs as those of train, {samples.packing}, got {held_out.packing}"
-            )
+        if held_out is not None:
+            outset.check_val(samples, held_out)
         form = serve(self.model, samples.packing, next(samples.in_order(2))[0][:2])
         if samples.batch_size is not None and samples.batch_size != config.batch_size:
             progress.say(f"batch_size: {samples.batch_size}, the DataLoader's")
@@ -322,7 +328,8 @@ class Trainer:
             examples = [check_runs(self.model, part) for part in sets]
         network = Network(self.model, examples[0], self.last_layer)
         compare = self.compares and self.known is None
-        fixed = outset.look_at(network, self.loss, config, sets, examples[0], ranks, compare)
+        looked = (network, self.loss, config, sets, examples[0], ranks, compare, self.metrics)
+        fixed = outset.look_at(*looked)
         fixed = self.known or fixed
         if config.second_phase != "none":
             require_memory(str(config.verify), samples.distinct, network.width + 1, self.device)
@@ -352,6 +359,7 @@ class Trainer:
             ),
             averaged=Averaged(optimizer),
             fixed=fixed,
+            metrics=self.metrics,
             compiled=self.compile,
         )
         return self._begin(

@@ -1,12 +1,14 @@
 """What the template shows, made of run records."""
 
 import base64
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from twophase_ext import Verdict, build_info
 from twophase_ext.linalg.bounds import bound_text
 from twophase_ext.theory.lazy_guarantee import LazyGuarantee
+from twophase_ext.training.persistence.runfolder import is_metric
 
 from . import words
 from .curves import Chart, Line, chart
@@ -168,6 +170,12 @@ def _points(record: RunRecord, column: str) -> list[tuple[float, float]]:
     return [(row["epoch"], row[column]) for row in record.history if column in row]
 
 
+def _metrics(record: RunRecord) -> list[str]:
+    """The user's own metrics."""
+    columns = dict.fromkeys(key for row in record.history for key in row if is_metric(key))
+    return list(dict.fromkeys(key.partition("_")[2] for key in columns))
+
+
 def _taus(records: Sequence[RunRecord]) -> list[float]:
     """The first epochs of second phases, half an epoch before."""
     first = {next((r["epoch"] for r in run.history if r["phase"] == 2), None) for run in records}
@@ -177,20 +185,20 @@ def _taus(records: Sequence[RunRecord]) -> list[float]:
 def _charts(key: str, record: RunRecord) -> list[Chart]:
     held_out, taus = record.held_out, _taus([record])
     drawn = []
-    for what, percent in (("loss", False), ("accuracy", True)):
+    for what in ("loss", "accuracy", *_metrics(record)):
         lines = [Line("training", _points(record, f"train_{what}"))]
         if points := _points(record, f"val_{what}"):
             lines.append(Line(held_out, points, 1, 1))
-        title = f"{what.capitalize()} by epoch"
+        title = f"{what[:1].upper()}{what[1:]} by epoch"
         drawn.append(
             chart(
-                f"{key}-{what}",
+                f"{key}-{re.sub(r'[^A-Za-z0-9]', '-', what)}",
                 title,
                 [line for line in lines if line.points],
                 xlabel="epoch",
                 ylabel=what,
                 taus=taus,
-                percent=percent,
+                percent=what == "accuracy",
             )
         )
     if record.curve:
@@ -232,6 +240,8 @@ def _missing_charts(record: RunRecord) -> list[str]:
 
 def _epochs(record: RunRecord) -> dict[str, Any]:
     """The metrics as a table."""
+    own = [f"{part}_{name}" for name in _metrics(record) for part in ("train", "val")]
+    own = [name for name in own if any(name in row for row in record.history)]
     rows = [
         [
             f"{row['epoch']:g}",
@@ -239,10 +249,11 @@ def _epochs(record: RunRecord) -> dict[str, Any]:
             *(words.number(row.get(name), 6) for name in MEASURES),
             words.number(row.get("learning_rate"), 6),
             words.number(row["seconds"]),
+            *(words.number(row.get(name), 6) for name in own),
         ]
         for row in thinned(record.history)
     ]
-    return {"rows": rows, "total": len(record.history)}
+    return {"rows": rows, "total": len(record.history), "own": own}
 
 
 def _bounds(record: RunRecord) -> dict[str, Any]:

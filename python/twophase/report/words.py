@@ -6,6 +6,7 @@ from typing import Any
 from twophase_ext.linalg.bounds import bound_text
 from twophase_ext.theory.guarantee import Guarantee
 from twophase_ext.theory.lazy_guarantee import LazyGuarantee
+from twophase_ext.training.metrics import own_metrics
 
 from .gather import RunRecord
 
@@ -206,7 +207,9 @@ def losses(record: RunRecord) -> str:
         for key, what in (("train", "training"), ("val", record.held_out)):
             if final.get(f"{key}_loss") is not None:
                 accuracy = final.get(f"{key}_accuracy")
-                also = "" if accuracy is None else f" (accuracy {share(accuracy)})"
+                shown = [] if accuracy is None else [f"accuracy {share(accuracy)}"]
+                shown += own_metrics(final, key)
+                also = f" ({', '.join(shown)})" if shown else ""
                 parts.append(f"the {what} loss is {number(final[f'{key}_loss'])}{also}")
         return f"At the end {joined(parts)}."
     if not record.history:

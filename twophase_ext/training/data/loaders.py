@@ -5,6 +5,7 @@ from collections.abc import Sized
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -15,6 +16,7 @@ from torch.utils.data import (
 )
 
 from ...core.seeds import host_stream
+from .parts import sample_weights
 
 
 def is_loader(source: Any) -> bool:
@@ -44,9 +46,10 @@ def batching(loader: Any) -> tuple[Any, int | None]:
 def chosen(loader: Any, name: str) -> list[int] | None:
     """The samples that the loader's sampler visits once an epoch, ascending; None where all.
 
-    Their order stays the Trainer's. Raises ValueError, which names the argument `name`, for a
-    sampler that repeats samples or whose epochs are not of the same ones, for a batch_sampler and
-    for a loader without batches.
+    Their order stays the Trainer's. All for a WeightedRandomSampler with replacement, whose weights
+    `drawn_with` gives. Raises ValueError, which names the argument `name`, for another sampler that
+    repeats samples or whose epochs are not of the same ones, for a batch_sampler and for a loader
+    without batches.
     """
     (sampler, size), n, refused = batching(loader), len(loader.dataset), ""
     if size is None:
@@ -56,7 +59,9 @@ def chosen(loader: Any, name: str) -> list[int] | None:
             refused = "replacement or num_samples"
         found = set(range(n))
     elif isinstance(sampler, WeightedRandomSampler):
-        refused = "WeightedRandomSampler"
+        if not sampler.replacement:  # what is drawn then is no expectation of independent samples
+            refused = "a WeightedRandomSampler without replacement"
+        found = set(range(max(n, len(sampler.weights))))
     elif isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
         refused = "DistributedSampler"  # every process of a run takes its part by itself
     elif isinstance(sampler, SequentialSampler):
@@ -78,6 +83,21 @@ def chosen(loader: Any, name: str) -> list[int] | None:
     if not found:
         raise ValueError(f"{name}: the sampler draws no sample")
     return None if len(found) == n else sorted(found)
+
+
+def drawn_with(loader: Any, name: str, dtype: torch.dtype) -> Tensor | None:
+    """The weights [n] of the loader's WeightedRandomSampler, None of another one.
+
+    A mini-batch of it has the expected loss sum_i c_i l_i / sum_i c_i: c are weights of samples, of
+    which each is then fetched once an epoch.
+    """
+    sampler = batching(loader)[0]
+    if not isinstance(sampler, WeightedRandomSampler):
+        return None
+    given = torch.as_tensor(sampler.weights, dtype=torch.float64)
+    c = torch.zeros(len(loader.dataset), dtype=torch.float64, device="cpu")
+    c[: len(given)] = given  # the sampler never draws what it has no weight for
+    return sample_weights(c, len(c), f"{name}: weights of the WeightedRandomSampler", dtype)
 
 
 def _visits(sampler: Any) -> list[list[int]]:

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...model.losses import IGNORED, ConvexLoss, SoftmaxLoss, counting, prepare_targets
+from ...model.losses import (
+    IGNORED,
+    ConvexLoss,
+    SoftmaxLoss,
+    WeightedLoss,
+    counting,
+    prepare_targets,
+)
+from ...model.weighted import packed
 
 
 class Rows:
@@ -23,12 +31,14 @@ class Rows:
         self.each, self.outputs = 1, 0
         self.form: int | None = None
         self.kept: Tensor | None = None
+        self.weighted = False  # whether targets carry the weights of their samples
         self._counts: Tensor | None = None  # of each sample, its rows that count
 
     def keep(self, counts: Tensor) -> None:
         """counts: which rows do, bool [n each]; ValueError where none does."""
         if not bool(counts.any()):
-            raise ValueError(f"{self.name}: expected a label that counts, all are {IGNORED}")
+            also = " or of weight 0" if self.weighted else ""
+            raise ValueError(f"{self.name}: expected a label that counts, all are {IGNORED}{also}")
         if not bool(counts.all()):
             self.kept, self._counts = counts.nonzero()[:, 0], counts.view(-1, self.each).sum(1)
 
@@ -45,7 +55,9 @@ class Rows:
 
     def counted(self, y: Tensor) -> Tensor | slice:
         """Which rows of targets as they are fetched count; all of them without looking."""
-        return slice(None) if self.kept is None else y != IGNORED
+        if self.kept is None:
+            return slice(None)
+        return y[:, -1] > 0 if self.weighted else y != IGNORED
 
     def samples_of(self, rows: Tensor) -> Tensor:
         """Whose the rows are, by their numbers among those that count."""
@@ -76,6 +88,27 @@ class Rows:
         y = prepare_targets(loss, y, self.outputs, self.name, _Owners(indices, self.each))
         return _marked(loss, y).unflatten(0, (b, self.each))
 
+    def with_weights(self, y: Tensor, c: Tensor | None) -> Tensor:
+        """Targets as of `targets_of` with the weights of their samples (`model/weighted.py`).
+
+        c: [b], or [b, ...] of each of a sample's outputs. ValueError for another shape.
+        """
+        if not self.weighted or c is None:
+            return y
+        if c.numel() not in (len(y), len(y) * self.each):
+            raise ValueError(
+                f"{self.name}: expected a weight for each sample, or each of its {self.each} "
+                f"outputs, got weights of shape {list(c.shape)}"
+            )
+        rows = self.by_row(y)
+        own = c.reshape(len(y), -1).expand(len(y), self.each).flatten().to(y.device)
+        found = packed(rows, own)
+        return found if self.each == 1 else found.unflatten(0, (len(y), self.each))
+
+    def unweighted(self, y: Tensor) -> Tensor:
+        """Rows of targets alone."""
+        return y[:, :-1] if self.weighted else y
+
     def by_row(self, y: Tensor) -> Tensor:
         """Targets of samples, [b, ...] or [b, each, ...], row by row."""
         return y if self.each == 1 else y.flatten(0, 1)
@@ -101,6 +134,8 @@ def _marked(loss: ConvexLoss, y: Tensor) -> Tensor:
 
 
 def rows_that_count(loss: ConvexLoss, y: Tensor) -> Tensor:
-    """Of targets in rows, bool [n]."""
+    """Of targets in rows, bool [n]: those whose label is not IGNORED, and whose weight is not 0."""
+    if isinstance(loss, WeightedLoss):
+        return counting(loss, y)
     labels = isinstance(loss, SoftmaxLoss) and not y.is_floating_point()
     return y != IGNORED if labels else torch.ones(len(y), dtype=torch.bool, device=y.device)

@@ -1,7 +1,6 @@
 """Training data in one form: batches by sample index, checked before anything is trained."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -12,20 +11,29 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
 from ...core.arrays import as_data, require_finite
-from ...core.hashing import flat
 from ...core.memory import available_memory
 from ...core.seeds import host_stream, stream_seed
 from ...model.calling import Packing, is_several, pack
-from ...model.groups import Grouping
-from ...model.losses import ConvexLoss, Telling, objective
-from .loaders import batching, chosen, is_loader, is_map_style, tell_ignored
+from ...model.labels import Classes, as_targets
+from ...model.losses import ConvexLoss, Telling, objective, split, weighted
+from .loaders import batching, chosen, drawn_with, is_loader, is_map_style, tell_ignored
+from .parts import (
+    Content,
+    check_augmented,
+    check_classes,
+    check_length,
+    check_range,
+    parts_of,
+    product,
+    row_bytes,
+    sample_weights,
+)
 from .rows import Rows, rows_that_count
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _CHECKED = 256  # samples of a Dataset looked at together before training
 _SHARE = 4  # inputs that take at most 1 / _SHARE of the device's free memory are moved there
 _LOOKED_AT = 8  # samples fetched at once, to be compared while all are checked before training
-_TARGETS = ("y", "label", "labels", "target", "targets")  # names of y in samples that are dicts
 # Samples a forward pass outside training; fixed, so that a resumed run has the same bits.
 BATCH = 256
 
@@ -40,7 +48,7 @@ class Samples(Rows):
     (seed, epoch), which the engine sets, and the batch. augment: a transform of whole batches,
     (x [b, ...], torch.Generator) -> x, likewise.
 
-    Targets are fetched row by row, [b each, ...] (rows.py).
+    Targets are fetched row by row, [b each, ...] (rows.py), with their weights where there are any.
     """
 
     def __init__(self, name: str, n: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -52,6 +60,8 @@ class Samples(Rows):
         self.random, self.changed = False, "the inputs are transformed at random at every visit"
         self.seed, self.epoch = 0, 0
         self.augment: Augment | None = None
+        self.drawn: Tensor | None = None  # weights of a WeightedRandomSampler, [n]
+        self.classes: Classes | None = None  # of labels that were text, sorted
         # once `prepare` has looked at them all:
         self.telling = Telling()
         self.objective: ConvexLoss  # the loss as a mean over these samples
@@ -60,14 +70,21 @@ class Samples(Rows):
         self.content: str | None = None  # a hash of inputs and targets; None where they are random
 
     @staticmethod
-    def of(source: Any, *, name: str, device: torch.device, dtype: torch.dtype) -> "Samples":
-        """Samples from `source`; see the class. Errors name the argument `name`."""
+    def of(
+        source: Any,
+        *,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        classes: Classes | None = None,
+    ) -> "Samples":
+        """Samples from `source`, whose errors it names; classes: known ones, of text."""
         if is_loader(source):
             return _from_loader(source, name, device, dtype)
         if isinstance(source, IterableDataset):
             raise ValueError(f"{name}: expected a map-style dataset, got an IterableDataset")
-        if isinstance(source, tuple | list) and len(source) == 2:
-            return _Arrays(source[0], source[1], name, device, dtype)
+        if isinstance(source, tuple | list) and len(source) in (2, 3):
+            return _Arrays(source, name, device, dtype, classes=classes)
         other = (tuple, list, Mapping, str, bytes, Tensor)
         if (
             is_map_style(source)
@@ -76,7 +93,8 @@ class Samples(Rows):
         ):
             return _from_dataset(source, default_collate, name, device, dtype)
         raise TypeError(
-            f"{name}: expected (x, y), a Dataset or a DataLoader, got {type(source).__name__}"
+            f"{name}: expected (x, y), (x, y, weight), a Dataset or a DataLoader, got "
+            f"{type(source).__name__}"
         )
 
     def fetch(self, index: Tensor, *, augmented: bool = True) -> tuple[Tensor, Tensor]:
@@ -87,10 +105,7 @@ class Samples(Rows):
         # in one epoch a sample comes once: the first one tells the batch
         seed = stream_seed(self.seed, "augment", self.epoch, int(index[0]))
         changed = self.augment(x, torch.Generator().manual_seed(seed))
-        if not isinstance(changed, Tensor) or changed.shape != x.shape or changed.dtype != x.dtype:
-            got = changed if isinstance(changed, Tensor) else None
-            found = type(changed).__name__ if got is None else f"{list(got.shape)} {got.dtype}"
-            raise ValueError(f"augment: expected {list(x.shape)} {x.dtype}, got {found}")
+        check_augmented(changed, x)
         return changed, y
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,9 +114,14 @@ class Samples(Rows):
     def prepare(self, loss: ConvexLoss, outputs: int, each: int = 1) -> None:
         """Check every sample, and convert the targets for `loss` and `outputs` outputs.
 
-        each: rows of outputs of a sample. ValueError where no label counts.
+        each: rows of outputs of a sample. ValueError where none counts, for weights of a loss that
+        takes none, and for text where labels are none, or of more classes than outputs.
         """
         self.outputs, self.each = outputs, each
+        if self.weighted:
+            weighted(loss)
+        if self.classes is not None:
+            check_classes(self.classes, loss, outputs, self.name)
         self.keep(self._look_at_all(loss))
         if self.groups is not None:
             self.groups = self.of_rows(self.groups)
@@ -109,6 +129,16 @@ class Samples(Rows):
     def _look_at_all(self, loss: ConvexLoss) -> Tensor:
         """Which rows count, bool [n each], on the CPU."""
         raise NotImplementedError
+
+    def _settle(self, loss: ConvexLoss, rows: Tensor) -> Tensor:
+        """Objective and targets from those of all rows; which of them count, on the CPU."""
+        own = weighted(loss) if self.weighted else loss
+        counts = rows_that_count(own, rows)
+        self.targets = rows[counts].cpu()
+        if len(self.targets):
+            self.objective = objective(own, self.targets, self.outputs)
+            self.telling.add(self.targets)
+        return counts.cpu()
 
     @property
     def distinct(self) -> int:
@@ -150,72 +180,54 @@ class Samples(Rows):
         return x.to(self.dtype) if x.is_floating_point() else x
 
 
-class _Content:
-    """A hash of samples in index order, however they are batched, and groups of equal inputs.
-
-    dtype: inputs are equal that are equal in it.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._parts = hashlib.sha256(), hashlib.sha256()
-        self._dtype, self.grouping = dtype, Grouping()
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        self.grouping.add(x.to(self._dtype) if x.is_floating_point() else x)
-        for part, t in zip(self._parts, (x, y), strict=True):
-            part.update(flat(t).view(torch.uint8).numpy().data)
-
-    def digest(self) -> str:
-        return " ".join(part.hexdigest() for part in self._parts)
-
-
-def _check_length(name: str, n: int, n_targets: int) -> None:
-    if n != n_targets:
-        raise ValueError(f"{name}: expected as many targets as inputs ({n}), got {n_targets}")
-    if n == 0:
-        raise ValueError(f"{name}: the data set is empty")
-
-
 class _Arrays(Samples):
     """Two arrays held whole, on the device where they fit: the batch is one index_select."""
 
-    def __init__(self, x: Any, y: Any, name: str, device: torch.device, dtype: torch.dtype) -> None:
-        packing = None
+    def __init__(
+        self,
+        arrays: Sequence[Any],
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        drawn: Tensor | None = None,
+        classes: Classes | None = None,
+    ) -> None:
+        """arrays: x, y and maybe weights; drawn: weights of a sampler, which multiply them."""
+        (x, y, *rest), packing = arrays, None
         if is_several(x):
             x, packing = pack(x, f"{name}[0]")
         self.x = as_data(x, name=f"{name}[0]")
-        self.y = as_data(y, name=f"{name}[1]")
+        self.y, found = as_targets(y, f"{name}[1]", classes)
         for part, tensor in (("x", self.x), ("y", self.y)):
             if tensor.dim() == 0:
                 raise ValueError(f"{name}: expected {part} with a sample dimension, got a scalar")
-        _check_length(name, len(self.x), len(self.y))
+        check_length(name, len(self.x), len(self.y))
         require_finite(self.x, name, "input")
         require_finite(self.y, name, "target")
-        largest = torch.finfo(dtype).max
-        wide = self.x.dtype is torch.float64 and self.x.numel() > 0
-        if wide and float(torch.stack(self.x.aminmax()).abs().max()) > largest:
-            raise ValueError(f"{name}: expected inputs within {dtype}'s range, up to {largest:.3g}")
+        check_range(self.x, name, dtype)
         super().__init__(name, len(self.x), device, dtype)
-        self.packing = packing
+        self.packing, self.classes = packing, found
+        c = sample_weights(rest[0], self.n, f"{name}[2]", dtype) if rest else None
+        c = product(c, drawn, name, dtype)
+        equal = c is None or bool(c.min() == c.max() > 0)
+        self.weights, self.weighted = None if equal else c, not equal
 
     def _look_at_all(self, loss: ConvexLoss) -> Tensor:
-        content = _Content(self.dtype)
+        content, c = Content(self.dtype, self.classes), self.weights
         for start, end in self.batches(_CHECKED):
-            content.add(self.x[start:end], self.y[start:end])
-        self.content, self.groups = content.digest(), content.grouping.index()
-        self.y = self.targets_of(loss, self.y)
+            own = None if c is None else c[start:end]
+            content.add(self.x[start:end], self.y[start:end], own)
+        self.content, self.groups = content.digest(weighted=c is not None), content.grouping.index()
+        self.y = self.with_weights(self.targets_of(loss, self.y), c)
         if self.y.is_floating_point():
             self.y = self.y.to(self.dtype)
         rows = self.by_row(self.y)
-        counts = rows_that_count(loss, rows)
-        self.telling.add(rows[counts])
-        self.targets = rows[counts].cpu()
-        self.objective = objective(loss, rows[counts], self.outputs)
+        counts = self._settle(loss, rows)
         # Labels are small: on the device once. So are inputs that fit; others move batch by batch.
         self.y = self.y.to(self.device)
         if _SHARE * self.x.nbytes <= available_memory(self.device):
             self.x = self.x.to(self.device)
-        return counts.cpu()
+        return counts
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         index = index.to(self.x.device, non_blocking=True)
@@ -233,22 +245,27 @@ class _Fetched(Samples):
         name: str,
         device: torch.device,
         dtype: torch.dtype,
+        drawn: Tensor | None = None,
     ) -> None:
-        _check_length(name, len(dataset), len(dataset))
+        check_length(name, len(dataset), len(dataset))
         super().__init__(name, len(dataset), device, dtype)
+        self.drawn, self.weighted = drawn, drawn is not None
         self.dataset, self.collate = dataset, collate
         self.loss: ConvexLoss | None = None
-        self._hashed: _Content | None = None  # while all are looked at
+        self._hashed: Content | None = None  # while all are looked at
         self._seen = np.zeros((self.n, 2), np.int64)  # of each sample: its form, and a hash of it
-        self._kept: dict[Any, tuple[Tensor, Tensor]] | None = None
+        self._weights: list[Tensor] = []  # while all are looked at
+        self._kept: dict[Any, tuple[Tensor, Tensor, Tensor | None]] | None = None
         self._room = 0
         # Most transforms at random are known before training: the check there looks again.
         some = list(range(0, self.n, -(-self.n // _LOOKED_AT)))
         with host_stream(0):
             for i in some:
-                self._compare(*self._collate([i]), [i])
+                x, y, c = self._collate([i])
+                self.weighted = self.weighted or c is not None
+                self._compare(x, y, c, [i])
 
-    def _collate(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def _collate(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
         if hasattr(self.dataset, "__getitems__"):  # as torch's DataLoader does
             items = self.dataset.__getitems__(indices)
         else:
@@ -261,7 +278,7 @@ class _Fetched(Samples):
                 f"{self.name}: the collate function fails on samples {shown}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        x, y = _pair(batch, self.name)
+        x, y, c = parts_of(batch, self.name)
         if is_several(x):
             x = self._packed(x)
         x, y = (as_data(part, name=self.name) for part in (x, y))
@@ -273,7 +290,9 @@ class _Fetched(Samples):
                     f"function, got {what} {got}: one that adds or drops samples, or lists numbers "
                     "by column, has to do so in the dataset (Hugging Face's: with_format('torch'))"
                 )
-        return x, y
+        if c is not None:
+            c = sample_weights(c, len(indices), self.name, self.dtype, indices)
+        return x, y, c
 
     def _packed(self, inputs: Any) -> Tensor:
         x, packing = pack(inputs, self.name)
@@ -286,12 +305,13 @@ class _Fetched(Samples):
         self.packing = packing
         return x
 
-    def _compare(self, x: Tensor, y: Tensor, indices: list[int]) -> None:
+    def _compare(self, x: Tensor, y: Tensor, c: Tensor | None, indices: list[int]) -> None:
         """Set `random` where a sample is not what it was. Forms differ where batches are padded."""
         if self.random:
             return
         form = hash((x.shape[1:], x.dtype, y.shape[1:], y.dtype)) | 1
-        for i, *parts in zip(indices, _rows(x), _rows(y), strict=True):
+        own = [row_bytes(part) for part in (x, y, c) if part is not None]
+        for i, *parts in zip(indices, *own, strict=True):
             known, value = self._seen[i].tolist(), hash(tuple(parts))
             if known[0] == form and known[1] != value:
                 self.random = True
@@ -308,76 +328,58 @@ class _Fetched(Samples):
             self._kept = None
 
     def _look_at_all(self, loss: ConvexLoss) -> Tensor:
-        self.loss = loss
-        self._hashed = content = _Content(self.dtype)
-        counts, targets = [], []
-        for _, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
-            counts.append(rows_that_count(loss, y))
-            targets.append(y[counts[-1]])
-            self.telling.add(targets[-1])
-        whole = torch.cat(targets)
-        self.objective, self.targets = objective(loss, whole, self.outputs), whole.cpu()
+        self.loss, self._weights = loss, []
+        self._hashed = content = Content(self.dtype)
+        # nothing may be found wrong after hours of training
+        rows = torch.cat([y for _, y in self.in_order(_CHECKED)])
         self._hashed = None
+        if self.weighted and bool((c := torch.cat(self._weights)).min() == c.max() > 0):
+            rows, self.weighted = split(weighted(loss), rows)[0], False  # as without
         if not self.random:
-            self.content, self.groups = content.digest(), content.grouping.index()
-        return torch.cat(counts).cpu()
+            self.content = content.digest(weighted=self.weighted)
+            self.groups = content.grouping.index()
+        return self._settle(loss, rows)
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         indices = index.tolist()
         key = (self.epoch if self.random else None, tuple(indices))
-        x, y = (self._kept or {}).get(key) or self._read(indices)
+        x, y, c = (self._kept or {}).get(key) or self._read(indices)
         if self._kept is not None:
             if key not in self._kept and x.nbytes + y.nbytes <= self._room:
-                self._kept[key] = x, y
+                self._kept[key] = x, y, c
                 self._room -= x.nbytes + y.nbytes
             x = x.clone()  # a model may write into its inputs
+        if self.loss is not None:
+            y = self.by_row(self.with_weights(y, c))
         y = y.to(self.device)
-        y = y.to(self.dtype) if y.is_floating_point() else y
-        return self._place(x), y if self.loss is None else self.by_row(y)
+        return self._place(x), y.to(self.dtype) if y.is_floating_point() else y
 
-    def _read(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def _read(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
         # in one epoch a sample comes once: the first one tells the batch
         with host_stream(stream_seed(self.seed, "augment", self.epoch, indices[0])):
-            x, y = self._collate(indices)
+            x, y, c = self._collate(indices)
         require_finite(x, self.name, "input", indices)
         require_finite(y, self.name, "target", indices)
-        self._compare(x, y, indices)
+        self._compare(x, y, c, indices)
+        c = product(c, None if self.drawn is None else self.drawn[indices], self.name, self.dtype)
         if self._hashed is not None:
-            self._hashed.add(x, y)
-        return x, y if self.loss is None else self.targets_of(self.loss, y, indices)
-
-
-def _pair(batch: Any, name: str) -> tuple[Any, Any]:
-    """x and y of a collated batch; ValueError where they cannot be told."""
-    if isinstance(batch, Mapping):
-        targets = [key for key in batch if key in _TARGETS]
-        inputs = [key for key in batch if key not in _TARGETS]
-        if len(targets) == 1 and inputs:
-            several = {key: batch[key] for key in inputs}
-            return several if len(inputs) > 1 else batch[inputs[0]], batch[targets[0]]
-        raise ValueError(
-            f"{name}: expected samples (x, y), got a mapping with {list(batch)}; pass a DataLoader "
-            "whose collate_fn returns (x, y)"
-        )
-    if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        raise ValueError(f"{name}: expected samples (x, y), got {type(batch).__name__}")
-    return batch[0], batch[1]
-
-
-def _rows(x: Tensor) -> list[bytes]:
-    """The bytes of each sample."""
-    if x[0].numel() == 0:
-        return [b""] * len(x)
-    flat = x.cpu().contiguous().reshape(len(x), -1).view(torch.uint8).numpy()
-    return [row.tobytes() for row in flat]
+            self._hashed.add(x, y, c)
+            self._weights += [] if c is None else [c]
+        return x, y if self.loss is None else self.targets_of(self.loss, y, indices), c
 
 
 def _from_dataset(
-    dataset: Any, collate: Any, name: str, device: torch.device, dtype: torch.dtype
+    dataset: Any,
+    collate: Any,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    drawn: Tensor | None = None,
 ) -> Samples:
-    if type(dataset) is TensorDataset and collate is default_collate and len(dataset.tensors) == 2:
-        return _Arrays(*dataset.tensors, name, device, dtype)
-    return _Fetched(dataset, collate, name, device, dtype)
+    plain = type(dataset) is TensorDataset and collate is default_collate
+    if plain and len(dataset.tensors) in (2, 3):
+        return _Arrays(dataset.tensors, name, device, dtype, drawn)
+    return _Fetched(dataset, collate, name, device, dtype, drawn)
 
 
 def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
@@ -385,13 +387,13 @@ def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtyp
     dataset, collate = loader.dataset, loader.collate_fn
     if isinstance(dataset, IterableDataset) or not is_map_style(dataset):
         raise ValueError(f"{name}: expected a loader over a map-style dataset")
-    part = chosen(loader, name)
+    part, drawn = chosen(loader, name), drawn_with(loader, name, dtype)
     if part is not None and type(dataset) is TensorDataset:
         dataset = TensorDataset(*(tensor[part] for tensor in dataset.tensors))
     elif part is not None:
         dataset = Subset(dataset, part)
-    samples = _from_dataset(dataset, collate, name, device, dtype)
+    samples = _from_dataset(dataset, collate, name, device, dtype, drawn)
     if not isinstance(samples, _Arrays):
         tell_ignored(loader, name)
-    samples.batch_size = batching(loader)[1]
+    samples.batch_size, samples.drawn = batching(loader)[1], drawn
     return samples

@@ -37,6 +37,11 @@ CURVE = ("steps", "loss", "bound", "comparator")
 REQUIRED = ("model", "n", "width", "loss", "epochs", "tau_epoch", "second_phase")  # of config.json
 
 
+def is_metric(column: str) -> bool:
+    """Whether a column of metrics.csv is one of the user's own metrics."""
+    return column.startswith(("train_", "val_")) and column not in COLUMNS
+
+
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's class and its groups' hyper-parameters, as plain data."""
     plain = (bool, int, float, str, type(None))
@@ -137,7 +142,8 @@ class RunFolder:
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """metrics.csv: a row an epoch, rewritten whole (empty cell: not measured)."""
-        write_csv(self.path / "metrics.csv", COLUMNS, history)
+        own = [key for row in history for key in row if is_metric(key)]
+        write_csv(self.path / "metrics.csv", (*COLUMNS, *dict.fromkeys(own)), history)
 
     def write_result(self, result: Result, epochs_done: int) -> None:
         """result.json and, where there is a bound, guarantee.csv: measured and guaranteed loss."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...model.losses import CROSS_ENTROPY, SQUARED_ERROR
+from ...model.losses import CROSS_ENTROPY, SquaresLoss, split, unweighted
 from ...theory.accelerated import Point, accelerated_guarantee
 from ...theory.guarantee import ARITHMETIC, Guarantee
 from ..control.interrupt import Interrupt
@@ -125,7 +125,7 @@ class AcceleratedPhase(MetricPhase):
 
     def _estimates(self, side: Side) -> Iterator[Estimate]:
         """Comparators: towards the last weights, and towards outputs that the loss would like."""
-        known, y = self.state.second, side.y
+        known = self.state.second
         if known.iterate is None:
             return
         own = side.outputs_at(side.image(side.zeros()))
@@ -133,9 +133,12 @@ class AcceleratedPhase(MetricPhase):
         yield from self._along(
             side, [x], [([s], f"the last weights, {s:g} of the way") for s in STRETCHES]
         )
-        if self.context.loss is CROSS_ENTROPY:
+        loss = unweighted(self.context.loss)
+        y, scale = split(self.context.loss, side.y)[0], side.scale(side.y)
+        by = 1.0 if scale is None else scale[:, None]  # of outputs
+        if loss is CROSS_ENTROPY:
             classes = own.shape[1]
-            wish = F.one_hot(y, classes).double() - 1 / classes
+            wish = (F.one_hot(y, classes).double() - 1 / classes) * by
             back = side.towards(own - own.mean(1, keepdim=True))
             aims = [
                 ([share * c, -share], f"{share:g} of the way to {c:.3g} (one-hot - 1/{classes})")
@@ -143,9 +146,9 @@ class AcceleratedPhase(MetricPhase):
                 for share in SHARES
             ]
             yield from self._along(side, [side.towards(wish), back], aims)
-        elif self.context.loss is SQUARED_ERROR:
+        elif isinstance(loss, SquaresLoss):
             aims = [([share], f"{share:g} of the way to the targets") for share in SHARES]
-            yield from self._along(side, [side.towards(y.double() - own)], aims)
+            yield from self._along(side, [side.towards(y.double() * by - own)], aims)
 
     def _along(
         self, side: Side, directions: list[Tensor], mixtures: list[tuple[list[float], str]]
@@ -157,7 +160,7 @@ class AcceleratedPhase(MetricPhase):
             at = sum((f * d for f, d in zip(factors, directions, strict=True)), side.zeros())
             image = sum((f * i for f, i in zip(factors, images, strict=True)), 0 * images[0])
             square = side.dot(at, at, image)
-            value = float(self.context.loss(side.outputs_at(image), y))
+            value = float(side.loss(side.outputs_at(image), y))
             whole = float(side.moving.square().sum()) + 2 * side.dot(start, at, image) + square
             distance = float(image[: side.n].square().sum()) / side.n + side.damping * square
             value += self.l2 / 2 * whole

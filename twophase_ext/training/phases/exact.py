@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...core.memory import available_memory
 from ...linalg.bounds import bound_text, plus
-from ...model.losses import CROSS_ENTROPY, SQUARED_ERROR
+from ...model.losses import CROSS_ENTROPY, SQUARED_ERROR, split, unweighted
 from ...theory.comparators import last_layer_objective
 from ...theory.floor import floor_of
 from ...theory.guarantee import ARITHMETIC, Guarantee
@@ -50,7 +50,7 @@ class ExactPhase(MetricPhase):
         n = context.train.rows * (context.config.augment_copies or 1)
         needed = 3 * 8 * n * (context.network.width + 1)
         fits = needed <= SHARE * available_memory(context.device)
-        self.direct = context.loss is SQUARED_ERROR and not self.l2 and fits
+        self.direct = unweighted(context.loss) is SQUARED_ERROR and not self.l2 and fits
         self.damping = None if self.direct else DAMPING
         if not self.direct:
             self.check_room()
@@ -121,10 +121,11 @@ class ExactPhase(MetricPhase):
         m, targets = torch.empty(side.n, side.p, dtype=torch.float64, device=side.moving.device), []
         for here, rows, y in side.rows():
             m[here] = rows
-            targets.append(y)
-        wish = torch.cat(targets).double() - side.logits(m, side.moving)
+            scale, aims = side.scale(y), split(self.context.loss, y)[0].double()
+            targets.append(aims if scale is None else aims * scale[:, None])
+        wish = torch.cat(targets) - side.logits(m, side.moving)
         found, correction = least_squares(m, wish)
-        return found, correction / side.n
+        return found, correction / side.n * side.curvature / 2
 
     def gap(self, gradient: float) -> tuple[float, float, str]:
         """(proved upper bound of what the weights are above the least objective, L, by what)."""

@@ -96,14 +96,14 @@ class MetricPhase(WatchedPhase):
 
     def look(self) -> Look:
         """Loss and gradient at the weights as they are: one pass."""
-        side, weight, loss = self.metric(), self.weights(), self.context.loss
+        side, weight = self.metric(), self.weights()
         total, squares, correct, rounding = 0.0, 0.0, 0, 0.0
         gradient = torch.zeros_like(weight)
         for _, m, y in side.rows():
             outputs = side.logits(m, weight)
             right = self.run.correct(outputs, y)
             correct += 0 if right is None else int(right)
-            value, delta, error = slopes(loss, outputs, y)
+            value, delta, error = slopes(side.loss, outputs, y)
             total, rounding = total + value, rounding + error
             squares += (float(delta.norm()) + error) ** 2
             gradient.addmm_(delta.T, m)

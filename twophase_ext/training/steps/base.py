@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ...core.messages import first_line
-from ...model.losses import IGNORED, ConvexLoss
+from ...model.losses import ConvexLoss
 from ...model.network import Network
 from ...model.probing import main_output
 from ..batchnorm import batch_norms
 from ..config import Config
+from ..data.rows import rows_that_count
 from ..optimizer.factory import first_try, refused
 from ..optimizer.schedule import Schedule
 
@@ -38,7 +39,7 @@ class BaseStep:
     ) -> None:
         """compile_options: torch.compile's arguments; None runs the model as it is.
 
-        ignores: whether there are labels that do not count (IGNORED).
+        ignores: whether there are rows that do not count (IGNORED, or of weight 0).
         """
         self.ignores = ignores
         self.model, self.tried = network.model, False
@@ -98,7 +99,7 @@ class BaseStep:
         run = self.forward if forward is None else forward
         parts = max(1, min(self.config.accumulate, (rows or len(x)) // self.least))
         total, outputs = torch.zeros((), device=self.device, dtype=torch.float64), []
-        whole = max(1, int((y != IGNORED).sum())) if self.ignores else len(y)
+        whole = max(1, int(rows_that_count(self.loss, y).sum())) if self.ignores else len(y)
         own = y.unflatten(0, (len(x), -1)).tensor_split(parts)  # targets of each sample
         for inputs, targets in zip(
             x.tensor_split(parts), (t.flatten(0, 1) for t in own), strict=True
@@ -111,7 +112,7 @@ class BaseStep:
             output = main.to(self.config.dtype)
             scored, counts = output, len(targets)
             if self.ignores:
-                kept = targets != IGNORED
+                kept = rows_that_count(self.loss, targets)
                 scored, targets, counts = output[kept], targets[kept], int(kept.sum())
             share = weight * counts / whole
             loss = self.loss(scored, targets) if counts else scored.sum()  # of nothing: 0

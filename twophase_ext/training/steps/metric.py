@@ -1,5 +1,9 @@
 """The metric H = M^T M / n + lambda I of the last layer's steps, from the smaller side of M.
 
+Where samples differ in curvature (weights of samples or classes), rows of M are sqrt(r_i) [h_i, 1]
+and outputs sqrt(r_i) q_i, r_i of `row_scale`: as functions of these all losses have one L_ell, and
+H >= M^T M / n is H >= sum_i r_i [h_i, 1]^T [h_i, 1] / n. Below they are M and the outputs.
+
 A displacement D [k, p] of the last layer from w^tau is kept in coordinates: D itself where M =
 [h_X, 1] has at most as many columns as rows, else the a [n, k] of D = a^T M, because H^-1 M^T =
 M^T (M M^T / n + lambda I)^-1. Either way one Cholesky factorization of the smaller side, in
@@ -53,7 +57,9 @@ def check_room(n: int, width: int, device: torch.device, name: str) -> None:
         )
 
 
-def slopes(loss: ConvexLoss, outputs: Tensor, y: Tensor) -> tuple[float, Tensor, float]:
+def slopes(
+    loss: "ConvexLoss | ScaledLoss", outputs: Tensor, y: Tensor
+) -> tuple[float, Tensor, float]:
     """(sum of the losses, their gradients by the outputs [b, k], bound of their rounding).
 
     outputs: float64. The bound is one of the Frobenius norm: of softmax, whose exponents err by a
@@ -79,6 +85,23 @@ def slopes(loss: ConvexLoss, outputs: Tensor, y: Tensor) -> tuple[float, Tensor,
         (delta,) = torch.autograd.grad(total, q)
     error = OTHER * (loss.smoothness * math.sqrt(b) + float(delta.norm()))
     return float(total.detach()), delta, error
+
+
+@dataclass(frozen=True)
+class ScaledLoss:
+    """A loss as a function of outputs times sqrt(r_i); smoothness: its L_ell."""
+
+    loss: ConvexLoss
+
+    @property
+    def smoothness(self) -> float:
+        """That of the loss, by its definition of r_i."""
+        return self.loss.smoothness
+
+    def __call__(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """The mean loss of a batch."""
+        scale = self.loss.row_scale(y)
+        return self.loss(outputs if scale is None else outputs / scale[:, None], y)
 
 
 @dataclass(frozen=True)
@@ -109,7 +132,7 @@ class Side:
 
     def __init__(self, problem: Problem) -> None:
         """Nothing is factored yet."""
-        self.features, self.loss, self.l2 = problem.features, problem.loss, problem.l2
+        self.features, self.l2 = problem.features, problem.l2
         self.n, layer = problem.features.n, problem.layer
         start = [part.detach().to(layer.weight.device).double() for part in problem.start]
         self.ones = len(start) > 1
@@ -118,7 +141,11 @@ class Side:
         self.k, width = start[0].shape
         self.p = width + self.ones
         self.curvature = problem.loss.smoothness
-        self.trace = float(problem.norms.square().sum()) * SLACK  # the one counts, fixed or not
+        self.loss: ConvexLoss | ScaledLoss = problem.loss
+        norms = problem.norms
+        if fixed is None and (scale := problem.loss.row_scale(self.y)) is not None:
+            self.loss, norms = ScaledLoss(problem.loss), norms * scale.to(norms.device)
+        self.trace = float(norms.square().sum()) * SLACK  # the one counts, fixed or not
         self.moving = torch.cat([part.view(self.k, -1) for part in start], 1)  # w^tau [k, p]
         own = self.moving if fixed is None else torch.cat([self.moving, fixed[:, None]], 1)
         self.length = float(own.norm()) * SLACK
@@ -147,8 +174,14 @@ class Side:
         for h, y in self.features.in_order(size):
             m = h.new_ones(len(h), self.p, dtype=torch.float64)
             m[:, : h.shape[1]] = h
+            if (scale := self.scale(y)) is not None:
+                m *= scale[:, None]
             yield slice(done, done + len(h)), m, y
             done += len(h)
+
+    def scale(self, y: Tensor) -> Tensor | None:
+        """sqrt(r_i) of the rows of M whose targets are y; None where there are none."""
+        return self.loss.loss.row_scale(y) if isinstance(self.loss, ScaledLoss) else None
 
     def logits(self, m: Tensor, weight: Tensor) -> Tensor:
         """Outputs of rows of M for the moving part of a last layer, a fixed bias added."""
