@@ -77,7 +77,7 @@ def analytic_premises(
     batches: inputs as the model takes them, on which `classify` runs it; whole: they are all.
     """
     try:
-        findings = classify(model, example_input=batches, whole=whole)
+        findings = classify(model, example_input=batches, whole=whole, frozen=True)
     except Exception as error:  # a rule's own: what is not judged is no reason to lose the rest
         evidence = f"not judged: {type_and_line(error)}"
         names = ("analytic modules", "analytic calls")
