@@ -113,7 +113,9 @@ def _from_numpy(a: np.ndarray | np.generic, name: str) -> Tensor:
     if native not in _NUMPY_DTYPES:
         if native.kind == "u":
             raise TypeError(f"{name}: {_no_arithmetic('arrays', str(array.dtype))}")
-        raise TypeError(f"{name}: arrays of dtype {array.dtype} are not supported")
+        texts = "; numbers for texts: numpy.unique(labels, return_inverse=True)[1]"
+        advice = texts if native.kind in "OSUT" else ""
+        raise TypeError(f"{name}: arrays of dtype {array.dtype} are not supported{advice}")
     shareable = array.flags.writeable and array.dtype.isnative
     strides_fit = all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
     if not (shareable and strides_fit):

@@ -281,7 +281,9 @@ class Trainer:
             hidden_hash=None if config.second_phase == "lazy" else state.hidden_hash,
             feature_cache=state.cache_mode if state.hidden_hash else None,
             minimum=minimum(
-                context.network, context.train, final.get("train_loss"), state.verdict, constants
+                *(context.network, context.train, final.get("train_loss")),
+                None if loop.run.unfixed else state.verdict,  # is about other features then
+                constants,
             ),
             loss=self.loss,
             last_layer=context.network.last.name,
