@@ -99,15 +99,15 @@ def test_squared_error_targets():
 
 
 ARGUMENTS = {
-    "tau zero": ({"tau": 0.0}, ValueError, r"tau: expected a fraction in \(0, 1\), got 0.0"),
+    "tau below 0": ({"tau": -0.1}, ValueError, r"tau: expected a fraction in \(0, 1\), got -0.1"),
     "tau one": ({"tau": 1.0}, ValueError, r"tau: expected a fraction in \(0, 1\)"),
-    "tau epoch": ({"tau": 4}, ValueError, r"tau: expected an epoch in 1..3, got 4"),
+    "tau epoch": ({"tau": 4}, ValueError, r"tau: expected an epoch in 0..3, got 4"),
     "tau nan": ({"tau": float("nan")}, ValueError, "tau: expected"),
     "tau bool": ({"tau": True}, TypeError, "tau: expected"),
     "noise zero": ({"noise_std": 0.0}, ValueError, "noise_std: expected a number > 0"),
     "noise negative": ({"noise_std": {"0.bias": -1.0}}, ValueError, "0.bias"),
     "noise nan": ({"noise_std": float("nan")}, ValueError, "noise_std"),
-    "one epoch": ({"epochs": 1}, ValueError, "epochs: expected at least 2"),
+    "one epoch": ({"epochs": 1}, ValueError, "epochs: expected 2 or more"),
     "epochs float": ({"epochs": 2.5}, TypeError, "epochs: expected an integer"),
     "batch size": ({"batch_size": 0}, ValueError, "batch_size: expected at least 1"),
     "loss name": ({"loss": "hinge"}, ValueError, "loss: expected one of"),

@@ -1,4 +1,4 @@
-"""The table of benchmark medians: what it compares, and the README's markers."""
+"""The table of benchmark medians: what it compares, and a page's markers."""
 
 import json
 import subprocess

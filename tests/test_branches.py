@@ -136,7 +136,7 @@ def test_wrong_branches():
         (TypeError, "branches: expected a dict", {}),
         (TypeError, "branches: expected a dict of arguments for a, got 'gd'", {"a": "gd"}),
         (ValueError, "branches: a changes 'seed'", {"a": {"seed": 2}}),
-        (ValueError, "tau: expected an epoch in 1..5, got 6", {"a": {"tau": 6}}),
+        (ValueError, "tau: expected an epoch in 0..5, got 6", {"a": {"tau": 6}}),
         (ValueError, "branches: expected the name of a folder", {"a/b": {}}),
         (ValueError, "branches: expected the name of a folder", {"trunk": {}}),
         (

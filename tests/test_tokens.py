@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import twophase_ext as tp
+from helpers import quiet
 
 N, T, K = 12, 5, 3
 QUIET = {"run_dir": False, "progress": False}
@@ -274,3 +275,42 @@ def test_bad_rows():
     for rows in (labels, labels[:, 1:] > 0, torch.zeros(N, T, dtype=torch.bool)):
         with pytest.raises(ValueError, match="rows: expected"):
             tp.verify_expressivity(model, ids, rows=rows)
+
+
+class Padded(nn.Module):
+    """nn.TransformerEncoder over a padding mask: nested tensors in evaluation mode."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.masked, self.table = masked, nn.Embedding(20, 8, padding_idx=0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu")
+        self.encoder, self.out = nn.TransformerEncoder(layer, 1), nn.Linear(8, 2)
+
+    def forward(self, ids):
+        keep = (ids != 0).unsqueeze(-1)
+        h = self.encoder(self.table(ids), src_key_padding_mask=ids == 0)
+        if self.masked:
+            h = h * keep
+        return self.out(h.sum(1) / keep.sum(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("masked", [True, False])
+def test_padding_masks_of_torchs_own_encoder(masked):
+    """Its evaluation mode has zeros at padded tokens, its training mode numbers."""
+    torch.manual_seed(0)
+    ids = torch.randint(1, 20, (16, 6))
+    ids[::2, 3:] = 0
+    model = tp.nn.widen(Padded(masked), ids)
+    trainer = quiet(model, epochs=2, tau=1, second_phase="agd", verify="auto")
+    if masked:
+        result = trainer.fit((ids, torch.arange(16) % 2))
+        assert result.verdict.status == "proved" and result.minimum.condition == "proved"
+        assert {status for _, status, _ in result.guarantee.premises} == {"held"}
+    else:  # two functions: nothing is claimed of either
+        with pytest.warns(UserWarning, match="nothing is cached and nothing claimed"):
+            result = trainer.fit((ids, torch.arange(16) % 2))
+        rows = {name: status for name, status, _ in result.guarantee.premises}
+        assert rows["fixed features"] == "failed" and not result.guarantee.curve
+        assert result.minimum.condition == "if the expressivity condition holds"
+    assert model.encoder.use_nested_tensor

@@ -109,7 +109,7 @@ class TwoPhaseCallback(TrainerCallback, ExportableState):
         check_optimizer(objects["optimizer"], model)
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
         if saved.get("hash") is None:
-            self.tau_epoch = resolve_tau(self._transition.tau, int(state.num_train_epochs))
+            self.tau_epoch = resolve_tau(self._transition.tau, int(state.num_train_epochs), 1)
             self._transition.check(self._network(model), self.data)
             return
         self.tau_epoch = saved["tau_epoch"]

@@ -94,7 +94,7 @@ class TwoPhaseCallback(Callback):
                 raise ValueError("max_epochs: expected a number of epochs, got none")
             self.tau_epoch = self._transition.tau
         elif self.hidden_hash is None:
-            self.tau_epoch = resolve_tau(self._transition.tau, epochs)
+            self.tau_epoch = resolve_tau(self._transition.tau, epochs, 1)
         _check_strategy(trainer.strategy.model, pl_module)
         check_optimizer(trainer.optimizers[0], self._network(pl_module))
         if self.cache:

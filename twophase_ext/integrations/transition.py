@@ -32,7 +32,7 @@ class Transition:
         verify: str | bool,
     ) -> None:
         """Check the arguments, which are those of the Trainer; see the callbacks."""
-        resolve_tau(tau, int(tau) + 2 if isinstance(tau, Integral) else 2)
+        resolve_tau(tau, int(tau) + 2 if isinstance(tau, Integral) else 2, 1)
         if verify is not False and verify not in METHODS:
             raise ValueError(f"verify: expected False or one of {METHODS}, got {verify!r}")
         self.tau, self.verify, self.last_layer = tau, verify, last_layer

@@ -128,6 +128,9 @@ def _extent(t: Tensor) -> tuple[int, int]:
         return 0, 0
     if begin == 0 or t.numel() == 0:
         return begin, begin
+    if t.is_nested:  # has no strides
+        storage = t.untyped_storage()
+        return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
     reach = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
     return begin, begin + (reach + 1) * t.element_size()
 

@@ -254,17 +254,24 @@ def _version(value: Any) -> int:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; modes, parameters' values, buffers and torch's random state
     come back after it. No version counter moves, and no graph stays in a module's attributes.
+    nn.TransformerEncoder makes no nested tensors within, which have neither shape nor strides.
     """
     attributes = {module: dict(vars(module)) for module in model.modules()}
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    nested = [encoder for encoder in encoders if encoder.use_nested_tensor]
     modes = {module: module.training for module in model.modules()}
     buffers = {module: dict(module._buffers) for module in modes}
     parameters = {module: dict(module._parameters) for module in modes}
     values = [(t, t.detach().clone()) for t in state_tensors(model) if not is_lazy(t)]
     model.eval()
+    for encoder in nested:
+        encoder.use_nested_tensor = False
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices()):
             yield
     finally:
+        for encoder in nested:
+            encoder.use_nested_tensor = True
         for module, mode in modes.items():
             module.training = mode
             for name, value in list(vars(module).items()):

@@ -77,7 +77,7 @@ def analytic_premises(
     batches: inputs as the model takes them, on which `classify` runs it; whole: they are all.
     """
     try:
-        findings = classify(model, example_input=batches, whole=whole)
+        findings = classify(model, example_input=batches, whole=whole, frozen=True)
     except Exception as error:  # a rule's own: what is not judged is no reason to lose the rest
         evidence = f"not judged: {type_and_line(error)}"
         names = ("analytic modules", "analytic calls")
@@ -88,7 +88,8 @@ def analytic_premises(
         name = "analytic calls" if finding.kind.startswith("function ") else "analytic modules"
         status = FAILED if finding.status == "not analytic" else UNCHECKED
         evidence = f"{finding.name or 'the model'} ({finding.kind}) is {finding.status}"
-        rows[name].append(Assumption(name, status, evidence, finding.reason))
+        cure = "; tp.nn.analytic(model) puts analytic functions there" if status == FAILED else ""
+        rows[name].append(Assumption(name, status, evidence, f"{finding.reason}{cure}"))
     if not rows["analytic modules"]:
         evidence = f"all {len(findings) - len(bad)} modules"
         dropout = [k for k, m in model.named_modules() if isinstance(m, _DropoutNd) and m.p > 0]

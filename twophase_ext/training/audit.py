@@ -52,7 +52,7 @@ def premises(context: Context, state: RunState) -> list[Premise]:
     if state.hidden_hash is None:
         return [*_judged(rules), ("second phase", UNCHECKED, "the run ended before tau")]
     rules += [
-        ("Gaussian noise at tau", lambda: [_noise(context)]),
+        ("Gaussian noise at tau", lambda: [_noise(context, state)]),
         ("hidden layers frozen", lambda: [_frozen(context, state)]),
         ("fixed features", lambda: [_features(context, state)]),
         ("gradient", lambda: [_gradient(context)]),
@@ -107,20 +107,24 @@ def _expressivity(state: RunState) -> Premise:
     return name, UNCHECKED, f"undecided: {verdict.reason}"
 
 
-def _noise(context: Context) -> Premise:
+def _noise(context: Context, state: RunState) -> Premise:
+    """It makes the rank full with probability one; a proof at the very weights needs no noise."""
     sigma = context.config.noise_std
     shown = f"{sigma:g}" if isinstance(sigma, float) else f"{min(sigma.values()):g} or more"
     name, count = "Gaussian noise at tau", len(context.network.hidden_parameters())
     others = len(context.network.hidden_state(buffers=False)) - count
     frozen = f"; {others} frozen: constants" if others else ""
     if count == 0:
-        return name, FAILED, f"there is no hidden tensor to perturb{frozen}"
+        evidence, verdict = f"there is no hidden tensor to perturb{frozen}", state.verdict
+        if verdict is not None and (verdict.status, verdict.claim) == ("proved", "at w"):
+            return name, HELD, f"{evidence}; none is needed, the rank is proved at w^tau itself"
+        return name, FAILED, evidence
     return name, HELD, f"sigma = {shown} on {count} hidden tensors{frozen}"
 
 
 def _frozen(context: Context, state: RunState) -> Premise:
     name = "hidden layers frozen"
-    if context.config.batch_norm == "batch" and batch_norms(context.network.model):
+    if not context.config.fixed_statistics and batch_norms(context.network.model):
         return name, FAILED, "parameters are, but BatchNorm statistics follow the batches"
     if state.hidden_unchanged is None or state.hidden_hash is None:
         return name, UNCHECKED, "the run did not come to its end"
@@ -130,7 +134,7 @@ def _frozen(context: Context, state: RunState) -> Premise:
 def _features(context: Context, state: RunState) -> Premise:
     """One fixed h_X, that of the network."""
     name, copies = "fixed features", context.config.augment_copies
-    if context.config.batch_norm == "batch":
+    if not context.config.fixed_statistics:
         return name, FAILED, "batch_norm='batch': h depends on the batch"
     if state.cache_mode == "hidden-bfloat16":
         return name, FAILED, "h was rounded to bfloat16: what holds, holds for the rounded h"

@@ -17,6 +17,22 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
+def train(model: nn.Module, *, keep: bool) -> None:
+    """Training mode; keep: not of BatchNorm, whose running statistics stay constants."""
+    model.train()
+    for layer in batch_norms(model).values() if keep else ():
+        layer.eval()
+
+
+def pretrained(model: nn.Module) -> bool:
+    """Whether the model has BatchNorm layers and all of their parameters are frozen.
+
+    Such layers are somebody else's: their statistics belong to their weights.
+    """
+    own = [list(layer.parameters()) for layer in batch_norms(model).values()]
+    return bool(own) and all(ps and not any(p.requires_grad for p in ps) for ps in own)
+
+
 @torch.no_grad()
 def recalibrate(
     model: nn.Module,

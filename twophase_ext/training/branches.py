@@ -60,8 +60,16 @@ def branch(
         augment_copies=None,
     )
     first.compares = any(
-        t.get("batch_norm", trainer.config.batch_norm) == "frozen" for t in branches.values()
+        t.get("batch_norm", trainer.config.batch_norm) != "batch" for t in branches.values()
     )
+    for name, changes in branches.items():
+        config = trainer._clone(trainer.model, **changes).config
+        found = {config.batch_norm, first.config.batch_norm}
+        if config.tau_epoch and len(found) > 1 and "kept" in found:
+            raise ValueError(
+                f"batch_norm: {name} has {config.batch_norm!r}, but the first phase trains with "
+                f"{first.config.batch_norm!r}; 'kept' statistics are constants in both phases"
+            )
     loop = first._prepare(train, val, _checkpoint(first, resume))
     folder = loop.context.folder
     try:

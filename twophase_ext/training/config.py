@@ -48,21 +48,28 @@ def _choice(name: str, value: Any, choices: Any) -> str:
     return str(value)
 
 
-def resolve_tau(tau: Any, epochs: int) -> int:
-    """The first epoch of the second phase: round(tau * epochs), kept within 1..epochs - 1.
+def resolve_tau(tau: Any, epochs: int, least: int = 0) -> int:
+    """The first epoch of the second phase: round(tau * epochs), kept within 1..epochs - 1; or 0.
 
-    tau: a fraction in (0, 1), or an epoch number in 1..epochs - 1. ValueError otherwise.
+    tau: a fraction in (0, 1), an epoch number in 1..epochs - 1, or 0 where least is: then there is
+    no first phase. ValueError otherwise.
     """
     if isinstance(tau, bool) or not isinstance(tau, Real):
         raise TypeError(f"tau: expected a fraction of the epochs or an epoch, got {tau!r}")
     if isinstance(tau, Integral):
         tau = int(tau)
-        if not 1 <= tau <= epochs - 1:
-            raise ValueError(f"tau: expected an epoch in 1..{epochs - 1}, got {tau}")
+        if not least <= tau <= epochs - 1:
+            raise ValueError(f"tau: expected an epoch in {least}..{epochs - 1}, got {tau}")
         return tau
     tau = float(tau)
+    if tau == least == 0:
+        return 0
     if not 0 < tau < 1:
         raise ValueError(f"tau: expected a fraction in (0, 1), got {tau}")
+    if epochs < 2:
+        raise ValueError(
+            f"epochs: expected 2 or more with two phases, got {epochs}; tau=0 has no first phase"
+        )
     return min(max(round(tau * epochs), 1), epochs - 1)
 
 
@@ -126,11 +133,11 @@ class Config:
     """
 
     loss: str = _option(lambda _, value: resolve_loss(value).name)
-    epochs: int = _option(_integer(2), "own")
+    epochs: int = _option(_integer(1), "own")
     tau_epoch: int = _option(lambda _, value: value)
     noise_std: float | dict[str, float] = _option(lambda _, value: resolve_noise(value), "features")
     second_phase: str = _option(lambda _, value: value, "own")
-    batch_norm: str = _option(_one_of("frozen", "batch"), "features")
+    batch_norm: str = _option(_one_of("frozen", "kept", "batch"), "features")
     feature_cache: str = _option(_one_of(*MODES), "features")
     batch_size: int = _option(_integer(1))
     seed: int = _option(_integer(-(2**63)))
@@ -155,6 +162,11 @@ class Config:
         return PRECISIONS[self.precision][0]
 
     @property
+    def fixed_statistics(self) -> bool:
+        """Whether BatchNorm's statistics are constants of the network from tau on."""
+        return self.batch_norm != "batch"
+
+    @property
     def autocast_dtype(self) -> torch.dtype | None:
         """The 16-bit dtype of the first phase's products, where the precision is mixed."""
         return PRECISIONS[self.precision][1]
@@ -169,15 +181,21 @@ class Config:
         return asdict(self)
 
 
-def resolve(given: Mapping[str, Any], second_phases: Collection[str]) -> Config:
+def resolve(
+    given: Mapping[str, Any], second_phases: Collection[str], pretrained: bool = False
+) -> Config:
     """Check the Trainer's arguments; TypeError or ValueError names the first one that is wrong.
 
     given: an argument for each field. second_phases: the names that there are (`phases.SECOND`).
+    pretrained: whether BatchNorm's statistics are somebody else's at any tau (batchnorm.py).
     """
-    found: dict[str, Any] = {"epochs": integer("epochs", given["epochs"], 2)}
+    found: dict[str, Any] = {"epochs": integer("epochs", given["epochs"], 1)}
     phase = _choice("second_phase", given["second_phase"], second_phases)
     tau = resolve_tau(given["tau"], found["epochs"])
     values = {**given, "second_phase": phase, "tau_epoch": tau}
+    if given["batch_norm"] is None:
+        kept = pretrained or (tau == 0 and phase != "none")
+        values["batch_norm"] = "kept" if kept else "frozen"
     for name in SETTINGS:
         if name != phase and values[name] is not None:
             raise ValueError(
@@ -216,9 +234,9 @@ def _check_combination(config: Config) -> None:
             f"accumulate: expected at most batch_size = {config.batch_size} micro-batches, got "
             f"{config.accumulate}"
         )
-    if mode in SETTINGS and config.batch_norm == "batch":
+    if mode in SETTINGS and not config.fixed_statistics:
         raise ValueError(
-            f"batch_norm: second_phase={mode!r} needs 'frozen' statistics, got 'batch'"
+            f"batch_norm: second_phase={mode!r} needs 'frozen' or 'kept' statistics, got 'batch'"
         )
     if mode == "lazy":
         if config.verify is False:
@@ -229,7 +247,7 @@ def _check_combination(config: Config) -> None:
                 "second_phase='lazy' trains all layers; leave 'auto'"
             )
     if config.augment_copies is not None and (
-        mode in ("lazy", "none") or config.feature_cache == "none" or config.batch_norm == "batch"
+        mode in ("lazy", "none") or config.feature_cache == "none" or not config.fixed_statistics
     ):
         raise ValueError(
             f"augment_copies: {config.augment_copies} copies of the features are cached, which "

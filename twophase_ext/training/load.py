@@ -92,5 +92,5 @@ def _fill(model: nn.Module, folder: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"model: {file}: {differing}")
     model.to(dtype)
     model.load_state_dict({own[name]: t for name, t in state["model"].items()})
-    if state["hidden_hash"] is not None and config.get("batch_norm") == "frozen":
+    if state["hidden_hash"] is not None and config.get("batch_norm") != "batch":
         model.eval()

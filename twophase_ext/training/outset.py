@@ -46,11 +46,12 @@ def look_at(
     if ranks.size > 1:
         check_model(network.model)
     each = network.last.rows
-    check_trains(network.model, example, network.outputs, each)
     train = sets[0]
-    offsets = batch_bounds(network.model, train.n, config.batch_size)
-    if any(end - begin == 1 for begin, end in pairwise(offsets)):
-        check_single(network.model, example)
+    if config.tau_epoch or config.second_phase == "none":  # a first phase, in training mode
+        check_trains(network.model, example, network.outputs, each)
+        offsets = batch_bounds(network.model, train.n, config.batch_size)
+        if any(end - begin == 1 for begin, end in pairwise(offsets)):
+            check_single(network.model, example)
     with train.held():
         train.prepare(loss, network.outputs, each)
         check_loss(loss, network.outputs, train, config)
@@ -97,7 +98,12 @@ def describe(network: Network, samples: Samples, progress: Progress) -> None:
     elif samples.weighted:
         progress.say("sample weights: the training loss is sum w_i l_i / sum w_i")
     width = width_premise(network, samples.rows, samples.distinct)
-    if width.status == FAILED:
+    if width.status == FAILED and not network.hidden_parameters():
+        progress.say(
+            f"only the last layer is trained, and {width.evidence}: its minimum is not that of all "
+            f"weights. {width.advice}"
+        )
+    elif width.status == FAILED:
         warnings.warn(
             f"the last hidden layer has few units, {width.evidence}: Theorem 1's premise "
             f"{width.name} fails and no guarantee is claimed. {width.advice}",
@@ -121,7 +127,7 @@ def plan(
         sets,
         config.feature_cache,
         ranks=ranks,
-        moving="batch_norm='batch'" if config.batch_norm != "frozen" else fixed.evidence,
+        moving=fixed.evidence if config.fixed_statistics else "batch_norm='batch'",
         copies=config.augment_copies,
     )
     progress.say(f"feature cache in phase 2: {found.mode} ({found.reason})")

@@ -13,6 +13,7 @@ def verified(context: Context, method: str) -> Verdict:
     Training is not lost for a proof that raised or that the memory does not hold.
     """
     network, train, bias = context.network, context.train, context.network.last.module.bias
+    family = "frozen" if context.config.fixed_statistics else "batch"
     try:
         return verify_network(
             network,
@@ -20,7 +21,7 @@ def verified(context: Context, method: str) -> Verdict:
             n=train.n,
             kept=train.kept,
             method=method,
-            batch_norm=context.config.batch_norm,
+            batch_norm=family,
             training=True,
             say=context.progress.say,
         )
@@ -33,7 +34,7 @@ def verified(context: Context, method: str) -> Verdict:
             method="none",
             n=train.rows,
             width=network.width,
-            batch_norm=context.config.batch_norm,
+            batch_norm=family,
             bias=bias is not None and bias.requires_grad,
             last_layer=network.last.name,
             asked=method,

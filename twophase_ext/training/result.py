@@ -111,8 +111,11 @@ class Result:
 
     def _training(self) -> str:
         first, second = (sum(r["phase"] == phase for r in self.history) for phase in (1, 2))
-        said = f"{self.status.capitalize()}: {first} epoch{'s' if first != 1 else ''} on all layers"
         what = "all layers in the second phase" if not self.hidden_hash else "the last layer alone"
+        if second and not first:
+            count = f"{second} epoch{'s' if second != 1 else ''}"
+            return f"{self.status.capitalize()}: no first phase (tau = 0), {count} on {what}."
+        said = f"{self.status.capitalize()}: {first} epoch{'s' if first != 1 else ''} on all layers"
         return f"{said}, then {second} on {what}." if second else f"{said}, no second phase."
 
     def _losses(self) -> list[str]:

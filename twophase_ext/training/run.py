@@ -75,7 +75,7 @@ class Run:
     def measure_all(self) -> dict[str, float | None]:
         """Losses, accuracies and metrics of the network as it stands, over the whole sets."""
         context, final = self.context, dict[str, float | None]()
-        usable = context.config.batch_norm == "frozen"
+        usable = context.config.fixed_statistics
         sets = (
             ("train", context.train, self.train_features),
             ("val", context.val, self.val_features),

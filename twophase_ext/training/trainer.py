@@ -58,9 +58,10 @@ class Trainer:
         optimizer: callable list of parameters -> torch.optim.Optimizer; default the paper's SGD.
         last_layer: module or its name; by default the last affine layer on the path to the output.
         epochs: epochs in all.
-        tau: the second phase begins at epoch round(tau * epochs), or at epoch tau if an int.
+        tau: the second phase begins at epoch round(tau * epochs), or at epoch tau if an int. 0: no
+            first phase, as over somebody else's backbone (docs/linear-probe.md).
         noise_std: sigma of the Gaussian noise on the hidden layers, one number or {parameter name:
-            sigma}, all > 0.
+            sigma}, all > 0. Frozen parameters (requires_grad=False) are constants and get none.
         noise_seed: of the noise alone, default `seed`.
         second_phase: "base", the base algorithm's own hyper-parameters on the last layer only;
             "gd", full gradient steps of 1 / L_H, and "sgd", eta_t = c / t^(1/2 + eps), on the last
@@ -77,8 +78,10 @@ class Trainer:
         sgd: settings of second_phase="sgd", a `StochasticDescent` or a dict.
         lazy: settings of second_phase="lazy", a `Lazy` or a dict.
         batch_norm: "frozen" (statistics recomputed once after the perturbation over the training
-            set in index order, 256 samples at a time, then fixed) or "batch" (batch statistics go
-            on moving: nothing is cached and Theorem 1's premise fails).
+            set in index order, 256 samples at a time, then fixed), "kept" (the statistics that the
+            model comes with are constants in both phases) or "batch" (batch statistics go on
+            moving: nothing is cached and Theorem 1's premise fails). None: "kept" with tau=0, or
+            where the parameters of every BatchNorm layer are frozen; "frozen" otherwise.
         feature_cache: "auto", "hidden", "backbone", "disk" or "none"; auto chooses by memory and
             says what. "hidden-bfloat16": h rounded, half the memory, another function.
         augment: callable (x [b, ...], torch.Generator) -> x of the same shape, on training
@@ -131,7 +134,7 @@ class Trainer:
         exact: Exact | dict[str, Any] | None = None,
         sgd: StochasticDescent | dict[str, Any] | None = None,
         lazy: Lazy | dict[str, Any] | None = None,
-        batch_norm: str = "frozen",
+        batch_norm: str | None = None,
         feature_cache: str = "auto",
         augment: Augment | None = None,
         augment_copies: int | None = None,
@@ -159,7 +162,7 @@ class Trainer:
         if scheduler is not None and not callable(scheduler):
             raise TypeError("scheduler: expected a callable optimizer -> LRScheduler")
         self.loss, self.metrics = resolve_loss(loss), resolve_metrics(metrics)
-        self.config = resolve(given, SECOND)
+        self.config = resolve(given, SECOND, batchnorm.pretrained(model))
         self.model, self.last_layer = model, last_layer
         self.optimizer, self.scheduler = optimizer or paper_optimizer, scheduler
         self.compile = compile_options(compile, model)
@@ -174,7 +177,7 @@ class Trainer:
                 stacklevel=2,
             )
         # whether h is compared before training, and what a branch's trunk found of it
-        self.compares = second_phase != "none" and batch_norm == "frozen"
+        self.compares = second_phase != "none" and self.config.fixed_statistics
         self.known: Agreement | None = None
         self._arguments = {**given, "callbacks": self.callbacks}
 
@@ -262,7 +265,7 @@ class Trainer:
         finally:
             for module, mode in modes.items():
                 module.training = mode
-            if state.hidden_hash is not None and config.batch_norm == "frozen":
+            if state.hidden_hash is not None and config.fixed_statistics:
                 self.model.eval()
             if context.folder is not None:
                 context.folder.release()
@@ -284,7 +287,9 @@ class Trainer:
             hidden_hash=None if config.second_phase == "lazy" else state.hidden_hash,
             feature_cache=state.cache_mode if state.hidden_hash else None,
             minimum=minimum(
-                context.network, context.train, final.get("train_loss"), state.verdict, constants
+                *(context.network, context.train, final.get("train_loss")),
+                None if loop.run.unfixed else state.verdict,  # is about other features then
+                constants,
             ),
             loss=self.loss,
             last_layer=context.network.last.name,
@@ -317,7 +322,7 @@ class Trainer:
         if samples.batch_size is not None and samples.batch_size != config.batch_size:
             progress.say(f"batch_size: {samples.batch_size}, the DataLoader's")
             config = replace(config, batch_size=samples.batch_size)
-        if config.batch_norm == "frozen":
+        if config.fixed_statistics:
             batchnorm.check_freezable(self.model)
         sets = [part for part in (samples, held_out) if part is not None]
         for part in sets:

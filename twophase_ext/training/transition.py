@@ -34,15 +34,15 @@ def _perturb(run: Run, second: SecondPhase) -> None:
     if config.batch_norm == "frozen":
         with run.timed("batch_norm"):
             batchnorm.recalibrate_over(network, context.train, context.ranks)
+    if config.fixed_statistics:
         network.model.eval()
     context.optimizer.zero_grad(set_to_none=True)  # no stale hidden gradient survives tau
     context.averaged.forget(hidden)
     state.hidden_hash = tensors_hash(second.frozen(context))
     context.ranks.agree("hidden layers after the noise", state.hidden_hash)
-    context.progress.say(
-        f"epoch {state.epoch}: noise added to {len(hidden)} hidden tensors; "
-        f"from here {second.moves} trained"
-    )
+    count = len(hidden)
+    noise = f"noise added to {count} hidden tensors" if count else "no noise, all before is frozen"
+    context.progress.say(f"epoch {state.epoch}: {noise}; from here {second.moves} trained")
     call(run, "on_perturb")
     if config.verify:
         _verify(run, second)

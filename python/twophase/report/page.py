@@ -19,7 +19,7 @@ SAMPLES = 20  # indices of a group
 STAGES = {
     "first_phase": "first phase: all layers",
     "perturbation": "perturbation: noise on the hidden layers",
-    "batch_norm": "BatchNorm statistics, fixed at tau",
+    "batch_norm": "BatchNorm statistics",
     "verification": "verification of the expressivity condition",
     "features": "features, cached",
     "smoothness": "computing L_H",

@@ -102,7 +102,8 @@ def training(record: RunRecord) -> str:
     mode = config["second_phase"]
     if mode == "none":
         return f"{sentence}the base algorithm on all layers to the end, no second phase."
-    first = f"{counted(config['tau_epoch'], 'epoch')} on all layers"
+    tau = config["tau_epoch"]
+    first = f"{counted(tau, 'epoch')} on all layers" if tau else "no first phase (tau = 0)"
     sentence += f"{first}, then {SECOND_PHASES.get(mode, mode)}"
     reached = any(row["phase"] == 2 for row in record.history)
     return f"{sentence}." if reached else f"{sentence}; this second phase has no epoch yet."

@@ -134,7 +134,9 @@ def analytic(
     return AnalyticReport(tuple(replaced), remaining, traced=not seen.failures)
 
 
-def classify(model: nn.Module, *, example_input: Any = None, whole: bool = True) -> list[Finding]:
+def classify(
+    model: nn.Module, *, example_input: Any = None, whole: bool = True, frozen: bool = False
+) -> list[Finding]:
     """Judge every module of `model`, as it is in eval mode, and every function that it calls.
 
     A copy of the model is run, and every operator that acts on what hangs on its parameters is
@@ -143,6 +145,8 @@ def classify(model: nn.Module, *, example_input: Any = None, whole: bool = True)
 
     example_input: a batch, tensor or array, a dict of them, or a list of batches. whole:
     whether these are all inputs that count; if not, a path chosen by inputs' values is "unknown".
+    frozen: whether parameters with requires_grad=False are constants; what acts on these and on the
+    inputs alone, kinks included, is then analytic: a constant in the weights.
     Without an example an input is made up and torch.fx has to be able to follow the model without
     values; where it cannot, or no made-up input fits, what the catalogue of torch's modules does
     not settle is "unknown".
@@ -157,7 +161,7 @@ def classify(model: nn.Module, *, example_input: Any = None, whole: bool = True)
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     model = layers.unwrap(model)
     with _example(model, example_input) as batches:
-        return list(_findings(model, _see(model, batches, whole)))
+        return list(_findings(model, _see(model, batches, whole, frozen), frozen))
 
 
 @dataclass
@@ -193,12 +197,14 @@ def _batches(model: nn.Module, example_input: Any) -> list[Tensor]:
     return tensors if parameter is None else [t.to(parameter.device) for t in tensors]
 
 
-def _see(model: nn.Module, batches: list[Tensor], whole: bool = True) -> _Seen:
+def _see(
+    model: nn.Module, batches: list[Tensor], whole: bool = True, frozen: bool = False
+) -> _Seen:
     if batches:
-        return _Seen(watch(model, batches, whole=whole), None)
+        return _Seen(watch(model, batches, whole=whole, frozen=frozen), None)
     traced, run = trace(model), Watched()
     for example in examples(model):
-        run = watch(model, [example], whole=False)
+        run = watch(model, [example], whole=False, frozen=frozen)
         if not run.failure:
             return _Seen(run, traced)
     if all(judge_module(m) is not None or is_container(m) for m in model.modules()):
@@ -206,13 +212,18 @@ def _see(model: nn.Module, batches: list[Tensor], whole: bool = True) -> _Seen:
     return _Seen(Watched(failure=f"no made-up input fits ({run.failure}); give one"), traced)
 
 
-def _findings(model: nn.Module, seen: _Seen) -> Iterator[Finding]:
+def _findings(model: nn.Module, seen: _Seen, frozen: bool = False) -> Iterator[Finding]:
+    # where nothing was seen, a module may act on anything
+    constant = seen.run.reached - seen.run.weighed if frozen and not seen.failures else set()
     calls: dict[str, list[Finding]] = {}
     for (name, function), judged in seen.run.calls.items():
         calls.setdefault(name, []).append(Finding(name, f"function {function}", *judged))
     for name, module in model.named_modules():
         rule, kind, found = judge_module(module), type(module).__name__, calls.get(name, [])
-        if rule is not None:
+        if rule is not None and name in constant:
+            reason = "acts on inputs and frozen layers alone: constant in the weights"
+            yield from found or [Finding(name, kind, "analytic", reason)]
+        elif rule is not None:
             # torch's own code, by its rule, if nothing else was seen to happen there
             yield from (rule.status == "analytic" and found) or [Finding(name, kind, *rule)]
         elif name in seen.failures:

@@ -44,23 +44,29 @@ class Watched:
     """What a run saw, by the path of the module whose forward did it.
 
     calls: (path, name of the function) -> what is not analytic about it. reached: the modules that
-    were called. failure: why there was no run to the end, "" where there was.
+    were called. weighed: those in which an operator took what hangs on weights. failure: why there
+    was no run to the end, "" where there was.
     """
 
     calls: dict[tuple[str, str], Judgement] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
+    weighed: set[str] = field(default_factory=set)
     failure: str = ""
 
 
-def watch(model: nn.Module, batches: Sequence[Tensor], *, whole: bool) -> Watched:
+def watch(
+    model: nn.Module, batches: Sequence[Tensor], *, whole: bool, frozen: bool = False
+) -> Watched:
     """Run a copy of the model, in eval mode, on each of the batches; twice where there is one.
 
     whole: whether the batches are all the inputs that count, so that a path chosen by the values
-    of inputs is the only one. The copy shares its parameters with the model, which is not changed.
+    of inputs is the only one. frozen: whether parameters without requires_grad are constants, and
+    what is a constant in the weights is no objection. The copy shares its parameters with the
+    model, which is not changed.
     """
     try:
         with probing.untouched(model), probing.eager():
-            return _Watch(twin_of(model), whole).run(batches)
+            return _Watch(twin_of(model), whole, frozen).run(batches)
     # whatever a user's model raises means one thing here: it was not seen
     except Exception as error:
         return Watched(failure=f"could not be run: {type_and_line(error)}")
@@ -80,15 +86,18 @@ def twin_of(model: nn.Module) -> nn.Module:
 
 
 class _Watch:
-    def __init__(self, twin: nn.Module, whole: bool) -> None:
-        self.twin, self.whole, self.found = twin, whole, Watched()
+    def __init__(self, twin: nn.Module, whole: bool, frozen: bool) -> None:
+        self.twin, self.whole, self.frozen, self.found = twin, whole, frozen, Watched()
         self.settled = self.trusted = self.read = False
         self.function = ""
         self.sources: dict[StorageWeakRef, int] = {}
         self.signs = Signs()
-        for tensors, source in ((twin.buffers(), CONSTANT), (twin.parameters(), WEIGHT)):
-            for tensor in tensors:
-                self.sources[_storage(tensor)] = source
+        for buffer in twin.buffers():
+            self.sources[_storage(buffer)] = CONSTANT
+        # trainable ones last: memory that both kinds share is no constant
+        for p in sorted(twin.parameters(), key=lambda p: p.requires_grad):
+            source = CONSTANT if frozen and not p.requires_grad else WEIGHT
+            self.sources[_storage(p)] = source
         self.stack: list[str] = []
         self.paths = {module: name for name, module in twin.named_modules()}
         # torch's own code: there the catalogue knows better than the rules of single operators
@@ -176,6 +185,8 @@ class _Watch:
         source = max(map(self.source, tensors), default=CONSTANT)
         random = is_random(call)
         real = any(is_real(t) and self.source(t) == source for t in tensors)
+        if source == WEIGHT:
+            self.found.weighed.add(self.stack[-1])
 
         result = func(*args, **kwargs)
         outputs = [*tree_leaves(result), *_written(call)]
@@ -203,8 +214,8 @@ class _Watch:
         return result
 
     def note_input(self, name: str, judged: Judgement) -> None:
-        """A function of inputs alone."""
-        if judged.status == "not analytic":
+        """A function of inputs alone, and of frozen parameters."""
+        if not self.frozen and judged.status == "not analytic":
             self.note(name, Judgement("unknown", _OF_INPUTS))
 
     def leaves(self, name: str, source: int) -> None:

@@ -13,7 +13,7 @@ def fill(run: Run) -> None:
 
     What is cached is compared with what the model itself gives, for every sample.
     """
-    run.context.network.model.train(run.context.config.batch_norm == "batch")
+    run.context.network.model.train(not run.context.config.fixed_statistics)
     if run.unfixed:
         run.state.cache_mode = "none"
     _fill(run)
@@ -54,7 +54,7 @@ def compare(run: Run, features: Features) -> str | None:
     with run.timed("features"):
         if features.mode != "none":
             return cache_disagreement(features, context.network, config.batch_size)
-        if config.batch_norm == "batch" or context.train.random:
+        if not config.fixed_statistics or context.train.random:
             return None  # nothing is claimed of these
         return agreement(
             context.network, context.train, config.batch_size, accumulate=config.accumulate
@@ -83,7 +83,7 @@ def _fill_in(run: Run, mode: str) -> None:
     """Fill the caches in this mode, or take a branch's with the same hidden layers."""
     config = run.context.config
     shared = {} if run.branch_cache is None else run.branch_cache
-    held_out = run.context.val if config.batch_norm == "frozen" else None
+    held_out = run.context.val if config.fixed_statistics else None
     total = run.context.train.rows * (config.augment_copies or 1)
     run.context.progress.begin("features", total + (held_out.rows if held_out is not None else 0))
 

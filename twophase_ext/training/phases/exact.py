@@ -140,9 +140,13 @@ class ExactPhase(MetricPhase):
         )
         found = plus(value, -self.floor), value, f"L_floor = {self.floor:.6g}, over all weights"
         if self.l2:
-            curved = gradient * gradient / (2 * self.l2) * (1 + 1e-9)
+            curved = self.curved(gradient)
             found = min(found, (curved, value, f"strong convexity, l2 = {self.l2:g}, last layer"))
         return found
+
+    def curved(self, gradient: float) -> float:
+        """An upper bound of objective - its minimum over the last layer, by strong convexity."""
+        return gradient * gradient / (2 * self.l2) * (1 + 1e-9)
 
     def guarantee(self, status: str) -> Guarantee:
         """The audit, and how far the weights are from the minimum."""
@@ -155,7 +159,8 @@ class ExactPhase(MetricPhase):
     @torch.no_grad()
     def _evaluate(self) -> Guarantee:
         known, loss, settings = self.state.second, self.context.loss, self.settings
-        gap, value, by = self.gap(self.look().gradient)
+        gradient = self.look().gradient
+        gap, value, by = self.gap(gradient)
         found = Guarantee(mode="exact", assumptions=[ARITHMETIC])
         if not loss.known:
             found.assumptions.append(
@@ -164,6 +169,8 @@ class ExactPhase(MetricPhase):
         if loss not in (CROSS_ENTROPY, SQUARED_ERROR):
             found.assumptions.append(f"the evaluation of {loss.name} in float64: {ASSUMED}")
         found.constants = {"objective": value, "l2": self.l2, "asked": settings.gap}
+        if self.l2:
+            found.constants["last_layer_gap"] = self.curved(gradient)
         what = "objective" if self.l2 else "training loss"
         reached = f"the {what} is at most {bound_text(value, 6, upper=True)}"
         if math.isfinite(gap):

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from ...core.seeds import epoch_order
+from .. import batchnorm
 from ..control.interrupt import Interrupt
 from ..faults import Diverged, LossWatch
 from .data_parallel import DataParallelStep
@@ -31,7 +32,7 @@ class FirstPhase(Phase):
         run, state, context = self.run, self.state, self.context
         order = epoch_order(context.config.seed, state.epoch, context.train.n)
         offsets = context.offsets()
-        context.network.model.train()
+        batchnorm.train(context.network.model, keep=context.config.batch_norm == "kept")
         sums, watch = state.sums.to(context.device), LossWatch(context.device)
         last = len(offsets) - 1
         while state.batch < last and not (interrupt.requested and state.batch):

@@ -86,7 +86,7 @@ class SecondPhase(Phase):
     @staticmethod
     def frozen(context: Context) -> dict[str, Tensor]:
         """What stays as it is from tau on, by name."""
-        return context.network.hidden_state(buffers=context.config.batch_norm == "frozen")
+        return context.network.hidden_state(buffers=context.config.fixed_statistics)
 
     def moving(self) -> Iterable[Tensor]:
         """The last layer's parameters."""
