@@ -11,12 +11,13 @@
 # Why it matters: implicit surfaces, physics-informed networks and smoothed ReLUs live on beta = 10
 # to 100; the deployed network is another function, smooth enough to look plausible.
 # Way round: convert the exported program, or write softplus(beta * x) / beta.
+# (The exported way imports packaging, which openvino does not install by itself.)
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -qq --no-compile --disable-pip-version-check torch==2.13.0 \
-  numpy==2.4.6 openvino==2026.4.1
+  numpy==2.4.6 openvino==2026.4.1 packaging==26.4
 cd "$folder"
 venv/bin/python -W ignore - <<'PYTHON'
 import openvino
