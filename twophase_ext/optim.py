@@ -72,7 +72,8 @@ class SGD(torch.optim.SGD):
                 group["nesterov"],
                 group["maximize"],
             )
-            nu, lists = group["nu"], ([], [], [])
+            nu = group["nu"]
+            lists: _Lists = ([], [], [])
             if nu == 1:
                 lists = moving.setdefault(scalars, lists)
             else:

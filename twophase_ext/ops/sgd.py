@@ -122,12 +122,10 @@ def apply_sgd(
     if len({p.device for p in params}) > 1:
         return _device_by_device(params, grads, momentum_buffers, scalars)
     is_first_step = [int(b is None) for b in momentum_buffers]
-    buffers = list(momentum_buffers) if scalars[1] else []
-    if buffers and any(is_first_step):
-        buffers = [
-            torch.empty_like(p) if b is None else b
-            for p, b in zip(params, momentum_buffers, strict=True)
-        ]
+    buffers = [
+        torch.empty_like(p) if b is None else b
+        for p, b in (zip(params, momentum_buffers, strict=True) if scalars[1] else ())
+    ]
     nu = [1] * len(params)
     try:
         if is_compiling():
@@ -151,13 +149,17 @@ def _device_by_device(
 ) -> list[Tensor]:
     """`apply_sgd` for each device; the lists are checked first."""
     check_sgd(params, grads, momentum_buffers, [1] * len(params))
-    buffers = list(momentum_buffers) if scalars[1] else []
+    buffers: dict[int, Tensor] = {}
     for device in {p.device for p in params}:
         chosen = [i for i, p in enumerate(params) if p.device == device]
-        lists = ([items[i] for i in chosen] for items in (params, grads, momentum_buffers))
-        for i, buffer in zip(chosen, apply_sgd(*lists, scalars), strict=False):
-            buffers[i] = buffer
-    return buffers
+        updated = apply_sgd(
+            [params[i] for i in chosen],
+            [grads[i] for i in chosen],
+            [momentum_buffers[i] for i in chosen],
+            scalars,
+        )
+        buffers.update(zip(chosen, updated, strict=False))
+    return [buffers[i] for i in sorted(buffers)]
 
 
 @torch.library.register_fake("twophase::sgd_")

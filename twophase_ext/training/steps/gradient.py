@@ -73,8 +73,8 @@ class Rounding:
         """norms: `row_norms`; loss: cross-entropy or squared error."""
         dtype = layer.weight.dtype
         self.u = torch.finfo(dtype).eps / 2
-        self.logit = ops.logit_error_constant(layer.in_features, dtype, k=layer.out_features)
-        self.logit *= self.u
+        constant = ops.logit_error_constant(layer.in_features, dtype, k=layer.out_features)
+        self.logit = constant * self.u
         self.mean, self.square = float(norms.mean()), float(norms.square().mean())
         self.n, self.outputs, self.loss = len(norms), layer.out_features, loss
 
