@@ -21,22 +21,39 @@ using torch::stable::Tensor;
 
 // std::invalid_argument becomes ValueError in Python.
 template <class... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (condition) return;
+[[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw std::invalid_argument(message.str());
 }
-
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream out;
-  out << '[';
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << ']';
-  return out.str();
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) refuse(parts...);
 }
 
-inline Dtype dtype_of(const Tensor& t, const char* name) {
+// Parts of a message that become text where there is one: an operator has hundreds of checks.
+// The name of an argument, or of one tensor of a list:
+struct Name {
+  const char* text;
+  int64_t index;
+  Name(const char* argument, int64_t i = -1) : text(argument), index(i) {}
+};
+inline std::ostream& operator<<(std::ostream& out, const Name& name) {
+  out << name.text;
+  return name.index < 0 ? out : out << '[' << name.index << ']';
+}
+// A shape:
+struct ShapeOf {
+  const Tensor& t;
+};
+inline std::ostream& operator<<(std::ostream& out, const ShapeOf& shape) {
+  out << '[';
+  for (int64_t i = 0; i < shape.t.dim(); ++i) out << (i ? ", " : "") << shape.t.size(i);
+  return out << ']';
+}
+inline ShapeOf shape_of(const Tensor& t) { return {t}; }
+
+inline Dtype dtype_of(const Tensor& t, const Name& name) {
   switch (t.scalar_type()) {
     case ScalarType::Half:
       return Dtype::kFloat16;
@@ -47,29 +64,29 @@ inline Dtype dtype_of(const Tensor& t, const char* name) {
     case ScalarType::Double:
       return Dtype::kFloat64;
     default:
-      throw std::invalid_argument(std::string(name) + ": expected a floating-point tensor, got " +
-                                  torch::headeronly::toString(t.scalar_type()));
+      refuse(name, ": expected a floating-point tensor, got ",
+             torch::headeronly::toString(t.scalar_type()));
   }
 }
 
-inline void require_same_shape(const Tensor& a, const char* a_name, const Tensor& b,
-                               const char* b_name) {
-  bool same = a.dim() == b.dim();
-  for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == b.size(i);
-  require(same, a_name, ": expected the shape of ", b_name, " ", shape_of(b), ", got ",
-          shape_of(a));
+inline void require_same_shape(const Tensor& a, const Name& a_name, const Tensor& b,
+                               const Name& b_name) {
+  require(a.sizes() == b.sizes(), a_name, ": expected the shape of ", b_name, " ", shape_of(b),
+          ", got ", shape_of(a));
 }
 
 // Element k of a's memory is element k of b's: strides agree wherever they matter.
 inline bool same_layout(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i)
-    if (a.size(i) != b.size(i) || (a.size(i) > 1 && a.stride(i) != b.stride(i))) return false;
+  const auto sizes = a.sizes(), strides = a.strides(), others = b.strides();
+  if (sizes != b.sizes()) return false;
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] > 1 && strides[i] != others[i]) return false;
   return true;
 }
 
 // The elements fill their memory without gaps, in any order of dimensions.
 inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
   for (int64_t d = 0; d < t.dim(); ++d)
     if (t.size(d) != 1) dims.emplace_back(t.stride(d), t.size(d));
@@ -83,8 +100,8 @@ inline bool is_dense(const Tensor& t) {
 }
 
 // Every element has its own memory, so that an update can be written back.
-inline void require_no_overlap(const Tensor& t, const std::string& name) {
-  if (t.numel() == 0) return;
+inline void require_no_overlap(const Tensor& t, const Name& name) {
+  if (t.is_contiguous() || t.numel() == 0) return;
   for (int64_t d = 0; d < t.dim(); ++d)
     require(t.size(d) < 2 || t.stride(d) != 0, name,
             ": expected a tensor whose elements do not share memory, got stride 0 in dimension ",

@@ -7,7 +7,7 @@ namespace twophase {
 
 struct Argument {
   const Tensor* tensor;
-  std::string name;
+  Name name;
 };
 
 // Where the elements of a tensor lie; torch's strides are never negative.
@@ -22,7 +22,9 @@ struct Layout {
     const Tensor& t = *a.tensor;
     begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
     width = static_cast<int64_t>(t.element_size());
+    if (t.is_contiguous()) width *= t.numel();  // as one element
     end = begin + width;
+    if (t.is_contiguous()) return;
     for (int64_t d = 0; d < t.dim(); ++d) {
       if (t.size(d) < 2) continue;
       dims.emplace_back(t.stride(d) * width, t.size(d));

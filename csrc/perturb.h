@@ -24,16 +24,16 @@ void perturb_op(std::vector<Tensor> tensors, std::vector<int64_t> keys, std::vec
   require_count(keys.size(), "keys", tensors.size());
   require_count(stds.size(), "stds", tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const std::string name = item("tensors", i);
+    const Name name("tensors", i);
     full_precision_dtype(tensors[i], name);
     require_same_device(tensors[i], name, tensors[0]);
     require_no_overlap(tensors[i], name);
     const float sigma = static_cast<float>(stds[i]);
-    require(std::isfinite(sigma) && sigma > 0, item("stds", i),
+    require(std::isfinite(sigma) && sigma > 0, Name("stds", i),
             ": expected a finite number > 0 in float32, got ", stds[i]);
   }
   std::vector<Argument> written;
-  for (size_t i = 0; i < tensors.size(); ++i) written.push_back({&tensors[i], item("tensors", i)});
+  for (size_t i = 0; i < tensors.size(); ++i) written.push_back({&tensors[i], Name("tensors", i)});
   require_own_memory(written);
   std::vector<NoiseTarget> targets;
   std::vector<std::pair<Tensor, Tensor>> write_back;  // (tensor, its contiguous copy)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = ROOT / "csrc" / "cpu"
 SOURCES = {name: (CPU / f"last_layer_{name}.cpp").read_text() for name in ("epoch", "gradient")}
 BARRIERS = sum(source.count("team.barrier();") for source in SOURCES.values())
-KERNELS = ("last_layer_step", "sgd", "perturb")
+KERNELS = ("last_layer_loss", "last_layer_step", "sgd", "perturb")
 CHECKS = {"last_layer_epoch": 14, "multi_tensor": 15}
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

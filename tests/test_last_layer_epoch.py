@@ -21,7 +21,14 @@ NESTEROV = {"momentum": 0.9, "nesterov": True}
 RULES = [PLAIN, MOMENTUM, DAMPED, NESTEROV]
 LOSSES = ["cross_entropy", "squared_error"]
 # (samples, outputs, features, batch)
-SHAPES = [(1, 1, 1, 1), (20, 3, 7, 6), (30, 23, 600, 8), (70, 10, 1031, 66), (9, 101, 300, 4)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (20, 3, 7, 6),
+    (30, 23, 600, 8),
+    (70, 10, 1031, 66),
+    (9, 101, 300, 4),
+    (70, 33, 300, 66),
+]
 
 
 class Problem:
@@ -167,8 +174,9 @@ def test_bfloat16_features_give_the_same_bits_for_any_number_of_threads(isa):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_same_bits_as_step_by_step_split_and_for_any_number_of_threads(dtype, loss, isa):
-    problem = Problem(70, 10, 1031, 16, dtype=dtype, loss=loss)
+@pytest.mark.parametrize("k", [10, 37])
+def test_the_same_bits_as_step_by_step_split_and_for_any_number_of_threads(k, dtype, loss, isa):
+    problem = Problem(70, k, 1031, 16, dtype=dtype, loss=loss)
     state, losses = problem.state(), []
     for s, (begin, end) in enumerate(pairwise(problem.bounds)):
         index = problem.order[begin:end]
@@ -191,7 +199,11 @@ def test_the_same_bits_as_step_by_step_split_and_for_any_number_of_threads(dtype
 
 def test_bfloat16_features_are_those_widened():
     """As accurate as torch's float32 on the widened ones, for any remainder of a vector."""
-    for shape in [*SHAPES, *((9, 3, m, 4) for m in (*range(2, 67), 515, 8209))]:
+    for shape in [
+        *SHAPES,
+        *((9, 3, m, 4) for m in (*range(2, 67), 515, 8209)),
+        *((9, 33, m, 4) for m in range(2, 67, 7)),
+    ]:
         problem = Problem(*shape)
         narrow = problem.h.bfloat16()
         found = on_each_isa(lambda p=problem, h=narrow: p.ours(h=h, **MOMENTUM))
@@ -203,8 +215,8 @@ def test_bfloat16_features_are_those_widened():
 
 
 def test_bfloat16_features_read_no_further_than_their_rows(isa):
-    for m in (1, 15, 33, 513, 1031):
-        problem = Problem(5, 3, m, 2)
+    for m, k in itertools.product((1, 15, 33, 513, 1031), (3, 35)):
+        problem = Problem(5, k, m, 2)
         expected = problem.ours(h=problem.h.bfloat16(), **MOMENTUM)
         around = torch.full((5, m + 3), torch.nan, dtype=torch.bfloat16)
         around[:, :m] = problem.h

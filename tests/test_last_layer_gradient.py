@@ -23,7 +23,9 @@ def problem(n, k, m, loss="cross_entropy", dtype=torch.float64):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 0), (64, 10, 257), (200, 23, 600), (65, 2, 9)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (5, 3, 0), (64, 10, 257), (200, 23, 600), (65, 2, 9), (70, 40, 300)]
+)
 def test_matches_autograd(device, shape, loss, isa):
     weight, bias, h, y = (t.to(device) for t in problem(*shape, loss))
     for given in (bias, None):
@@ -60,11 +62,12 @@ def test_float32_and_bfloat16(device, loss, isa):
 @pytest.mark.parametrize("n", [3, 7, 49, 64])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_mean_of_a_block_is_that_of_a_step(n, loss, isa):
-    weight, bias, h, y = problem(n, 10, 300, loss)
-    mean, _, _ = last_layer_gradient(weight, bias, h, y, loss=loss)
-    order, none = torch.arange(n), (None, None)
-    step = last_layer_epoch_(weight, bias, *none, h, y, order, batch_size=n, lr=0.0, loss=loss)
-    assert torch.equal(mean, step[0])
+    for k in (10, 33):
+        weight, bias, h, y = problem(n, k, 300, loss)
+        mean, _, _ = last_layer_gradient(weight, bias, h, y, loss=loss)
+        order, none = torch.arange(n), (None, None)
+        step = last_layer_epoch_(weight, bias, *none, h, y, order, batch_size=n, lr=0.0, loss=loss)
+        assert torch.equal(mean, step[0])
 
 
 def test_the_same_bits_for_any_number_of_threads(isa):
@@ -85,8 +88,10 @@ def test_the_same_bits_for_any_number_of_threads(isa):
         (torch.float64, torch.float64),
     ],
 )
-@pytest.mark.parametrize("m", [1, 7, 255, 257, 3000, 9000])
-def test_a_logit_errs_by_less_than_its_constant(m, dtype, h_dtype):
+@pytest.mark.parametrize(
+    ("m", "k"), [(1, 1), (7, 1), (255, 1), (257, 1), (3000, 1), (9000, 1), (7, 32), (3000, 32)]
+)
+def test_a_logit_errs_by_less_than_its_constant(m, k, dtype, h_dtype):
     """In rational arithmetic; the logit of a squared error against 0 is its delta's half."""
     u = Fraction(torch.finfo(dtype).eps) / 2
     g = torch.Generator().manual_seed(m)
@@ -96,26 +101,32 @@ def test_a_logit_errs_by_less_than_its_constant(m, dtype, h_dtype):
     for row in rows:
         h = row.to(h_dtype)[None]
         for weight in (h.to(dtype, copy=True), torch.randn(1, m, generator=g).to(dtype)):
-            zero = torch.zeros(1, 1, dtype=dtype)
-            bias = torch.tensor([0.3], dtype=dtype)
+            weight = weight.expand(k, m).contiguous()
+            zero = torch.zeros(1, k, dtype=dtype)
+            bias = torch.full((k,), 0.3, dtype=dtype)
             first, rule = torch.tensor([0]), {"batch_size": 1, "lr": 0.5, "loss": LOSSES[1]}
 
             def logit(layer=(weight, bias), data=(h, zero, first), rule=rule):
                 """lr 1/2 on the bias alone: b - delta / 2 = b - q; its rounding is one more u."""
                 w, b = (t.clone() for t in layer)
                 last_layer_epoch_(w, b, None, None, *data, **rule)
-                return Fraction(float(layer[1])) - Fraction(float(b))
+                return Fraction(float(layer[1][-1])) - Fraction(float(b[-1]))
 
             pairs = zip(h[0].tolist(), weight[0].tolist(), strict=True)
             products = [Fraction(x) * Fraction(v) for x, v in pairs]
-            exact = sum(products) + Fraction(float(bias))
-            size = sum(map(abs, products)) + Fraction(float(bias))
-            extra = 3 * u * (abs(exact) + Fraction(float(bias)))
-            allowed = logit_error_constant(m, dtype) * u * size + extra
+            exact = sum(products) + Fraction(float(bias[0]))
+            size = sum(map(abs, products)) + Fraction(float(bias[0]))
+            extra = 3 * u * (abs(exact) + Fraction(float(bias[0])))
+            allowed = logit_error_constant(m, dtype, k=k) * u * size + extra
             assert all(abs(computed - exact) <= allowed for computed in on_each_isa(logit))
 
 
 def test_the_constant_knows_the_library_s_order():
+    assert (
+        logit_error_constant(300, torch.float32)
+        < 256
+        < logit_error_constant(300, torch.float32, k=32)
+    )
     assert (
         logit_error_constant(66_001, torch.float32)
         < 600

@@ -19,7 +19,8 @@ MOMENTUM = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
 DAMPED = {"lr": 0.05, "momentum": 0.5, "dampening": 0.25, "weight_decay": 1e-5}
 NESTEROV = {"lr": 0.2, "momentum": 0.9, "nesterov": True}
 RULES = [PLAIN, MOMENTUM, DAMPED, NESTEROV]
-# (samples, outputs, features): one, tails of vectors, chunks, slices, blocks of rows and outputs
+# (samples, outputs, features): one, tails of vectors, chunks, slices, blocks of rows and outputs,
+# packed panels (from 32 outputs on), more samples than panels hold
 SHAPES = [
     (1, 1, 1),
     (2, 3, 7),
@@ -30,6 +31,8 @@ SHAPES = [
     (66, 23, 600),
     (7, 101, 300),
     (16, 10, 17003),
+    (70, 37, 1031),
+    (600, 33, 300),
 ]
 
 
@@ -73,12 +76,13 @@ def test_twin(device, isa):
 
 
 def test_same_bits_for_any_number_of_threads(isa):
-    problem, results = Problem(33, 10, 9001, **MOMENTUM), []
-    for threads in (1, 2, 3, 7):
-        torch.set_num_threads(threads)
-        results.append(problem.ours())
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    for shape in ((33, 10, 9001), (33, 40, 2100)):
+        problem, results = Problem(*shape, **MOMENTUM), []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(problem.ours())
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def step(weight, h, y, **changes):
@@ -102,10 +106,11 @@ def test_strides_of_the_features(device, isa):
         assert torch.equal(ours, packed)
 
 
+@pytest.mark.parametrize("k", [3, 35])
 @pytest.mark.parametrize("m", [1, 15, 33, 513, 1025])
-def test_touches_nothing_around_its_arrays(device, m, isa):
+def test_touches_nothing_around_its_arrays(device, m, k, isa):
     """All arrays lie in one buffer of NaN: reading beyond an end would spread it."""
-    k, b, gap = 3, 5, 40
+    b, gap = 5, 40
     weight, h = torch.randn(k, m), torch.randn(b, m)
     y = torch.tensor([0, 1, 2, 0, 1], device=device)
     buffer = torch.full((2 * k * m + 4 * gap + b * (m + 3),), torch.nan, device=device)
@@ -143,13 +148,23 @@ def test_large_logits(device, isa):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_not_finite_is_returned_and_spreads_as_in_torch(device, loss, bad, isa):
-    problem = Problem(5, 3, 40, loss=loss, **MOMENTUM)
-    problem.batches = [problem.batches[0]]
-    problem.batches[0][0][2, 17] = bad
-    ours, theirs = problem.ours(device), problem.by_torch()
-    assert not ours[0].isfinite().any()
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.isfinite(), b.isfinite()) and torch.equal(a.isnan(), b.isnan())
+    for outputs in (3, 37):
+        problem = Problem(5, outputs, 40, loss=loss, **MOMENTUM)
+        problem.batches = [problem.batches[0]]
+        problem.batches[0][0][2, 17] = bad
+        ours, theirs = problem.ours(device), problem.by_torch()
+        assert not ours[0].isfinite().any()
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a.isfinite(), b.isfinite()) and torch.equal(a.isnan(), b.isnan())
+
+
+def test_logits_of_minus_infinity_have_no_part(isa):
+    """As in torch: a class that cannot be, in either way to multiply."""
+    for k in (3, 40):
+        weight, h = torch.zeros(k, 1), torch.ones(2, 1)
+        weight[-1] = -torch.inf
+        loss = step(weight, h, torch.tensor([0, 1]), lr=0.0)
+        torch.testing.assert_close(loss, torch.tensor(k - 1.0).log())
 
 
 def good_arguments():

@@ -9,6 +9,9 @@ from torch.optim.optimizer import ParamsT
 
 from .ops.sgd import apply_sgd, check_sgd
 
+# Parameters, their gradients, and their momentum buffers, None where there is none yet.
+_Lists = tuple[list[Tensor], list[Tensor], list[Tensor | None]]
+
 
 class SGD(torch.optim.SGD):
     """torch.optim.SGD with the paper's mask: every step uses eta_t * nu, nu = 0 or 1 per group.
@@ -51,7 +54,6 @@ class SGD(torch.optim.SGD):
         for group, nu in zip(self.param_groups, kept, strict=True):
             group.setdefault("nu", nu)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what closure, which recomputes the loss and gradients, returned."""
         loss = None
@@ -59,10 +61,9 @@ class SGD(torch.optim.SGD):
             with torch.enable_grad():
                 loss = closure()
         # Groups that differ in nu alone, as between Algorithm 1's phases, share one call.
-        moving: dict[tuple, list[Tensor]] = {}
+        moving: dict[tuple, _Lists] = {}
+        standing: list[tuple[_Lists, Any]] = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            check_sgd(params, *self._grads_and_buffers(params), [group["nu"]] * len(params))
             scalars = (
                 float(group["lr"]),
                 float(group["momentum"]),
@@ -71,15 +72,29 @@ class SGD(torch.optim.SGD):
                 group["nesterov"],
                 group["maximize"],
             )
-            if group["nu"]:
-                moving.setdefault(scalars, []).extend(params)
-        for scalars, params in moving.items():
-            buffers = apply_sgd(params, *self._grads_and_buffers(params), scalars)
-            for p, buffer in zip(params, buffers, strict=False):
-                self.state[p]["momentum_buffer"] = buffer
+            nu = group["nu"]
+            lists: _Lists = ([], [], [])
+            if nu == 1:
+                lists = moving.setdefault(scalars, lists)
+            else:
+                standing.append((lists, nu))
+            self._extend(lists, group["params"])
+        if standing or len(moving) > 1:  # one call checks its tensors before it changes any
+            for lists, nu in [*standing, *((lists, 1) for lists in moving.values())]:
+                check_sgd(*lists, [nu] * len(lists[0]))
+        for scalars, lists in moving.items():
+            buffers = apply_sgd(*lists, scalars)
+            for p, old, new in zip(lists[0], lists[2], buffers, strict=False):
+                if old is None:
+                    self.state[p]["momentum_buffer"] = new
         return loss
 
-    def _grads_and_buffers(self, params: list[Tensor]) -> tuple[list[Any], list[Tensor | None]]:
-        return [p.grad for p in params], [
-            self.state.get(p, {}).get("momentum_buffer") for p in params
-        ]
+    def _extend(self, lists: _Lists, params: list[Tensor]) -> None:
+        """Append those of `params` that have gradients, these, and momentum buffers or None."""
+        moved, grads, buffers = lists
+        for p in params:
+            if (grad := p.grad) is not None:
+                moved.append(p)
+                grads.append(grad)
+                state = self.state.get(p)
+                buffers.append(state.get("momentum_buffer") if state else None)

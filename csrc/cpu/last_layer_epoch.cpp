@@ -32,7 +32,6 @@ void epoch(const LastLayerEpoch& e) {
   const int threads = team_size(passes.slices.count);
   std::vector<const void*> pointers(threads * e.largest);
   std::vector<double> scratch(threads * apart(e.k));
-  std::vector<T> gradient(e.k);
   const auto row = [&](int64_t i) { return static_cast<const char*>(e.h) + e.order[i] * stride; };
   // Two barriers a step. Thread 0 alone updates the bias, before it joins the next step's first.
   Team::run(threads, [&](int thread, Team& team) {
@@ -54,7 +53,7 @@ void epoch(const LastLayerEpoch& e) {
       passes.update(rows, b, e.weight, e.weight_buffer, first_step, rule, slices.begin, slices.end);
       if (thread > 0) continue;
       e.losses[s] = passes.mean_loss(b);
-      if (e.bias) passes.update_bias(b, e.bias, e.bias_buffer, first_step, rule, gradient.data());
+      if (e.bias) passes.update_bias(b, e.bias, e.bias_buffer, first_step, rule);
     }
   });
 }

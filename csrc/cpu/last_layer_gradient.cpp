@@ -39,7 +39,8 @@ void gradient_of(const void* weight, const void* bias, const void* h, int64_t h_
       passes.add_gradient(rows, b, by_weight, slices.begin, slices.end);
       if (thread > 0) continue;
       losses[i] = passes.loss_sum(b);
-      for (int64_t j = 0; j < k; ++j) bias_sums[j] += passes.bias_sum(b, j);
+      const double* sums = passes.bias_sums(b);
+      for (int64_t j = 0; j < k; ++j) bias_sums[j] += sums[j];
     }
   });
   *mean = mean_loss(pairwise_sum(losses.data(), blocks), n);

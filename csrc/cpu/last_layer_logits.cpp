@@ -14,13 +14,11 @@ void logits_of(const Rows& rows, const void* weight, double* logits) {
   const int64_t numbers = rows.b * rows.k;
   std::vector<T> partial(slices.count * numbers);
   torch::stable::parallel_for(0, slices.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) TP_DISPATCH(last_layer_logits)
+    TP_DISPATCH(last_layer_logits)
     (rows.dtype, rows.h_dtype, rows.pointers.data(), weight, rows.b, rows.k, rows.m,
-     slices.begin(i), slices.end(i), partial.data() + i * numbers);
+     slices.begin(begin), slices.end(end - 1), slices.length, partial.data() + begin * numbers);
   });
-  for (int64_t i = 0; i < slices.count; ++i)
-    for (int64_t j = 0; j < numbers; ++j)
-      logits[j] += static_cast<double>(partial[i * numbers + j]);
+  TP_DISPATCH(last_layer_sum)(rows.dtype, partial.data(), slices.count, numbers, numbers, logits);
 }
 
 Tensor last_layer_logits_op(Tensor weight, Tensor h, Tensor index) {

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "../last_layer.h"
+#include "kernels/last_layer_loss.h"
 #include "kernels/last_layer_step.h"
 #include "kernels/sgd.h"
 
@@ -41,14 +42,6 @@ inline double mean_loss_of(const double* losses, int64_t b) {
   return mean_loss(pairwise_sum(losses, b), b);
 }
 
-// The loss of one sample; its logits z [k] become their derivatives of the mean.
-template <class T>
-double loss_row(Loss loss, double* z, int64_t k, const void* target, int64_t sample, double scale) {
-  return loss == Loss::kCrossEntropy
-             ? cross_entropy_row(z, k, static_cast<const int64_t*>(target)[sample], scale)
-             : squared_error_row(z, k, static_cast<const T*>(target) + sample * k, scale);
-}
-
 // What every backend on the CPU has.
 struct CpuLabels {
   static std::pair<int64_t, int64_t> bad_label(const Tensor& labels, int64_t b, int64_t k) {
@@ -72,12 +65,14 @@ class Passes {
         h_dtype_(h_dtype),
         partial_(new T[slices.count * b * k]),
         delta_(new T[b * k]),
+        bias_gradient_(new T[k]),
+        bias_sums_(new double[k]),
         loss_(new double[b]) {}
 
   void logits(const void* const* rows, int64_t b, const void* weight, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) TP_DISPATCH(last_layer_logits)
-    (kDtype, h_dtype_, rows, weight, b, k_, m_, slices.begin(i), slices.end(i),
-     partial_.get() + i * b * k_);
+    if (begin < end) TP_DISPATCH(last_layer_logits)
+    (kDtype, h_dtype_, rows, weight, b, k_, m_, slices.begin(begin), slices.end(end - 1),
+     slices.length, partial_.get() + begin * b * k_);
   }
 
   // Row r of the b has the target of sample r, or of sample index[r]. scale: mean_scale. z: k
@@ -85,51 +80,41 @@ class Passes {
   void losses(int64_t begin, int64_t end, int64_t b, const void* bias, Loss loss,
               const void* target, const int64_t* index, double scale, double* z) {
     for (int64_t r = begin; r < end; ++r) {
-      for (int64_t j = 0; j < k_; ++j) z[j] = 0;
-      for (int64_t i = 0; i < slices.count; ++i) {
-        const T* partial = partial_.get() + (i * b + r) * k_;
-        for (int64_t j = 0; j < k_; ++j) z[j] += static_cast<double>(partial[j]);
-      }
-      // Last, as where the logits of several holders of columns are added up before.
-      for (int64_t j = 0; bias && j < k_; ++j)
-        z[j] += static_cast<double>(static_cast<const T*>(bias)[j]);
-      loss_[r] = loss_row<T>(loss, z, k_, target, index ? index[r] : r, scale);
-      for (int64_t j = 0; j < k_; ++j) delta_[r * k_ + j] = static_cast<T>(z[j]);
+      TP_DISPATCH(last_layer_sum)(kDtype, partial_.get() + r * k_, slices.count, b * k_, k_, z);
+      loss_[r] = TP_DISPATCH(last_layer_loss)(kDtype, loss, z, bias, k_, target,
+                                              index ? index[r] : r, scale, delta_.get() + r * k_);
     }
   }
 
   double loss_sum(int64_t b) const { return pairwise_sum(loss_.get(), b); }
   double mean_loss(int64_t b) const { return mean_loss_of(loss_.get(), b); }
 
-  // Backwards: the first pass has left the end of a slice in the cache.
   void update(const void* const* rows, int64_t b, void* weight, void* buffer, bool is_first_step,
               const SgdRule& rule, int64_t begin, int64_t end) {
-    for (int64_t i = end - 1; i >= begin; --i) TP_DISPATCH(last_layer_update)
-    (kDtype, h_dtype_, rows, delta_.get(), b, k_, m_, slices.begin(i), slices.end(i), weight,
-     buffer, is_first_step, rule);
+    if (begin < end) TP_DISPATCH(last_layer_update)
+    (kDtype, h_dtype_, rows, delta_.get(), b, k_, m_, slices.begin(begin), slices.end(end - 1),
+     slices.length, weight, buffer, is_first_step, rule);
   }
 
-  void update_bias(int64_t b, void* bias, void* buffer, bool is_first_step, const SgdRule& rule,
-                   T* gradient) {
-    bias_gradient(b, gradient);
+  void update_bias(int64_t b, void* bias, void* buffer, bool is_first_step, const SgdRule& rule) {
+    const double* sums = bias_sums(b);
+    for (int64_t j = 0; j < k_; ++j) bias_gradient_[j] = static_cast<T>(sums[j]);
     TP_DISPATCH(sgd)
-    (kDtype, bias, gradient, buffer, k_, is_first_step, rule);
+    (kDtype, bias, bias_gradient_.get(), buffer, k_, is_first_step, rule);
   }
 
   // gradient [k, m] += of these rows, on the slices.
   void add_gradient(const void* const* rows, int64_t b, void* gradient, int64_t begin,
                     int64_t end) {
-    for (int64_t i = end - 1; i >= begin; --i) TP_DISPATCH(last_layer_add_gradient)
-    (kDtype, h_dtype_, rows, delta_.get(), b, k_, m_, slices.begin(i), slices.end(i), gradient);
+    if (begin < end) TP_DISPATCH(last_layer_add_gradient)
+    (kDtype, h_dtype_, rows, delta_.get(), b, k_, m_, slices.begin(begin), slices.end(end - 1),
+     slices.length, gradient);
   }
 
-  void bias_gradient(int64_t b, T* gradient) const {
-    for (int64_t j = 0; j < k_; ++j) gradient[j] = static_cast<T>(bias_sum(b, j));
-  }
-  double bias_sum(int64_t b, int64_t j) const {
-    double sum = 0;
-    for (int64_t r = 0; r < b; ++r) sum += static_cast<double>(delta_[r * k_ + j]);
-    return sum;
+  // The gradient by the bias, [k]; valid until it is asked for again.
+  const double* bias_sums(int64_t b) {
+    TP_DISPATCH(last_layer_sum)(kDtype, delta_.get(), b, k_, k_, bias_sums_.get());
+    return bias_sums_.get();
   }
 
  private:
@@ -138,7 +123,8 @@ class Passes {
   Dtype h_dtype_;
   std::unique_ptr<T[]> partial_;  // [slices, b, k]
   std::unique_ptr<T[]> delta_;    // [b, k]
-  std::unique_ptr<double[]> loss_;
+  std::unique_ptr<T[]> bias_gradient_;
+  std::unique_ptr<double[]> bias_sums_, loss_;
 };
 
 }  // namespace twophase

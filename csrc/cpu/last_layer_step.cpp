@@ -28,9 +28,7 @@ void step(const LastLayerStep& s) {
   torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
     passes.update(rows.data(), s.b, s.weight, s.weight_buffer, s.is_first_step, s.rule, begin, end);
   });
-  std::vector<T> gradient(s.k);
-  if (s.bias)
-    passes.update_bias(s.b, s.bias, s.bias_buffer, s.is_first_step, s.rule, gradient.data());
+  if (s.bias) passes.update_bias(s.b, s.bias, s.bias_buffer, s.is_first_step, s.rule);
 }
 
 struct Cpu : CpuLabels {

@@ -13,25 +13,22 @@ double update(const Rows& rows, const LastLayer& u, const double* logits) {
   const Slices slices(rows.m);
   const int64_t b = rows.b, k = rows.k;
   const double scale = mean_scale(b);
-  std::vector<double> z(k), losses(b), bias_sums(k);
+  std::vector<double> z(k), losses(b);
   std::vector<T> delta(b * k), gradient(k);
   for (int64_t r = 0; r < b; ++r) {
-    for (int64_t j = 0; j < k; ++j)
-      z[j] = logits[r * k + j] + (u.bias ? static_cast<double>(static_cast<T*>(u.bias)[j]) : 0.0);
-    losses[r] = loss_row<T>(u.loss, z.data(), k, u.target, r, scale);
-    for (int64_t j = 0; j < k; ++j) {
-      delta[r * k + j] = static_cast<T>(z[j]);
-      bias_sums[j] += static_cast<double>(delta[r * k + j]);
-    }
+    std::copy_n(logits + r * k, k, z.begin());
+    losses[r] = TP_DISPATCH(last_layer_loss)(rows.dtype, u.loss, z.data(), u.bias, k, u.target, r,
+                                             scale, delta.data() + r * k);
   }
-  // Backwards: the first call has left the end of the rows in the cache.
   torch::stable::parallel_for(0, slices.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = end - 1; i >= begin; --i) TP_DISPATCH(last_layer_update)
-    (rows.dtype, rows.h_dtype, rows.pointers.data(), delta.data(), b, k, rows.m, slices.begin(i),
-     slices.end(i), u.weight, u.weight_buffer, u.is_first_step, u.rule);
+    TP_DISPATCH(last_layer_update)
+    (rows.dtype, rows.h_dtype, rows.pointers.data(), delta.data(), b, k, rows.m,
+     slices.begin(begin), slices.end(end - 1), slices.length, u.weight, u.weight_buffer,
+     u.is_first_step, u.rule);
   });
   if (u.bias) {
-    for (int64_t j = 0; j < k; ++j) gradient[j] = static_cast<T>(bias_sums[j]);
+    TP_DISPATCH(last_layer_sum)(rows.dtype, delta.data(), b, k, k, z.data());
+    for (int64_t j = 0; j < k; ++j) gradient[j] = static_cast<T>(z[j]);
     TP_DISPATCH(sgd)
     (rows.dtype, u.bias, gradient.data(), u.bias_buffer, k, u.is_first_step, u.rule);
   }

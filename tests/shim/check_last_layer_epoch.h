@@ -2,6 +2,9 @@
 // double precision.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "../../csrc/cuda/bodies/last_layer_epoch.h"
 #include "check.h"
 #include "host_context.h"
@@ -22,6 +25,26 @@ inline BFloat16 narrowed(float x, BFloat16) {
   BFloat16 out{};
   store(&out, x);
   return out;
+}
+
+// One sample's loss; its logits z become `scale` times their derivatives.
+inline double cross_entropy_row(std::vector<double>& z, int64_t label, double scale) {
+  const double max = *std::max_element(z.begin(), z.end()), z_label = z[label];
+  double sum = 0;
+  for (double& x : z) sum += x = std::exp(x - max);
+  for (size_t j = 0; j < z.size(); ++j)
+    z[j] = (z[j] / sum - (static_cast<int64_t>(j) == label)) * scale;
+  return std::log(sum) - (z_label - max);
+}
+template <class T>
+double squared_error_row(std::vector<double>& z, const T* y, double scale) {
+  double sum = 0;
+  for (size_t j = 0; j < z.size(); ++j) {
+    const double error = z[j] - static_cast<double>(y[j]);
+    sum += error * error;
+    z[j] = 2.0 * error * scale;
+  }
+  return sum;
 }
 
 template <class T, class H>
@@ -51,8 +74,8 @@ void check_epoch(Checks& checks, const EpochCase& c) {
         z[j] = c.bias ? v[j] : 0.0;
         for (int64_t f = 0; f < c.m; ++f) z[j] += x(f) * w[j * c.m + f];
       }
-      losses[s] += c.labels ? cross_entropy_row(z.data(), c.k, labels[i], 1.0 / b) / b
-                            : squared_error_row(z.data(), c.k, &values[i * c.k], 1.0 / b) / b;
+      losses[s] += c.labels ? cross_entropy_row(z, labels[i], 1.0 / b) / b
+                            : squared_error_row(z, &values[i * c.k], 1.0 / b) / b;
       for (int64_t j = 0; j < c.k; ++j) {
         gv[j] += z[j];
         for (int64_t f = 0; f < c.m; ++f) gw[j * c.m + f] += z[j] * x(f);

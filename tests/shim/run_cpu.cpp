@@ -6,6 +6,7 @@
 // `skipped` first.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -100,7 +101,7 @@ void check_epoch(Checks& checks) {
           for (int64_t c = 0; c < m; ++c)
             z[j] += static_cast<double>(weight0[j * m + c]) * static_cast<double>(h[i * m + c]);
         }
-        const double top = largest(z, k);
+        const double top = *std::max_element(z, z + k);
         for (int64_t j = 0; j < k; ++j) sum += std::exp(z[j] - top);
         loss += (std::log(sum) + top - z[label[i]]) / n;
         for (int64_t j = 0; j < k; ++j) {

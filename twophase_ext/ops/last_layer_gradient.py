@@ -11,6 +11,7 @@ from ._arguments import require_last_layer
 from .last_layer_step import checked_loss
 
 _ops = torch.ops.twophase
+_MANY_OUTPUTS = 32  # kManyOutputs of csrc/cpu/kernels/last_layer_panels.h
 _ROWS = 4096  # of h at once on a GPU: its logits and their derivatives are small
 
 
@@ -51,18 +52,23 @@ def last_layer_gradient(
     return total / len(h), by_weight, by_bias
 
 
-def logit_error_constant(m: int, dtype: torch.dtype, device: str = "cpu") -> int:
+def logit_error_constant(m: int, dtype: torch.dtype, device: str = "cpu", k: int = 1) -> int:
     """c: a computed logit errs by at most c u (sum_i |h_i||w_i| + |b|), u the dtype's roundoff.
 
     On the CPU m features are cut into at most 32 slices (last_layer_passes.h); a slice is added up
-    in at least 4 (float32) or 2 (float64) chains, which are then added in at most 4 rounds; slices
-    and bias are added in float64. On a GPU the order of the m additions is the library's.
+    in at least 4 (float32) or 2 (float64) chains, which are then added in at most 4 rounds, or, for
+    32 outputs k and more (last_layer_panels.h), in chains of 256 which are added in their order;
+    slices and bias are added in float64. On a GPU the order of the m additions is the library's.
     """
     if device != "cpu":
         return m + 2
     chains = 4 if dtype == torch.float32 else 2
     slice_ = min(max(m, 1), max(256, 16 * math.ceil(math.ceil(m / 32) / 16)))
-    return math.ceil(slice_ / chains) + 1 + 4 + (2 if dtype == torch.float32 else 36)
+    if k < _MANY_OUTPUTS:
+        roundings = math.ceil(slice_ / chains) + 1 + 4
+    else:
+        roundings = min(slice_, 256) + 1 + math.ceil(slice_ / 256)
+    return roundings + (2 if dtype == torch.float32 else 36)
 
 
 @torch.library.register_fake("twophase::last_layer_gradient")

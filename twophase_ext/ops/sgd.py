@@ -4,11 +4,15 @@ from collections.abc import MutableSequence, Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
 from ._arguments import numbers, require_tensor
 
 _ops = torch.ops.twophase
+# The overload past its Python call, below autograd: a small network's step is mostly such calls.
+_step = _ops.sgd_.default._op
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def sgd_(
@@ -107,28 +111,55 @@ def apply_sgd(
     momentum_buffers: Sequence[Tensor | None],
     scalars: tuple[float, float, float, float, bool, bool],
 ) -> list[Tensor]:
-    """The step on checked tensors, one call for each device; returns the buffers, if any.
+    """The step, in one call for each device; returns the buffers, if any.
 
     scalars: lr, momentum, dampening, weight_decay, nesterov, maximize. momentum_buffers: None where
-    a tensor has made no step yet.
+    a tensor has made no step yet. Raises as `check_sgd`: before anything has changed where all
+    tensors are on one device. Only then are they looked at here, as that costs more than a step.
     """
+    if not params:
+        return []
+    if len({p.device for p in params}) > 1:
+        return _device_by_device(params, grads, momentum_buffers, scalars)
+    is_first_step = [int(b is None) for b in momentum_buffers]
     buffers = [
         torch.empty_like(p) if b is None else b
         for p, b in (zip(params, momentum_buffers, strict=True) if scalars[1] else ())
     ]
-    by_device: dict[torch.device, list[int]] = {}
-    for i, p in enumerate(params):
-        by_device.setdefault(p.device, []).append(i)
-    with torch.no_grad():
-        for chosen in by_device.values():
-            mutated = [params[i] for i in chosen], [buffers[i] for i in chosen if buffers]
-            is_first_step = [int(momentum_buffers[i] is None) for i in chosen]
-            nu = [1] * len(chosen)
-            _ops.sgd_(
-                mutated[0], [grads[i] for i in chosen], mutated[1], nu, is_first_step, *scalars
-            )
-            torch.autograd.graph.increment_version(mutated[0] + mutated[1])
+    nu = [1] * len(params)
+    try:
+        if is_compiling():
+            with torch.no_grad():
+                _ops.sgd_(params, grads, buffers, nu, is_first_step, *scalars)
+        else:
+            with _below_autograd():
+                _step(params, grads, buffers, nu, is_first_step, *scalars)
+    except (RuntimeError, TypeError, ValueError):
+        check_sgd(params, grads, momentum_buffers, nu)
+        raise
+    torch.autograd.graph.increment_version([*params, *buffers])
     return buffers
+
+
+def _device_by_device(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    scalars: tuple[float, float, float, float, bool, bool],
+) -> list[Tensor]:
+    """`apply_sgd` for each device; the lists are checked first."""
+    check_sgd(params, grads, momentum_buffers, [1] * len(params))
+    buffers: dict[int, Tensor] = {}
+    for device in {p.device for p in params}:
+        chosen = [i for i, p in enumerate(params) if p.device == device]
+        updated = apply_sgd(
+            [params[i] for i in chosen],
+            [grads[i] for i in chosen],
+            [momentum_buffers[i] for i in chosen],
+            scalars,
+        )
+        buffers.update(zip(chosen, updated, strict=False))
+    return [buffers[i] for i in sorted(buffers)]
 
 
 @torch.library.register_fake("twophase::sgd_")

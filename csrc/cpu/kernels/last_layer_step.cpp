@@ -3,10 +3,8 @@
 // cache line.
 #include "last_layer_step.h"
 
-#include <utility>
-
+#include "last_layer_panels.h"
 #include "sgd.h"
-#include "vector.h"
 
 namespace twophase::TP_ISA {
 namespace {
@@ -26,65 +24,6 @@ constexpr int kTileOutputs = 10, kLogitOutputs = 5, kGradientOutputs = 5;
 #endif
 constexpr int kLogitRows = 2, kGradientRows = 8;
 constexpr int64_t kRowGroup = 64;  // samples whose accumulators are kept while a slice is read
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Size of the blocks when n is divided evenly into blocks of at most `most`.
-int64_t even_block(int64_t n, int64_t most) {
-  const int64_t blocks = (n + most - 1) / most;
-  return (n + blocks - 1) / blocks;
-}
-
-constexpr int kStrip = 2;  // vectors of a row that are read together
-template <class T>
-constexpr int kStripLanes = kStrip * kLanes<T>;
-
-// Vector s of a strip, as it is computed with. Of bfloat16 those are the even and the odd features:
-// a shift and a mask. The tiles that they meet are split alike.
-template <class T>
-TP_HD Vector<T> load_strip(const T* strip, int s) {
-  return load_vector(strip + s * kLanes<T>);
-}
-TP_HD FloatVector load_strip(const BFloat16* strip, int s) {
-  using Bits = uint32_t __attribute__((vector_size(kVectorBytes)));
-  Bits bits;
-  __builtin_memcpy(&bits, strip, sizeof(bits));
-  return reinterpret_cast<FloatVector>(s == 0 ? bits << 16 : bits & 0xffff0000u);
-}
-// A strip of n features, then zeros; reads no further.
-template <class T, class H>
-struct Padded {
-  H features[kStripLanes<T>] = {};
-  Padded(const H* p, int64_t n) { __builtin_memcpy(features, p, n * sizeof(H)); }
-};
-
-// Consecutive features of a strip to even and odd ones, and back
-template <class H>
-constexpr bool kSplit = sizeof(H) == 2;
-template <class T>
-using Lanes = std::make_integer_sequence<int, kLanes<T>>;
-template <class V, int... i>
-TP_HD void split(V (&x)[kStrip], std::integer_sequence<int, i...>) {
-  const V even = __builtin_shufflevector(x[0], x[1], (2 * i)...);
-  x[1] = __builtin_shufflevector(x[0], x[1], (2 * i + 1)...);
-  x[0] = even;
-}
-template <class V, int... i>
-TP_HD void merge(V (&x)[kStrip], std::integer_sequence<int, i...>) {
-  constexpr int n = sizeof...(i);
-  const V low = __builtin_shufflevector(x[0], x[1], (i / 2 + i % 2 * n)...);
-  x[1] = __builtin_shufflevector(x[0], x[1], (n / 2 + i / 2 + i % 2 * n)...);
-  x[0] = low;
-}
-
-// A vector that is used more than once: as a memory operand it would be loaded each time.
-template <class V>
-TP_HD V in_register(V v) {
-#if defined(__AVX__)
-  asm("" : "+x"(v));
-#endif
-  return v;
-}
 
 // Features of a chunk where a slice of n is cut evenly, in whole strips: a short last chunk would
 // cost nearly as much as a long one.
@@ -206,18 +145,30 @@ struct Logits {
 
 template <class T, class H>
 void logits(const void* const* rows_, const void* weight_, int64_t b, int64_t k, int64_t m,
-            int64_t begin, int64_t end, void* partial_) {
+            int64_t begin, int64_t end, int64_t length, void* partial_) {
   const H* const* rows = reinterpret_cast<const H* const*>(rows_);
   const T* weight = static_cast<const T*>(weight_);
   T* partial = static_cast<T*>(partial_);
   const int64_t outputs = even_block(k, kTileOutputs);
-  for (int64_t r = 0; r < b; r += kRowGroup)
-    for (int64_t j = 0; j < k; j += outputs)
-      with_constant<kTileOutputs>(smaller(outputs, k - j), [&](auto count) {
-        Logits<T, H, decltype(count)::value> block;
-        block.run(rows + r, smaller(kRowGroup, b - r), weight + j * m, k, m, begin, end,
-                  partial + r * k + j);
-      });
+  for (; begin < end; begin += length, partial += b * k) {
+    const int64_t stop = smaller(begin + length, end);
+    if (k >= kManyOutputs) {
+      PanelLogits<T, H> panels;
+      panels.weight = weight, panels.k = k, panels.m = m;
+      for (int64_t r = 0; r < b; r += kPanelSamples) {
+        panels.samples = smaller(kPanelSamples, b - r);
+        panels.run(rows + r, begin, stop, partial + r * k);
+      }
+      continue;
+    }
+    for (int64_t r = 0; r < b; r += kRowGroup)
+      for (int64_t j = 0; j < k; j += outputs)
+        with_constant<kTileOutputs>(smaller(outputs, k - j), [&](auto count) {
+          Logits<T, H, decltype(count)::value> block;
+          block.run(rows + r, smaller(kRowGroup, b - r), weight + j * m, k, m, begin, stop,
+                    partial + r * k + j);
+        });
+  }
 }
 
 template <class T, class H>
@@ -294,29 +245,40 @@ struct Gradient {
   }
 };
 
-// Calls f(first, count, c, n) for each tile of outputs [first, first + count) and features [c, c +
-// n) of the slice, its gradient in `gradient`. f changes `to` and, where not null, `beside`: [k,
-// m].
+// Calls f(j, c, n, gradient) for features [c, c + n) of each output j, pieces of the slices in some
+// order. f changes `to` and, where not null, `beside`: [k, m].
 template <class T, class H, class F>
 void tiles(const void* const* rows_, const void* delta_, int64_t b, int64_t k, int64_t m,
-           int64_t begin, int64_t end, const void* to, const void* beside, Gradient<T, H>& gradient,
+           int64_t begin, int64_t end, int64_t length, const void* to, const void* beside,
            const F& f) {
   const H* const* rows = reinterpret_cast<const H* const*>(rows_);
   const T* delta = static_cast<const T*>(delta_);
+  if (k >= kManyOutputs && b <= PanelGradient<T, H>::kMostSamples) {
+    PanelGradient<T, H> panels;
+    panels.run(rows, delta, b, k, m, begin, end, static_cast<const T*>(to),
+               static_cast<const T*>(beside), f);
+    return;
+  }
+  Gradient<T, H> gradient;
   const int64_t outputs = even_block(k, kTileOutputs);
-  // Backwards: the first pass has left the end of the slice in the cache.
-  const int64_t chunk = even_chunk<T>(end - begin), chunks = (end - begin + chunk - 1) / chunk;
-  for (int64_t c = begin + (chunks - 1) * chunk; c >= begin; c -= chunk) {
-    const int64_t n = smaller(chunk, end - c), next = c > begin ? c - chunk : c;
-    for (int64_t first = 0; first < k; first += outputs) {
-      const int64_t count = smaller(outputs, k - first);
-      const T* soon[2 * kTileOutputs];
-      int64_t arrays = 0;
-      for (const void* array : {to, beside})
-        for (int64_t j = first; array && j < first + count; ++j)
-          soon[arrays++] = static_cast<const T*>(array) + j * m + c;
-      gradient.run(rows, delta, b, k, first, count, c, n, next, Soon<T>{soon, arrays});
-      f(first, count, c, n);
+  // Backwards: the first pass has left the end of the slices in the cache.
+  for (int64_t slice = begin + (end - begin - 1) / length * length; slice >= begin;
+       slice -= length) {
+    const int64_t stop = smaller(slice + length, end), chunk = even_chunk<T>(stop - slice);
+    const int64_t chunks = (stop - slice + chunk - 1) / chunk;
+    for (int64_t c = slice + (chunks - 1) * chunk; c >= slice; c -= chunk) {
+      const int64_t n = smaller(chunk, stop - c), next = c > slice ? c - chunk : c;
+      for (int64_t first = 0; first < k; first += outputs) {
+        const int64_t count = smaller(outputs, k - first);
+        const T* soon[2 * kTileOutputs];
+        int64_t arrays = 0;
+        for (const void* array : {to, beside})
+          for (int64_t j = first; array && j < first + count; ++j)
+            soon[arrays++] = static_cast<const T*>(array) + j * m + c;
+        gradient.run(rows, delta, b, k, first, count, c, n, next, Soon<T>{soon, arrays});
+        for (int64_t j = 0; j < count; ++j)
+          f(first + j, c, n, reinterpret_cast<const T*>(gradient.tile[j]));
+      }
     }
   }
 }
@@ -335,43 +297,37 @@ void with_types(Dtype dtype, Dtype h_dtype, const F& f) {
 }  // namespace
 
 void last_layer_logits(Dtype dtype, Dtype h_dtype, const void* const* rows, const void* weight,
-                       int64_t b, int64_t k, int64_t m, int64_t begin, int64_t end, void* partial) {
+                       int64_t b, int64_t k, int64_t m, int64_t begin, int64_t end, int64_t length,
+                       void* partial) {
   with_types(dtype, h_dtype, [&](auto t, auto h) {
-    logits<decltype(t), decltype(h)>(rows, weight, b, k, m, begin, end, partial);
+    logits<decltype(t), decltype(h)>(rows, weight, b, k, m, begin, end, length, partial);
   });
 }
 
 void last_layer_update(Dtype dtype, Dtype h_dtype, const void* const* rows, const void* delta,
-                       int64_t b, int64_t k, int64_t m, int64_t begin, int64_t end, void* weight,
-                       void* buffer, bool is_first_step, const SgdRule& rule) {
+                       int64_t b, int64_t k, int64_t m, int64_t begin, int64_t end, int64_t length,
+                       void* weight, void* buffer, bool is_first_step, const SgdRule& rule) {
   with_types(dtype, h_dtype, [&](auto t, auto h) {
     using T = decltype(t);
-    Gradient<T, decltype(h)> gradient;
-    tiles(rows, delta, b, k, m, begin, end, weight, buffer, gradient,
-          [&](int64_t first, int64_t count, int64_t c, int64_t n) {
-            for (int64_t j = 0; j < count; ++j) {
-              const int64_t at = (first + j) * m + c;
-              sgd(dtype, static_cast<T*>(weight) + at, gradient.tile[j],
-                  buffer ? static_cast<T*>(buffer) + at : nullptr, n, is_first_step, rule);
-            }
-          });
+    tiles<T, decltype(h)>(rows, delta, b, k, m, begin, end, length, weight, buffer,
+                          [&](int64_t j, int64_t c, int64_t n, const T* gradient) {
+                            sgd(dtype, static_cast<T*>(weight) + j * m + c, gradient,
+                                buffer ? static_cast<T*>(buffer) + j * m + c : nullptr, n,
+                                is_first_step, rule);
+                          });
   });
 }
 
 void last_layer_add_gradient(Dtype dtype, Dtype h_dtype, const void* const* rows, const void* delta,
                              int64_t b, int64_t k, int64_t m, int64_t begin, int64_t end,
-                             void* sums) {
+                             int64_t length, void* sums) {
   with_types(dtype, h_dtype, [&](auto t, auto h) {
     using T = decltype(t);
-    Gradient<T, decltype(h)> gradient;
-    tiles(rows, delta, b, k, m, begin, end, sums, nullptr, gradient,
-          [&](int64_t first, int64_t count, int64_t c, int64_t n) {
-            for (int64_t j = 0; j < count; ++j) {
-              T* sum = static_cast<T*>(sums) + (first + j) * m + c;
-              const T* part = reinterpret_cast<const T*>(gradient.tile[j]);
-              for (int64_t i = 0; i < n; ++i) sum[i] += part[i];
-            }
-          });
+    tiles<T, decltype(h)>(rows, delta, b, k, m, begin, end, length, sums, nullptr,
+                          [&](int64_t j, int64_t c, int64_t n, const T* gradient) {
+                            T* sum = static_cast<T*>(sums) + j * m + c;
+                            for (int64_t i = 0; i < n; ++i) sum[i] += gradient[i];
+                          });
   });
 }
 

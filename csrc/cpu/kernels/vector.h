@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -80,14 +81,18 @@ TP_HD FloatVector fused(FloatVector a, FloatVector b, FloatVector c) { return a 
 TP_HD DoubleVector fused(DoubleVector a, DoubleVector b, DoubleVector c) { return a * b + c; }
 #endif
 
+// Halves are added, lane i + half to lane i, down to one. In registers: numbers that are stored one
+// by one and read back two at a time stall.
+template <int half, class V, int... i>
+TP_HD V add_halves(V v, std::integer_sequence<int, i...> lanes) {
+  constexpr int n = sizeof...(i);
+  v += __builtin_shufflevector(v, v, ((i + half) % n)...);
+  if constexpr (half > 1) v = add_halves<half / 2>(v, lanes);
+  return v;
+}
 template <class T>
 TP_HD T sum_lanes(Vector<T> v) {
-  T x[kLanes<T>];
-  store_vector(x, v);
-  TP_UNROLL
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) TP_UNROLL
-  for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  return x[0];
+  return add_halves<kLanes<T> / 2>(v, std::make_integer_sequence<int, kLanes<T>>{})[0];
 }
 
 template <int n>

@@ -73,7 +73,8 @@ class Rounding:
         """norms: `row_norms`; loss: cross-entropy or squared error."""
         dtype = layer.weight.dtype
         self.u = torch.finfo(dtype).eps / 2
-        self.logit = ops.logit_error_constant(layer.in_features, dtype) * self.u
+        constant = ops.logit_error_constant(layer.in_features, dtype, k=layer.out_features)
+        self.logit = constant * self.u
         self.mean, self.square = float(norms.mean()), float(norms.square().mean())
         self.n, self.outputs, self.loss = len(norms), layer.out_features, loss
 
@@ -81,7 +82,7 @@ class Rounding:
         """Error of the computed loss `value`."""
         error = self.logit * size
         if self.loss is CROSS_ENTROPY:  # 1-Lipschitz in the largest logit and in the label's
-            return 2 * error * self.mean + 1e-14 * (value + 1)
+            return 2 * error * self.mean + (1e-14 + self.outputs * 2.0**-53) * (value + 1)
         square = self.outputs * self.square * error * error
         return 2 * math.sqrt(value * square) + square + 1e-14 * value
 
