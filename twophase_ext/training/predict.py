@@ -51,10 +51,11 @@ def score_of(
     parameter = first_parameter(model)
     samples = Samples.of(data, name="data", device=parameter.device, dtype=parameter.dtype)
     try:
-        samples.form = serve(model, samples.packing, next(samples.in_order(2))[0][:2])
+        samples.form = serve(model, samples.packing, samples.example())
         network = Network(model, check_runs(model, samples), last_layer)
         with samples.held():
             samples.prepare(loss, network.outputs, network.last.rows)
             return measure(network, samples.objective, samples)
     finally:
+        samples.close()
         dismiss(model)

@@ -75,15 +75,16 @@ class Run:
         """Losses and accuracies of the network as it stands, over the whole sets."""
         context, final = self.context, dict[str, float | None]()
         usable = context.config.batch_norm == "frozen"
-        sets = (
-            ("train", context.train, self.train_features),
-            ("val", context.val, self.val_features),
-        )
-        for name, samples, features in sets:
-            if samples is not None:
-                loss, accuracy = self.measure(features if usable else None, samples)
-                final[f"{name}_loss"], final[f"{name}_accuracy"] = loss, accuracy
+        features = {"train": self.train_features, "val": self.val_features}
+        for samples in self.sets():
+            kept = features[samples.name] if usable else None
+            loss, accuracy = self.measure(kept, samples)
+            final[f"{samples.name}_loss"], final[f"{samples.name}_accuracy"] = loss, accuracy
         return final
+
+    def sets(self) -> list[Samples]:
+        """Training samples, and those of validation where there are some."""
+        return [part for part in (self.context.train, self.context.val) if part is not None]
 
     # --- checkpoints
 

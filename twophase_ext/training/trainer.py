@@ -190,9 +190,10 @@ class Trainer:
         scaled to [0, 1], a graph is left behind), x also a dict or tuple of them for a model of
         several inputs; a map-style Dataset (Hugging Face's too), or a
         DataLoader over one, also Fabric's, accelerate's or torchdata's: its dataset, the samples
-        that its sampler draws, collate function and batch size are used; the order comes from the
-        seed, no sample is dropped, num_workers is not used. Every sample is fetched once before
-        training, to be checked, and compared whenever it is fetched again.
+        that its sampler draws, collate function, batch size and workers are used; the order comes
+        from the seed, no sample is dropped, and the log says which arguments change nothing.
+        Workers change no bit. Every sample is fetched once before training, to be checked, and
+        compared whenever it is fetched again.
         resume: True continues the run in run_dir, "auto" continues it where there is a checkpoint
         and begins where there is none, a path continues the run in that folder or checkpoint file.
         A run resumed on the CPU, with the number of threads, instruction set and torch of before,
@@ -258,6 +259,8 @@ class Trainer:
                 module.training = mode
             if state.hidden_hash is not None and config.batch_norm == "frozen":
                 self.model.eval()
+            for part in loop.run.sets():
+                part.close()
             if context.folder is not None:
                 context.folder.release()
         path = None if context.folder is None else context.folder.path
@@ -291,10 +294,14 @@ class Trainer:
 
     def _prepare(self, train: Any, val: Any, resume: bool | str | Path | None) -> Loop:
         """The run of `fit` before its first step: everything that can be refused is refused."""
-        with unchanged_on_error(self.model):
-            return self._build(train, val, resume)
+        with unchanged_on_error(self.model), ExitStack() as on_error:
+            loop = self._build(train, val, resume, on_error)
+            on_error.pop_all()
+            return loop
 
-    def _build(self, train: Any, val: Any, resume: bool | str | Path | None) -> Loop:
+    def _build(
+        self, train: Any, val: Any, resume: bool | str | Path | None, on_error: ExitStack
+    ) -> Loop:
         config = self.config
         check_autocast(config, self.device)
         ranks = joined()
@@ -307,13 +314,17 @@ class Trainer:
             raise ValueError(
                 f"val: expected inputs as those of train, {samples.packing}, got {held_out.packing}"
             )
-        form = serve(self.model, samples.packing, next(samples.in_order(2))[0][:2])
+        form = serve(self.model, samples.packing, samples.example())
+        sets = [part for part in (samples, held_out) if part is not None]
+        for part in sets:
+            on_error.callback(part.close)
+            if part.not_used:
+                progress.say(f"{part.name}: not used of the DataLoader: {'; '.join(part.not_used)}")
         if samples.batch_size is not None and samples.batch_size != config.batch_size:
             progress.say(f"batch_size: {samples.batch_size}, the DataLoader's")
             config = replace(config, batch_size=samples.batch_size)
         if config.batch_norm == "frozen":
             batchnorm.check_freezable(self.model)
-        sets = [part for part in (samples, held_out) if part is not None]
         for part in sets:
             part.seed, part.form = config.seed, form
         if self.augment is not None:

@@ -1,6 +1,5 @@
 """Training data in one form: batches by sample index, checked before anything is trained."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
@@ -12,20 +11,20 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
 from ...core.arrays import as_data, require_finite
-from ...core.hashing import flat
 from ...core.memory import available_memory
-from ...core.seeds import host_stream, stream_seed
+from ...core.seeds import stream_seed
 from ...model.calling import Packing, is_several, pack
-from ...model.groups import Grouping
 from ...model.losses import ConvexLoss, Telling, objective
-from .loaders import batching, chosen, is_loader, is_map_style, tell_ignored
+from .collated import Collated, pair
+from .content import Content, bytes_of_rows, own_memory
+from .loaders import batching, chosen, is_loader, is_map_style, not_used
 from .rows import Rows, rows_that_count
+from .workers import Job, Workers
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _CHECKED = 256  # samples of a Dataset looked at together before training
 _SHARE = 4  # inputs that take at most 1 / _SHARE of the device's free memory are moved there
 _LOOKED_AT = 8  # samples fetched at once, to be compared while all are checked before training
-_TARGETS = ("y", "label", "labels", "target", "targets")  # names of y in samples that are dicts
 # Samples a forward pass outside training; fixed, so that a resumed run has the same bits.
 BATCH = 256
 
@@ -48,6 +47,7 @@ class Samples(Rows):
         super().__init__(name, n)
         self.device, self.dtype = device, dtype
         self.batch_size: int | None = None
+        self.not_used: list[str] = []  # arguments of the DataLoader, and why
         self.packing: Packing | None = None  # of several inputs, as one tensor
         self.random, self.changed = False, "the inputs are transformed at random at every visit"
         self.seed, self.epoch = 0, 0
@@ -74,7 +74,7 @@ class Samples(Rows):
             and not isinstance(source, other)
             and not hasattr(source, "__array__")
         ):
-            return _from_dataset(source, default_collate, name, device, dtype)
+            return _from_dataset(Collated(source, default_collate, name), device, dtype)
         raise TypeError(
             f"{name}: expected (x, y), a Dataset or a DataLoader, got {type(source).__name__}"
         )
@@ -121,6 +121,18 @@ class Samples(Rows):
         """Within it no batch is fetched twice, as far as memory allows."""
         yield
 
+    @contextmanager
+    def ahead(self, batches: Iterable[Tensor]) -> Iterator[None]:
+        """Within it these are fetched next, in this order: a loader's workers do it ahead."""
+        yield
+
+    def close(self) -> None:
+        """End the worker processes, where there are some."""
+
+    def example(self) -> Tensor:
+        """Inputs of the first two samples."""
+        return self.fetch(torch.arange(min(self.n, 2), device="cpu"), augmented=False)[0]
+
     def in_order(self, size: int, *, augmented: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of `size` in index order; see `batches`."""
         yield from self.visit(self.batches(size), augmented=augmented)
@@ -140,33 +152,16 @@ class Samples(Rows):
         self, batches: Iterable[tuple[int, int]], *, augmented: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The samples start to end - 1 of each batch."""
-        for start, end in batches:
-            yield self.fetch(torch.arange(start, end, device="cpu"), augmented=augmented)
+        indices = [torch.arange(start, end, device="cpu") for start, end in batches]
+        with self.ahead(indices):
+            for index in indices:
+                yield self.fetch(index, augmented=augmented)
 
     def _place(self, x: Tensor) -> Tensor:
         x = x.to(self.device, non_blocking=True)
         if x.dtype == torch.uint8:
             return x.to(self.dtype).div_(255)
         return x.to(self.dtype) if x.is_floating_point() else x
-
-
-class _Content:
-    """A hash of samples in index order, however they are batched, and groups of equal inputs.
-
-    dtype: inputs are equal that are equal in it.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._parts = hashlib.sha256(), hashlib.sha256()
-        self._dtype, self.grouping = dtype, Grouping()
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        self.grouping.add(x.to(self._dtype) if x.is_floating_point() else x)
-        for part, t in zip(self._parts, (x, y), strict=True):
-            part.update(flat(t).view(torch.uint8).numpy().data)
-
-    def digest(self) -> str:
-        return " ".join(part.hexdigest() for part in self._parts)
 
 
 def _check_length(name: str, n: int, n_targets: int) -> None:
@@ -199,7 +194,7 @@ class _Arrays(Samples):
         self.packing = packing
 
     def _look_at_all(self, loss: ConvexLoss) -> Tensor:
-        content = _Content(self.dtype)
+        content = Content(self.dtype)
         for start, end in self.batches(_CHECKED):
             content.add(self.x[start:end], self.y[start:end])
         self.content, self.groups = content.digest(), content.grouping.index()
@@ -228,40 +223,28 @@ class _Fetched(Samples):
 
     def __init__(
         self,
-        dataset: Any,
-        collate: Any,
-        name: str,
+        collated: Collated,
         device: torch.device,
         dtype: torch.dtype,
+        workers: Workers | None = None,
     ) -> None:
-        _check_length(name, len(dataset), len(dataset))
-        super().__init__(name, len(dataset), device, dtype)
-        self.dataset, self.collate = dataset, collate
+        n = len(collated.dataset)
+        _check_length(collated.name, n, n)
+        super().__init__(collated.name, n, device, dtype)
+        self.collated, self.workers = collated, workers
         self.loss: ConvexLoss | None = None
-        self._hashed: _Content | None = None  # while all are looked at
+        self._hashed: Content | None = None  # while all are looked at
         self._seen = np.zeros((self.n, 2), np.int64)  # of each sample: its form, and a hash of it
         self._kept: dict[Any, tuple[Tensor, Tensor]] | None = None
         self._room = 0
         # Most transforms at random are known before training: the check there looks again.
         some = list(range(0, self.n, -(-self.n // _LOOKED_AT)))
-        with host_stream(0):
-            for i in some:
-                self._compare(*self._collate([i]), [i])
+        for i in some:
+            self._compare(*self._checked(self.collated([i], 0), [i]), [i])
 
-    def _collate(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        if hasattr(self.dataset, "__getitems__"):  # as torch's DataLoader does
-            items = self.dataset.__getitems__(indices)
-        else:
-            items = [self.dataset[i] for i in indices]
-        try:
-            batch = self.collate(items)
-        except Exception as error:  # whatever the user's own function raises
-            shown = ", ".join(map(str, indices[:3])) + (", ..." if len(indices) > 3 else "")
-            raise ValueError(
-                f"{self.name}: the collate function fails on samples {shown}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        x, y = _pair(batch, self.name)
+    def _checked(self, batch: Any, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """(x, y) of the batch that came for these samples."""
+        x, y = pair(batch, self.name)
         if is_several(x):
             x = self._packed(x)
         x, y = (as_data(part, name=self.name) for part in (x, y))
@@ -291,7 +274,7 @@ class _Fetched(Samples):
         if self.random:
             return
         form = hash((x.shape[1:], x.dtype, y.shape[1:], y.dtype)) | 1
-        for i, *parts in zip(indices, _rows(x), _rows(y), strict=True):
+        for i, *parts in zip(indices, bytes_of_rows(x), bytes_of_rows(y), strict=True):
             known, value = self._seen[i].tolist(), hash(tuple(parts))
             if known[0] == form and known[1] != value:
                 self.random = True
@@ -309,7 +292,7 @@ class _Fetched(Samples):
 
     def _look_at_all(self, loss: ConvexLoss) -> Tensor:
         self.loss = loss
-        self._hashed = content = _Content(self.dtype)
+        self._hashed = content = Content(self.dtype)
         counts, targets = [], []
         for _, y in self.in_order(_CHECKED):  # nothing may be found wrong after hours of training
             counts.append(rows_that_count(loss, y))
@@ -324,21 +307,42 @@ class _Fetched(Samples):
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         indices = index.tolist()
-        key = (self.epoch if self.random else None, tuple(indices))
+        key = self._key(indices)
         x, y = (self._kept or {}).get(key) or self._read(indices)
         if self._kept is not None:
             if key not in self._kept and x.nbytes + y.nbytes <= self._room:
-                self._kept[key] = x, y
+                self._kept[key] = own_memory(x), own_memory(y)
                 self._room -= x.nbytes + y.nbytes
             x = x.clone()  # a model may write into its inputs
         y = y.to(self.device)
         y = y.to(self.dtype) if y.is_floating_point() else y
         return self._place(x), y if self.loss is None else self.by_row(y)
 
-    def _read(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def _key(self, indices: list[int]) -> tuple[int | None, tuple[int, ...]]:
+        return self.epoch if self.random else None, tuple(indices)
+
+    def _job(self, indices: list[int]) -> Job:
         # in one epoch a sample comes once: the first one tells the batch
-        with host_stream(stream_seed(self.seed, "augment", self.epoch, indices[0])):
-            x, y = self._collate(indices)
+        return indices, stream_seed(self.seed, "augment", self.epoch, indices[0])
+
+    @contextmanager
+    def ahead(self, batches: Iterable[Tensor]) -> Iterator[None]:
+        if self.workers is None:
+            yield
+            return
+        asked = [index.tolist() for index in batches]
+        kept = self._kept or {}
+        with self.workers.ahead([self._job(i) for i in asked if i and self._key(i) not in kept]):
+            yield
+
+    def close(self) -> None:
+        if self.workers is not None:
+            self.workers.close()
+
+    def _read(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        job = self._job(indices)
+        taken = None if self.workers is None else self.workers.take(job)
+        x, y = self._checked(self.collated(*job) if taken is None else taken[0], indices)
         require_finite(x, self.name, "input", indices)
         require_finite(y, self.name, "target", indices)
         self._compare(x, y, indices)
@@ -347,42 +351,22 @@ class _Fetched(Samples):
         return x, y if self.loss is None else self.targets_of(self.loss, y, indices)
 
 
-def _pair(batch: Any, name: str) -> tuple[Any, Any]:
-    """x and y of a collated batch; ValueError where they cannot be told."""
-    if isinstance(batch, Mapping):
-        targets = [key for key in batch if key in _TARGETS]
-        inputs = [key for key in batch if key not in _TARGETS]
-        if len(targets) == 1 and inputs:
-            several = {key: batch[key] for key in inputs}
-            return several if len(inputs) > 1 else batch[inputs[0]], batch[targets[0]]
-        raise ValueError(
-            f"{name}: expected samples (x, y), got a mapping with {list(batch)}; pass a DataLoader "
-            "whose collate_fn returns (x, y)"
-        )
-    if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        raise ValueError(f"{name}: expected samples (x, y), got {type(batch).__name__}")
-    return batch[0], batch[1]
-
-
-def _rows(x: Tensor) -> list[bytes]:
-    """The bytes of each sample."""
-    if x[0].numel() == 0:
-        return [b""] * len(x)
-    flat = x.cpu().contiguous().reshape(len(x), -1).view(torch.uint8).numpy()
-    return [row.tobytes() for row in flat]
-
-
 def _from_dataset(
-    dataset: Any, collate: Any, name: str, device: torch.device, dtype: torch.dtype
+    collated: Collated, device: torch.device, dtype: torch.dtype, loader: Any = None
 ) -> Samples:
-    if type(dataset) is TensorDataset and collate is default_collate and len(dataset.tensors) == 2:
-        return _Arrays(*dataset.tensors, name, device, dtype)
-    return _Fetched(dataset, collate, name, device, dtype)
+    """Those of a dataset; loader: the DataLoader that it came with."""
+    dataset, name = collated.dataset, collated.name
+    plain = type(dataset) is TensorDataset and collated.collate is default_collate
+    if plain and len(dataset.tensors) == 2:
+        return _Arrays(dataset.tensors[0], dataset.tensors[1], name, device, dtype)
+    parallel = getattr(loader, "num_workers", 0) > 0
+    workers = Workers(collated, loader, device) if parallel else None
+    return _Fetched(collated, device, dtype, workers)
 
 
 def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
-    """A DataLoader's samples, collate function and batch size; the order stays the Trainer's."""
-    dataset, collate = loader.dataset, loader.collate_fn
+    """A DataLoader's samples, collate function, workers and batch size; the order stays ours."""
+    dataset = loader.dataset
     if isinstance(dataset, IterableDataset) or not is_map_style(dataset):
         raise ValueError(f"{name}: expected a loader over a map-style dataset")
     part = chosen(loader, name)
@@ -390,8 +374,7 @@ def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtyp
         dataset = TensorDataset(*(tensor[part] for tensor in dataset.tensors))
     elif part is not None:
         dataset = Subset(dataset, part)
-    samples = _from_dataset(dataset, collate, name, device, dtype)
-    if not isinstance(samples, _Arrays):
-        tell_ignored(loader, name)
+    samples = _from_dataset(Collated(dataset, loader.collate_fn, name), device, dtype, loader)
     samples.batch_size = batching(loader)[1]
+    samples.not_used = not_used(loader, name, device, arrays=isinstance(samples, _Arrays))
     return samples
