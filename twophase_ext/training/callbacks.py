@@ -23,12 +23,14 @@ class RunView:
     "sgd" and "lazy", hidden layers that it changes the run.
     """
 
-    __slots__ = ("_run",)
+    __slots__ = ("_run", "_who")
     _run: Run
+    _who: str
 
-    def __init__(self, run: Run) -> None:
-        """Of this run."""
+    def __init__(self, run: Run, who: str) -> None:
+        """Of this run, for the callback of this name."""
         object.__setattr__(self, "_run", run)
+        object.__setattr__(self, "_who", who)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refused."""
@@ -109,6 +111,17 @@ class RunView:
         """The settings and what else a checkpoint must agree in, as plain data."""
         return self._run.context.identity()
 
+    def stop(self, reason: str) -> None:
+        """End the run after this epoch, or after the next one where none runs.
+
+        It is then saved and measured as at its end, and claims for the steps made what it would
+        claim there; its status is "stopped" and `result.stopped` "Class: reason". Resumed, it goes
+        on. The first word counts, of any process. TypeError for a reason that is no text.
+        """
+        if not isinstance(reason, str):
+            raise TypeError(f"reason: expected a text, got {type(reason).__name__}")
+        self._run.stop = self._run.stop or f"{self._who}: {reason}"
+
     def say(self, line: str) -> None:
         """A line in the run's log."""
         self._run.context.progress.say(line)
@@ -152,5 +165,5 @@ def call(run: Run, event: str, *arguments: Any) -> None:
     for callback in run.context.callbacks:
         method = getattr(callback, event, None)
         if method is not None:
-            method(RunView(run), *arguments)
+            method(RunView(run, type(callback).__name__), *arguments)
     plain_groups(run.context.optimizer)  # a rate that NumPy made

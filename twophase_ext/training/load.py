@@ -64,6 +64,7 @@ def load_run(folder: str | Path, model: nn.Module | None = None) -> Result:
         minimum=_read(lambda: Minimum.of(found.get("minimum")), path / "result.json"),
         loss=None if config.get("own_loss") else NAMED.get(str(config["loss"])),
         last_layer=config.get("last_layer"),
+        stopped=found.get("stopped"),
     )
     _read(result.__str__, path / "result.json")  # what cannot be shown is damaged
     if model is not None:

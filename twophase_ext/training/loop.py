@@ -61,8 +61,21 @@ class Loop:
                 if interrupt.requested and state.epoch < epochs:
                     run.save()
                     return "interrupted"
+                if self._asked_to_stop():
+                    break
             self._prove_frozen()
-        return "completed"
+            if run.stop is None:
+                return "completed"
+            context.progress.say(f"epoch {state.epoch}: stopped by {run.stop}")
+            run.save()
+        return "stopped"
+
+    def _asked_to_stop(self) -> bool:
+        """Whether a callback of any process asked for the end, and the run is not there anyway."""
+        run, last = self.run, self.state.epoch == self.context.config.epochs
+        asked = None if last or self.second.finished else run.stop
+        run.stop = next(filter(None, self.context.ranks.all_gather_object(asked)), None)
+        return run.stop is not None
 
     def _finish_epoch(self, phase: Phase, seconds: float) -> None:
         """Metrics, callbacks, checkpoint; Diverged where the weights are not finite."""

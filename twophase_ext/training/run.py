@@ -24,7 +24,8 @@ from .state import RunState, phase, unfixed
 class Run:
     """Context, state, and the caches of features.
 
-    branch_cache: what branches with the same hidden layers share, features and verdicts.
+    branch_cache: what branches with the same hidden layers share, features and verdicts. stop:
+    which callback wants the run to end, and why.
     """
 
     context: Context
@@ -32,6 +33,7 @@ class Run:
     branch_cache: dict[tuple[str | None, str], Any] | None = None
     train_features: Features | None = None
     val_features: Features | None = None
+    stop: str | None = None
 
     @property
     def phase(self) -> int:

@@ -40,6 +40,8 @@ from .several import check_several
 from .state import PhaseState, RunState
 from .steps.base import BaseStep, check_autocast
 
+Resume = bool | str | Path | None
+
 
 class Trainer:
     """Two-phase training (Algorithm 1): base algorithm, perturbation at tau, last layer only.
@@ -181,9 +183,7 @@ class Trainer:
         return Trainer(model, **{**self._arguments, **settings, **changes})
 
     @torch.inference_mode(False)
-    def fit(
-        self, train: Any, val: Any = None, *, resume: bool | str | Path | None = None
-    ) -> Result:
+    def fit(self, train: Any, val: Any = None, *, resume: Resume = None) -> Result:
         """Train the model in place and return the Result.
 
         train, val: (x, y) tensors or arrays (NumPy, CuPy, anything with DLPack; uint8 inputs are
@@ -252,8 +252,9 @@ class Trainer:
             context.folder.hold()
         try:
             status = loop.execute(epochs)
-            final = loop.run.measure_all() if status == "completed" else {}
-            found = loop.second.guarantee(status)
+            whole = status == "completed" or loop.run.stop is not None  # no epoch was cut short
+            final = loop.run.measure_all() if whole else {}
+            found = loop.second.guarantee("completed" if whole and state.hidden_hash else status)
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -285,6 +286,7 @@ class Trainer:
             ),
             loss=self.loss,
             last_layer=context.network.last.name,
+            stopped=loop.run.stop or loop.second.stopped,
         )
         if context.folder is not None:
             context.folder.write_result(result, state.epoch)
@@ -292,16 +294,14 @@ class Trainer:
 
     # --- parts of fit ------------------------------------------------------------------------
 
-    def _prepare(self, train: Any, val: Any, resume: bool | str | Path | None) -> Loop:
+    def _prepare(self, train: Any, val: Any, resume: Resume) -> Loop:
         """The run of `fit` before its first step: everything that can be refused is refused."""
         with unchanged_on_error(self.model), ExitStack() as on_error:
             loop = self._build(train, val, resume, on_error)
             on_error.pop_all()
             return loop
 
-    def _build(
-        self, train: Any, val: Any, resume: bool | str | Path | None, on_error: ExitStack
-    ) -> Loop:
+    def _build(self, train: Any, val: Any, resume: Resume, on_error: ExitStack) -> Loop:
         config = self.config
         check_autocast(config, self.device)
         ranks = joined()
@@ -369,7 +369,7 @@ class Trainer:
             context, RunState(cache_mode=mode, second=PhaseState(fixed.evidence)), resume
         )
 
-    def _begin(self, context: Context, state: RunState, resume: bool | str | Path | None) -> Loop:
+    def _begin(self, context: Context, state: RunState, resume: Resume) -> Loop:
         """The loop at its beginning, or where a checkpoint stands; the run folder is opened."""
         ranks = context.ranks
         found, source = ranks.broadcast_object(lambda: checkpoint.find(resume, self.run_dir))
