@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
 from ...core.arrays import as_data, require_finite
+from ...core.collated import Collated, pair
+from ...core.loaders import batching, chosen, is_loader, is_map_style, not_used
 from ...core.memory import available_memory
 from ...core.seeds import stream_seed
+from ...core.workers import Job, Workers
 from ...model.calling import Packing, is_several, pack
 from ...model.losses import ConvexLoss, Telling, objective
-from .collated import Collated, pair
 from .content import Content, bytes_of_rows, own_memory
-from .loaders import batching, chosen, is_loader, is_map_style, not_used
 from .rows import Rows, rows_that_count
-from .workers import Job, Workers
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _CHECKED = 256  # samples of a Dataset looked at together before training

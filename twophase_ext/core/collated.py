@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...core.seeds import host_stream
+from .seeds import host_stream
 
-_TARGETS = ("y", "label", "labels", "target", "targets")  # names of y in samples that are dicts
+TARGETS = ("y", "label", "labels", "target", "targets")  # names of y in samples that are dicts
 
 
 class Collated:
@@ -38,8 +38,8 @@ class Collated:
 def pair(batch: Any, name: str) -> tuple[Any, Any]:
     """x and y of a collated batch; ValueError where they cannot be told."""
     if isinstance(batch, Mapping):
-        targets = [key for key in batch if key in _TARGETS]
-        inputs = [key for key in batch if key not in _TARGETS]
+        targets = [key for key in batch if key in TARGETS]
+        inputs = [key for key in batch if key not in TARGETS]
         if len(targets) == 1 and inputs:
             several = {key: batch[key] for key in inputs}
             return several if len(inputs) > 1 else batch[inputs[0]], batch[targets[0]]

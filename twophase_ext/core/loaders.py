@@ -7,19 +7,25 @@ import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     RandomSampler,
     SequentialSampler,
     WeightedRandomSampler,
 )
 
-from ...core.seeds import host_stream
+from .seeds import host_stream
 
 
 def is_loader(source: Any) -> bool:
     """Whether it is a DataLoader, or wraps one as Lightning Fabric does."""
     parts = ("dataset", "sampler", "collate_fn", "batch_size")
     return isinstance(source, DataLoader) or all(hasattr(source, part) for part in parts)
+
+
+def is_dataset(source: Any) -> bool:
+    """Whether it is a Dataset of torch's or of Hugging Face's: no array, no list of samples."""
+    return isinstance(source, Dataset) or hasattr(source, "__getitems__")
 
 
 def is_map_style(dataset: Any) -> bool:
