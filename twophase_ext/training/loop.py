@@ -46,8 +46,7 @@ class Loop:
                         enter_second_phase(run, self.second)
                         started = time.perf_counter()
                     if not phase.train_epoch(interrupt):
-                        run.save()
-                        return "interrupted"
+                        return self._interrupted()
                     self._finish_epoch(phase, time.perf_counter() - started)
                 except Diverged as fault:
                     self._record(phase, time.perf_counter() - started, fault.loss)
@@ -59,8 +58,7 @@ class Loop:
                     run.save()
                     return "stopped"
                 if interrupt.requested and state.epoch < epochs:
-                    run.save()
-                    return "interrupted"
+                    return self._interrupted()
                 if self._asked_to_stop():
                     break
             self._prove_frozen()
@@ -69,6 +67,13 @@ class Loop:
             context.progress.say(f"epoch {state.epoch}: stopped by {run.stop}")
             run.save()
         return "stopped"
+
+    def _interrupted(self) -> str:
+        self.run.save()
+        if (folder := self.context.folder) is not None:
+            again = f"fit(..., resume={str(folder.path)!r})"
+            self.context.progress.say(f"epoch {self.state.epoch}: interrupted; {again} goes on")
+        return "interrupted"
 
     def _asked_to_stop(self) -> bool:
         """Whether a callback of any process asked for the end, and the run is not there anyway."""
