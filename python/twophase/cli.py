@@ -14,6 +14,7 @@ import twophase_ext as tp
 from . import data
 from .assembly import DataName, build_model, load_inputs
 from .commands import DESCRIPTION, SUMMARIES, did_you_mean, nearly
+from .help import HIDDEN
 from .report import write_report
 from .reproduce import WHAT
 from .reproduce import reproduce as run_experiment
@@ -35,7 +36,8 @@ def doctor(
     """Say which premises of Theorem 1 hold for a model, its loss and its data, and what to do.
 
     Args:
-        data_name: data set; read from TWOPHASE_DATA or downloaded.
+        data_name: digits, mnist, fashion-mnist, kmnist, cifar10, cifar100 or svhn; read from
+            TWOPHASE_DATA or downloaded.
         model: mlp, small, preactresnet18, or package.module:callable of your own.
         n: look at the first n samples only.
         width: channels (or units) of the built-in models' hidden layers.
@@ -113,8 +115,6 @@ def download(datasets: list[str]) -> int:
     return 0
 
 
-# Python objects, which no command line gives
-HIDDEN = ("callbacks", "last_layer", "augment")
 COMMANDS: dict[str, Callable[..., int]] = {
     "demo": demo,
     "train": train,

@@ -138,7 +138,8 @@ def train(
     """Train a model in two phases and leave a run folder.
 
     Args:
-        data_name: data set; read from TWOPHASE_DATA or downloaded.
+        data_name: digits, mnist, fashion-mnist, kmnist, cifar10, cifar100 or svhn; read from
+            TWOPHASE_DATA or downloaded.
         x: your own inputs instead of a data set, a .npy, .npz or .csv file.
         y: their targets, a file, or the name of a column or an array of x (by default y of an
             .npz). Whole numbers and words are labels.

@@ -42,7 +42,8 @@ def verify(
     """Prove that [h_X', 1] has rank N over the distinct inputs of a model, and write a certificate.
 
     Args:
-        data_name: data set; read from TWOPHASE_DATA or downloaded.
+        data_name: digits, mnist, fashion-mnist, kmnist, cifar10, cifar100 or svhn; read from
+            TWOPHASE_DATA or downloaded.
         model: mlp, small, preactresnet18, or package.module:callable of your own. With recheck or
             run, a callable that the file names is only called where it is given here, too.
         n: the first n samples only.
