@@ -4,7 +4,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,6 @@ from . import data
 from .assembly import DataName, build_model, first, outputs_for
 from .figures import run_figure
 from .files import SUFFIXES, read_inputs, read_targets
-from .loggers import make_logger
 from .report import write_report
 from .verification import OPTIONS, draw_culprits
 
@@ -166,7 +164,6 @@ def train(
     """
     ranks = joined()
     progress = progress and ranks.rank == 0
-    log = None if logger is None or ranks.rank else make_logger(logger)
     rule = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     given = {name: value for name, value in rule.items() if value is not None}
     if optimizer is not None and given:
@@ -190,11 +187,11 @@ def train(
         device=device,
         seed=seed,
         progress=progress,
-        callbacks=callbacks if log is None else (*callbacks, log),
+        callbacks=callbacks,
+        logger=logger,
         **settings,
     )
-    with nullcontext() if log is None else closing(log):
-        result = trainer.fit((images, labels), test, resume=resume or None)
+    result = trainer.fit((images, labels), test, resume=resume or None)
     if ranks.rank:  # rank 0 writes for all
         return _exit_code(result.status)
     if result.status == "interrupted" and result.run_dir is not None:

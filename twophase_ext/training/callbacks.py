@@ -1,5 +1,6 @@
 """What a run tells its callbacks, and what these may see of it."""
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ..model.network import Network
 from .config import Config
 from .data.samples import Samples
 from .distributed.ranks import Ranks
+from .loggers import make_logger
 from .optimizer.groups import plain_groups
 from .run import Run
 
@@ -146,6 +148,9 @@ class Callback:
     def on_epoch_end(self, run: RunView, record: dict[str, Any]) -> None:
         """After an epoch: its row of the history is `record`; before the checkpoint."""
 
+    def on_fit_end(self, run: RunView) -> None:
+        """However the run ends, by an exception too: what was opened can be closed."""
+
 
 EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
@@ -158,6 +163,17 @@ def misspelt(callbacks: Iterable[Any]) -> list[str]:
         for name in dir(type(callback))
         if name.startswith("on_") and name not in EVENTS
     ]
+
+
+def listeners(callbacks: Iterable[Any], logger: Any) -> tuple[Any, ...]:
+    """The run's callbacks, its logger too; a warning of methods that no event calls."""
+    found = tuple(callbacks)
+    if wrong := misspelt(found):
+        warnings.warn(
+            f"callbacks: no event calls {', '.join(wrong[:3])}; events are {', '.join(EVENTS)}",
+            stacklevel=3,
+        )
+    return found if logger is None else (*found, make_logger(logger))
 
 
 def call(run: Run, event: str, *arguments: Any) -> None:

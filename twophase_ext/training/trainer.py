@@ -1,6 +1,5 @@
 """tp.Trainer: Algorithm 1 of the paper around any torch model and first-order optimizer."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,7 +15,7 @@ from ..model.losses import ConvexLoss, resolve_loss
 from ..model.network import Network
 from . import batchnorm, outset, saved
 from .branches import branch
-from .callbacks import EVENTS, misspelt
+from .callbacks import call, listeners
 from .checks import check_runs, model_device, unchanged_on_error
 from .config import SETTINGS, compile_options, resolve
 from .context import Context
@@ -106,8 +105,11 @@ class Trainer:
         checkpoint_every: epochs between checkpoints, or a text: "500 steps", "90 seconds", "10
             minutes", within epochs too. Default: every epoch, and every ten minutes within one.
             There is always one at tau, after the verification, and one at the end.
-        callbacks: `Callback` objects, or any with methods on_fit_start(run), on_perturb(run) or
-            on_epoch_end(run, record), run a `RunView` (docs/callbacks.md).
+        callbacks: `Callback` objects, or any with methods on_fit_start(run), on_perturb(run),
+            on_epoch_end(run, record) or on_fit_end(run), run a `RunView` (docs/callbacks.md).
+        logger: "tensorboard" or "wandb", into the run's folder, or an object with add_scalar
+            (SummaryWriter), log_metrics (Lightning's) or log (wandb's run), which gets each
+            epoch's row; every folder has its metrics.csv.
         progress: False prints nothing.
 
     Wrong arguments raise ValueError or TypeError that name them.
@@ -146,6 +148,7 @@ class Trainer:
         run_dir: str | Path | bool | None = None,
         checkpoint_every: int | str | None = None,
         callbacks: Iterable[Any] = (),
+        logger: Any = None,
         progress: bool = True,
     ) -> None:
         """See the class."""
@@ -165,16 +168,12 @@ class Trainer:
         self.run_dir = run_dir
         self.checkpoint_every = checkpoint_every
         Cadence(checkpoint_every)  # or an error now
-        self.callbacks, self.progress = tuple(callbacks), progress
-        if wrong := misspelt(self.callbacks):
-            warnings.warn(
-                f"callbacks: no event calls {', '.join(wrong[:3])}; events are {', '.join(EVENTS)}",
-                stacklevel=2,
-            )
+        callbacks = tuple(callbacks)
+        self.callbacks, self.progress = listeners(callbacks, logger), progress
         # whether h is compared before training, and what a branch's trunk found of it
         self.compares = second_phase != "none" and batch_norm == "frozen"
         self.known: Agreement | None = None
-        self._arguments = {**given, "callbacks": self.callbacks}
+        self._arguments = {**given, "callbacks": callbacks}
 
     def _clone(self, model: nn.Module, **changes: Any) -> "Trainer":
         """A Trainer of `model` with the same arguments but for `changes`."""
@@ -256,6 +255,7 @@ class Trainer:
             final = loop.run.measure_all() if whole else {}
             found = loop.second.guarantee("completed" if whole and state.hidden_hash else status)
         finally:
+            call(loop.run, "on_fit_end")
             for module, mode in modes.items():
                 module.training = mode
             if state.hidden_hash is not None and config.batch_norm == "frozen":
