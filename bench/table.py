@@ -1,7 +1,7 @@
 """Print what a benchmark run measured: ours, the best baseline and the limit, side by side.
 
     python bench/table.py RUN.json [--markdown]
-    python bench/table.py --update README.md RUN.json     rewrite the table between its markers
+    python bench/table.py --update PAGE.md RUN.json     rewrite the table between its markers
 
 RUN.json comes from pytest --benchmark-json; bench/conftest.py states the convention for rows.
 Several files may be given: the groups of all of them, one machine line each.
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    parser.add_argument("--update", type=Path, metavar="README.md", help="rewrite its table")
+    parser.add_argument("--update", type=Path, metavar="PAGE.md", help="rewrite its table")
     arguments = parser.parse_args()
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.runs]
     if arguments.update:

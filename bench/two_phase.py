@@ -5,7 +5,8 @@
 PreActResNet18 with the wide softplus layer on MNIST (TWOPHASE_DATA). Each algorithm is a run of its
 own from the same initialisation, timed whole, checks and verification included: the base algorithm
 to the end (second_phase="none"), and the paper's two phases. From the two-phase run's own tau,
-second_phase="gd" shows Theorem 1's bound. Writes OUT.json (every figure of the picture), OUT.svg,
+second_phase="gd" shows Theorem 1's bound. The floor, L_floor, is what no weights of any network go
+below: 0 lies under a logarithmic axis. Writes OUT.json (every figure of the picture), OUT.svg,
 OUT.png, and prints the times.
 """
 
@@ -49,6 +50,7 @@ def train(images: torch.Tensor, labels: torch.Tensor, width: int, **settings: An
         "timings": result.timings,
         "final": result.final,
         "verdict": None if result.verdict is None else result.verdict.status,
+        "floor": result.minimum.floor.lower,
         "bound": result.guarantee.curve,
         "premises": result.guarantee.premises,
     }
@@ -71,7 +73,16 @@ def draw(runs: dict[str, dict], stem: Path) -> None:
         left.axvline(tau, color=figures.GREY, lw=0.8, ls=":")
         left.annotate(" tau", (tau, 0.93), xycoords=("data", "axes fraction"), fontsize=8)
         left.set(xlabel="seconds", ylabel="training loss", yscale="log", title="the same epochs")
-        left.legend(frameon=False)
+        floor = two["floor"]
+        said = f"floor {floor:g}: no weights are below"
+        if floor > 0:
+            left.axhline(floor, color="black", lw=0.8)
+        else:
+            left.spines["bottom"].set_linewidth(1.6)
+            said = f"{said}, none reach it"
+        left.annotate(said, (0.02, 0.03), xycoords="axes fraction", fontsize=7)
+        left.set_ylim(bottom=0.3 * min(p["loss"] for run in (base, two) for p in run["curve"]))
+        left.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.9))
         figures.draw_bound(right, runs["gd"]["bound"])
         right.set(title='second_phase="gd"')
         figures.save(figure, stem)

@@ -28,7 +28,9 @@ class Stream(IterableDataset):
 
 def weighted_loader():
     dataset = TensorDataset(*toy_data())
-    return DataLoader(dataset, sampler=WeightedRandomSampler(torch.ones(60), 60), batch_size=8)
+    return DataLoader(
+        dataset, sampler=WeightedRandomSampler(torch.ones(60), 60, False), batch_size=8
+    )
 
 
 DATA = {
@@ -63,11 +65,15 @@ DATA = {
     "not data": (
         lambda: "mnist",
         TypeError,
-        r"train: expected \(x, y\), a Dataset or a DataLoader",
+        r"train: expected \(x, y\), \(x, y, weight\), a Dataset or a DataLoader",
     ),
     "strings": (lambda: (["a"], [1]), TypeError, r"train\[0\]: "),
     "stream": (Stream, ValueError, "expected a map-style dataset"),
-    "sampler": (weighted_loader, ValueError, "WeightedRandomSampler cannot be honoured"),
+    "sampler": (
+        weighted_loader,
+        ValueError,
+        "WeightedRandomSampler without replacement cannot be honoured",
+    ),
 }
 
 

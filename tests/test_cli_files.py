@@ -51,7 +51,7 @@ def test_the_same_arrays_from_every_file(here, files):
     targets, names = read_targets(y, x)
     assert torch.equal(read_inputs(x, y), torch.from_numpy(X))
     assert targets.tolist() == np.unique(WORDS, return_inverse=True)[1].tolist()
-    assert names == (["aster", "iris", "rose"] if y == "kind" else None)
+    assert names == (("aster", "iris", "rose") if y == "kind" else None)
 
 
 def test_a_run_on_a_table_its_recheck_and_its_losses(here, capsys):

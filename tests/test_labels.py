@@ -60,6 +60,7 @@ def test_what_is_no_text_is_left_alone():
         Y.numpy(),
         Y.tolist(),
         [],
+        None,
         np.array([]),
         pd.Series(Y.numpy()),
         "ant",

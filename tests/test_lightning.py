@@ -293,13 +293,13 @@ def test_ctrl_c_in_the_cached_epochs_reaches_lightning_and_resumes(tmp_path):
 
 
 class Odd(Dataset):
-    """Not (x, y)."""
+    """Neither (x, y) nor (x, y, weight)."""
 
     def __len__(self):
         return 4
 
     def __getitem__(self, index):
-        return torch.zeros(1, 6, 6), 0, 1
+        return torch.zeros(1, 6, 6), 0, 1, 1
 
 
 def test_refusals(monkeypatch):

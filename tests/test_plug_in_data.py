@@ -45,7 +45,7 @@ def test_the_samplers_samples_are_those_of_statistics_verdict_and_cache(cache):
         ({"limit_train_batches": 2}, None, "limit_train_batches, overfit_batches: expected all 5"),
         ({"limit_train_batches": 0.5}, None, "pass data, the samples that are trained on"),
         ({"overfit_batches": 2}, None, "limit_train_batches, overfit_batches"),
-        ({}, WeightedRandomSampler([1.0] * 40, 40), "WeightedRandomSampler"),
+        ({}, WeightedRandomSampler([1.0] * 40, 40, False), "without replacement"),
         ({}, RandomSampler(range(40), num_samples=16), "num_samples"),
         ({"precision": "bf16-true"}, None, "bfloat16"),
     ],

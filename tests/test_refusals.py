@@ -90,7 +90,7 @@ def test_samples_of_odd_structure():
     )
     ids = Listed(x, y, lambda x, y: ({"ids": x}, y))
     refused(toy_mlp(), ValueError, "train: the model does not run .* argument 'ids'", ids)
-    refused(toy_mlp(), ValueError, r"train: .*\(x, y\)", Listed(x, y, lambda x, y: (x, y, 1)))
+    refused(toy_mlp(), ValueError, r"train: .*\(x, y\)", Listed(x, y, lambda x, y: (x, y, 1, 1)))
 
 
 def test_loaders_whose_order_cannot_be_honoured():

@@ -82,16 +82,14 @@ def test_whole_weights_are_repetitions_and_constants_bound_the_hessians(given):
     assert steepest > 0.6  # L_ell is no loose constant
 
 
-@pytest.mark.parametrize("form", ["arrays", "tensors", "dataset", "names", "sampler"])
+@pytest.mark.parametrize("form", ["arrays", "names", "sampler"])
 def test_equal_weights_give_the_bits_of_none(form):
     model, other = toy_mlp(), toy_mlp()
     y = torch.where(torch.arange(48) % 7 == 0, -100, Y)
     half = torch.full((48,), 0.5)
-    labels = Y if form in ("dataset", "names") else y
+    labels = Y if form == "names" else y
     data = {
         "arrays": (X, y, half.numpy()),
-        "tensors": TensorDataset(X, y, half),
-        "dataset": Triples(half),
         "names": Triples(half, named=True),
         "sampler": DataLoader(
             TensorDataset(X, y), batch_size=8, sampler=WeightedRandomSampler([2.0] * 48, 9)

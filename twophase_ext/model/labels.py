@@ -55,12 +55,12 @@ def as_text(y: Any) -> NDArray[Any] | None:
         first = y
         while isinstance(first, Sequence) and not isinstance(first, str | bytes) and len(first):
             first = first[0]
-        if not (isinstance(first, str) or first is None):
+        if first is y or not (isinstance(first, str) or first is None):
             return None
         y = list(y)
     try:
         labels = np.asarray(y)
-    except ValueError:  # ragged
+    except (ValueError, TypeError):  # ragged, or an array's own refusal
         return None
     if labels.dtype.kind == "T":
         labels = labels.astype(object)

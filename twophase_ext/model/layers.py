@@ -141,8 +141,6 @@ def find_last_layer(
 def _gives(call: Call, output: Tensor) -> bool:
     """Whether the output is the call's, row by row."""
     own = call.output
-    if isinstance(own, Tensor) and own.is_nested:  # of nn.TransformerEncoder's masks; without shape
-        return False
     if isinstance(own, Tensor) and own.dim() > 2 and output.dim() == 2:
         own = own.flatten(0, -2)
     return unchanged(own, call.output_version, output)
