@@ -37,7 +37,7 @@ class Loop:
         epochs = context.config.epochs if epochs is None else epochs
         with context.progress, Interrupt(context.ranks) as interrupt:
             call(run, "on_fit_start")
-            context.progress.begin("training", epochs, state.epoch)
+            context.progress.begin("epochs", epochs, state.epoch)
             while state.epoch < epochs and not self.second.finished:
                 phase: Phase = self.first if run.phase == 1 else self.second
                 started = time.perf_counter()
@@ -111,7 +111,7 @@ class Loop:
         last = state.epoch == context.config.epochs or self.second.finished
         if context.cadence.epoch(state.epoch) or last:
             run.save()
-        context.progress.advance("training", 1, f"loss {loss:.4f}, {seconds:.1f} s an epoch")
+        context.progress.advance("epochs", 1, f"loss {loss:.4f}, {seconds:.1f} s an epoch")
 
     def _record(
         self,
