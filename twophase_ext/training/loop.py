@@ -39,7 +39,7 @@ class Loop:
         epochs = context.config.epochs if epochs is None else epochs
         with context.progress, Interrupt(context.ranks) as interrupt:
             call(run, "on_fit_start")
-            context.progress.begin("training", epochs, state.epoch)
+            context.progress.begin("epochs", epochs, state.epoch)
             while state.epoch < epochs and not self.second.finished:
                 phase: Phase = self.first if run.phase == 1 else self.second
                 started = time.perf_counter()
@@ -121,8 +121,8 @@ class Loop:
         if context.cadence.epoch(state.epoch) or last:
             run.save()
         own = [f"{part} {text}" for part in ("train", "val") for text in own_metrics(found, part)]
-        shown = [f"loss {loss:.4f}", *own]
-        context.progress.advance("training", 1, ", ".join([*shown, f"{seconds:.1f} s an epoch"]))
+        shown = [f"loss {loss:.4f}", *own, f"{seconds:.1f} s an epoch"]
+        context.progress.advance("epochs", 1, ", ".join(shown))
 
     def _record(
         self,
