@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import twophase_ext as tp
-from helpers import quiet, toy_data, toy_mlp
+from helpers import bits, quiet, same_bits, toy_data, toy_mlp
 
 
 class Recorder(tp.Callback):
@@ -163,3 +163,56 @@ def test_lazy_hidden_layers_that_something_else_moves():
             result = quiet(toy_mlp(), callbacks=[callback], **settings).fit(toy_data())
         premises = {name: status for name, status, _ in result.guarantee.premises}
         assert premises["rank preserved"] == "failed" and result.guarantee.bound is None
+
+
+class Stop(tp.Callback):
+    """Asks for the end in this epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_epoch_end(self, run, record):
+        if record["epoch"] == self.epoch:
+            run.stop("enough")
+
+
+PHASES = ["base", "gd", "sgd", "agd", "lazy"]
+
+
+@pytest.mark.parametrize(("phase", "epoch"), [("gd", 0), ("agd", 1), *((p, 3) for p in PHASES)])
+def test_a_stopped_run_is_whole_and_goes_on(phase, epoch, tmp_path):
+    settings = {"epochs": 5, "tau": 2, "second_phase": phase}
+    settings["verify"] = "svd" if phase == "lazy" else False
+    stopped = quiet(toy_mlp(), tmp_path, callbacks=[Stop(epoch)], **settings).fit(toy_data())
+    assert (stopped.status, stopped.stopped) == ("stopped", "Stop: enough")
+    assert len(stopped.history) == epoch + 1 and stopped.score(toy_data())["loss"] == (
+        pytest.approx(stopped.final["train_loss"], rel=1e-6)
+    )
+    assert stopped.lead.count("Stopped (Stop: enough): ") == 1
+    assert tp.load_run(tmp_path, toy_mlp()).stopped == "Stop: enough"
+    rows = dict(row[:2] for row in getattr(stopped.guarantee, "premises", []))
+    if epoch == 3 and phase != "lazy":
+        assert rows["hidden layers frozen"] == "held"
+    if epoch == 3 and phase in ("gd", "agd", "sgd"):
+        curve = stopped.guarantee.curve
+        assert curve and curve[-1]["loss"] <= curve[-1]["bound"]
+        assert ("a number of steps that no draw decides" in rows) is (phase == "sgd")
+    again = quiet(toy_mlp(), tmp_path, **settings).fit(toy_data(), resume=True)
+    whole = quiet(toy_mlp(), **settings).fit(toy_data())
+    assert again.status == "completed" and again.stopped is None
+    assert same_bits(bits(again.model), bits(whole.model))
+
+
+def test_an_end_that_is_there_anyway_is_no_stop():
+    result = quiet(toy_mlp(), epochs=3, tau=1, callbacks=[Stop(2)]).fit(toy_data())
+    assert result.status == "completed" and result.stopped is None
+
+
+def test_last_weights_stay_where_a_watched_phase_is_stopped():
+    settings = {"epochs": 9, "tau": 1, "second_phase": "agd", "agd": {"early_stopping": 8}}
+    stopped = quiet(toy_mlp(), callbacks=[Stop(6)], **settings).fit(toy_data(), toy_data(9, seed=5))
+    assert stopped.guarantee.curve[-1]["steps"] == max(
+        row["steps"] for row in stopped.guarantee.curve
+    )
+    assert not any("weights kept" in note for note in stopped.guarantee.notes)
+    assert stopped.history[-1]["val_loss"] == pytest.approx(stopped.final["val_loss"], rel=1e-6)

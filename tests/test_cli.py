@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 import twophase.cli
 import twophase.commands
+import twophase.help
 import twophase.runs
 import twophase_ext as tp
 
@@ -191,19 +193,38 @@ def test_help_and_unknown_commands_need_no_torch():
     code = (
         "import sys; from twophase.console import main\n"
         "try: main()\n"
-        "except SystemExit as end: assert bool(end.code) == (sys.argv[1] != '--help')\n"
+        "except SystemExit as end: assert bool(end.code) == ('--help' not in sys.argv)\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     for word, told in [
         ("--help", "reproduce"),
+        ("train --help", "--feature_cache FEATURE_CACHE"),
         ("trian", "did you mean train?"),
         ("xyzzy", "'xyz"),
     ]:
-        found = subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True)
+        command = [sys.executable, "-c", code, *word.split()]
+        found = subprocess.run(command, capture_output=True, text=True)
         assert found.returncode == 0 and told in found.stdout + found.stderr, found
     assert "did you mean" not in found.stderr
     module = [sys.executable, "-m", "twophase", "-h"]
     assert "download" in subprocess.run(module, capture_output=True, text=True, check=True).stdout
+
+
+def test_help_has_each_option_of_its_command_once_in_a_group():
+    for name, part in twophase.cli.make_parser()[1].items():
+        words = {word for word in part._option_string_actions if re.fullmatch(r"--\w+", word)}
+        text, positional = twophase.help.help_of(name), twophase.help.POSITIONAL.get(name, ())
+        found = re.findall(r"^  (?:-h, )?(--\w+)", text, re.M)
+        assert sorted(found) == sorted(words) and max(map(len, text.splitlines())) <= 100
+        assert {word.upper() for word in positional} <= set(re.findall(r"^  (\w+)$", text, re.M))
+        for option in twophase.help.options_of(name).values():
+            assert option[2], (name, option)  # each says what it is
+    train = twophase.help.help_of("train")
+    assert [t for t in train.splitlines() if t and not t.startswith(" ") and t.endswith(":")] == [
+        *(f"{title}:" for title in twophase.help.GROUPS),
+        "This command:",
+    ]
+    assert "(default: 1.1)" in train and "{cross_entropy,squared_error}" in train
 
 
 def test_commands_are_what_their_functions_say():

@@ -9,7 +9,6 @@ import pytest
 import twophase.cli
 from helpers import quiet, toy_data, toy_mlp
 from interrupts import End
-from twophase.loggers import make_logger
 
 TRAIN = ["train", "--n", "60", "--width", "2", "--epochs", "4", "--tau", "2", "--progress", "false"]
 TRAIN += ["--verify", "off"]
@@ -52,13 +51,8 @@ def test_tensorboard_hides_the_epochs_that_a_resumed_run_repeats(tmp_path):
     pytest.importorskip("tensorboard")
 
     def fit(*callbacks, resume):
-        logger = make_logger("tensorboard")
-        settings = {"epochs": 5, "tau": 4, "checkpoint_every": 2}
-        trainer = quiet(toy_mlp(), tmp_path, callbacks=[logger, *callbacks], **settings)
-        try:
-            trainer.fit(toy_data(), resume=resume)
-        finally:
-            logger.close()
+        settings = {"epochs": 5, "tau": 4, "checkpoint_every": 2, "logger": "tensorboard"}
+        quiet(toy_mlp(), tmp_path, callbacks=callbacks, **settings).fit(toy_data(), resume=resume)
 
     with pytest.raises(RuntimeError, match="went down"):
         fit(End(2, by=RuntimeError("the machine went down")), resume=False)
@@ -126,12 +120,43 @@ def test_missing_package_names_its_extra_before_training(tmp_path, monkeypatch, 
     assert error.count("\n") == 1 and not folder.exists()
 
 
-def test_logger_needs_a_folder_of_its_own_or_the_runs(tmp_path, monkeypatch):
-    stub = Wandb()
-    monkeypatch.setitem(sys.modules, "wandb", stub)
-    with pytest.raises(ValueError, match="folder: expected one"):
-        quiet(toy_mlp(), callbacks=[make_logger("wandb")]).fit(toy_data())
-    quiet(toy_mlp(), callbacks=[make_logger("wandb", tmp_path)]).fit(toy_data())
-    assert stub.settings["dir"] == str(tmp_path) and len(stub.logged) == 4
-    with pytest.raises(ValueError, match="logger: expected one of"):
-        make_logger("csv")
+def test_a_logger_by_name_needs_the_runs_folder():
+    with pytest.raises(ValueError, match="logger: expected a Trainer with a run_dir"):
+        quiet(toy_mlp(), logger="tensorboard").fit(toy_data())
+    with pytest.raises(ValueError, match=r"logger: expected one of .* got 'csv' .every run"):
+        quiet(toy_mlp(), logger="csv")
+    with pytest.raises(TypeError, match=r"logger: expected .* add_scalar, log_metrics or log"):
+        quiet(toy_mlp(), logger=object())
+
+
+@pytest.mark.parametrize("method", ["add_scalar", "log_metrics", "log"])
+def test_loggers_of_ones_own_get_every_row(method):
+    got: dict[int, dict] = {}
+
+    class Own:
+        pass
+
+    def add_scalar(self, name, value, step):
+        got.setdefault(step, {})[name] = value
+
+    def log(self, values, step):
+        got.setdefault(step, {}).update(values)
+
+    setattr(Own, method, add_scalar if method == "add_scalar" else log)
+    result = quiet(toy_mlp(), logger=Own()).fit(toy_data())
+    for row in result.history:
+        known = {key: row[key] for key in row if key != "epoch" and row[key] is not None}
+        assert got[row["epoch"]] == known | ({"tau": 2} if row["epoch"] == 2 else {})
+
+
+def test_callbacks_are_told_of_every_end():
+    told = []
+
+    class Ends:
+        def on_fit_end(self, run):
+            told.append(run.epoch)
+
+    with pytest.raises(RuntimeError, match="down"):
+        quiet(toy_mlp(), callbacks=[Ends(), End(1, by=RuntimeError("down"))]).fit(toy_data())
+    quiet(toy_mlp(), callbacks=[Ends()]).fit(toy_data())
+    assert told == [2, 4]

@@ -196,10 +196,10 @@ def test_what_is_missing_is_said(copied):
             assert sentence not in before and sentence in found.text
         before = found.text
     assert [text for _, text in found.headings[1:]] == [
-        "Configuration",
+        "Curves",
         "Expressivity condition",
         "Premises of Theorem 1",
-        "Curves",
+        "Configuration",
         "Time",
         "Samples in the way",
         "Environment",

@@ -156,11 +156,6 @@ def test_held_batches_are_not_fetched_twice_nor_written_to():
     assert sum(data.count.values()) == before + 80
 
 
-def test_workers_are_said_to_be_ignored():
-    with pytest.warns(UserWarning, match="train: num_workers=2 of the DataLoader is not used"):
-        samples(DataLoader(Given(), batch_size=8, num_workers=2))
-
-
 # --- collates and samplers ---------------------------------------------------------------------
 
 

@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import twophase_ext as tp
-from twophase_ext.core.arrays import as_tensor
 
 from . import data, models
+from .files import read_inputs, read_targets
 
 DataName = Literal["digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "cifar100", "svhn"]
 
@@ -34,7 +33,8 @@ def build_model(
             return nn.Sequential(nn.Flatten(), hidden)
         if name in ("small", "preactresnet18") and images.dim() != 4:
             raise ValueError(
-                f"model: {name} expects images [n, c, h, w], got inputs {tuple(images.shape)}"
+                f"model: {name} expects images [n, c, h, w], got inputs {tuple(images.shape)}; "
+                "mlp takes inputs of any shape"
             )
         channels = images.shape[1]
         if name == "small":
@@ -56,19 +56,27 @@ def build_model(
         return model
 
 
-def load_inputs(data_name: str, n: int | None = None, x: str | None = None) -> tuple[Tensor, int]:
-    """(inputs [n, ...], number of classes) of a data set's training part, or of a file of yours.
+def load_inputs(
+    data_name: str, n: int | None = None, x: str | None = None, y: str | None = None
+) -> tuple[Tensor, int]:
+    """(inputs [n, ...], number of classes) of a data set's training part, or of files of yours.
 
-    x: a .npy file, or a .npz whose first array (or the one named "x") holds the inputs; the number
-    of classes is then 10. Raises ValueError for n < 1.
+    x, y: as of `files.read_inputs` and `read_targets`; without y there are 10 classes. Raises
+    ValueError for n < 1.
     """
     if x is None:
         images, labels = data.load(data_name, "train")
         return first(n, images, labels)[0], int(labels.max()) + 1
-    loaded = np.load(x, allow_pickle=False)
-    if isinstance(loaded, np.lib.npyio.NpzFile):
-        loaded = loaded["x" if "x" in loaded.files else loaded.files[0]]
-    return first(n, as_tensor(loaded, name="x"), torch.empty(0))[0], 10
+    inputs = read_inputs(x, y)
+    count = 10 if y is None else outputs_for(read_targets(y, x)[0])
+    return first(n, inputs, torch.empty(0))[0], count
+
+
+def outputs_for(targets: Tensor) -> int:
+    """How many outputs a model of these has: one a class, or a number of the targets."""
+    if targets.is_floating_point():
+        return int(math.prod(targets.shape[1:]))
+    return int(targets.max()) + 1
 
 
 def first(n: int | None, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
 
 import twophase_ext as tp
 
 from . import data
 from .assembly import DataName, build_model, load_inputs
-from .commands import DESCRIPTION, SUMMARIES, did_you_mean
+from .commands import DESCRIPTION, SUMMARIES, did_you_mean, nearly
+from .help import HIDDEN
 from .report import write_report
 from .reproduce import WHAT
 from .reproduce import reproduce as run_experiment
@@ -29,20 +31,23 @@ def doctor(
     loss: Literal["cross_entropy", "squared_error"] = "cross_entropy",
     seed: int = 1,
     x: str | None = None,
+    y: str | None = None,
 ) -> int:
     """Say which premises of Theorem 1 hold for a model, its loss and its data, and what to do.
 
     Args:
-        data_name: data set; read from TWOPHASE_DATA or downloaded.
+        data_name: digits, mnist, fashion-mnist, kmnist, cifar10, cifar100 or svhn; read from
+            TWOPHASE_DATA or downloaded.
         model: mlp, small, preactresnet18, or package.module:callable of your own.
         n: look at the first n samples only.
         width: channels (or units) of the built-in models' hidden layers.
         ratio: the wide last hidden layer has ceil(ratio * n) units; 0 adds none.
         loss: the training loss.
         seed: seed of the initialisation.
-        x: your own inputs instead of a data set, a .npy or .npz file.
+        x: your own inputs instead of a data set, a .npy, .npz or .csv file.
+        y: their targets, as of `train`: their classes are counted.
     """
-    images, classes = load_inputs(data_name, n, x)
+    images, classes = load_inputs(data_name, n, x, y)
     wide = tp.nn.wide_units(len(images), ratio) if ratio > 0 else 0
     network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
     assumptions = tp.check_assumptions(network, images, loss=loss)
@@ -110,8 +115,6 @@ def download(datasets: list[str]) -> int:
     return 0
 
 
-# Python objects, which no command line gives
-HIDDEN = ("callbacks", "last_layer", "augment", "metrics")
 COMMANDS: dict[str, Callable[..., int]] = {
     "demo": demo,
     "train": train,
@@ -131,6 +134,9 @@ class Parser(ArgumentParser):
         for word in re.findall(r"(?<!\S)--[\w.]+", message):
             if word not in self._option_string_actions:
                 message += did_you_mean(word, self._option_string_actions)
+        message += nearly(message)
+        for word in re.findall(r"path string: (\w+)$", message, re.M)[:1]:
+            message += did_you_mean(word, {*dir(torch.optim), *dir(torch.optim.lr_scheduler)})
         for word in re.findall(r"invalid choice: '([^']*)'", message):
             choices = re.findall(r"'([^']*)'", message.partition("choose from")[2])
             message += did_you_mean(word, choices)
@@ -197,7 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"twophase {name}: interrupted", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
-        print(f"twophase {name}: {_said(error)}", file=sys.stderr)
+        said = _said(error)
+        print(f"twophase {name}: {said}{nearly(said)}", file=sys.stderr)
         return 2
 
 

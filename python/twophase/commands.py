@@ -1,8 +1,10 @@
 """The commands in a few words, and near misses of words, without importing what they need."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_REFUSED = re.compile(r"[Ee]xpected (.*?)(?:, got|\. Got value:) '?([\w.-]+)'?\s*$", re.M)
 DESCRIPTION = "Two-phase training with a global-convergence guarantee."
 SUMMARIES = {
     "demo": "Train a small softplus network in two phases on real data and verify its condition.",
@@ -16,6 +18,15 @@ SUMMARIES = {
     "download": "Fetch data sets, with their checksums verified, to where every command finds "
     "them.",
 }
+
+
+def nearly(message: str) -> str:
+    """`did_you_mean` for the value that a message says came where others were expected."""
+    found = _REFUSED.search(message)
+    if found is None:
+        return ""
+    expected, value = found.groups()
+    return did_you_mean(value, re.findall(r"[\w-]{2,}", expected))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

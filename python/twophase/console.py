@@ -1,12 +1,13 @@
 """The entry of the command `twophase`, which may be installed without what it needs.
 
-Help on the whole, and a command that there is not, are answered without importing torch.
+Help, and a command that there is not, are answered without importing torch.
 """
 
 import argparse
 import sys
 
 from .commands import DESCRIPTION, SUMMARIES, did_you_mean
+from .help import help_of
 
 
 def outline() -> argparse.ArgumentParser:
@@ -27,6 +28,9 @@ def main() -> int:
     words = sys.argv[1:]
     if words and words[0] in ("-h", "--help"):
         outline().print_help()
+        return 0
+    if words and words[0] in SUMMARIES and {"-h", "--help"} & {*words[1:]}:
+        print(help_of(words[0]))
         return 0
     if words and not words[0].startswith("-") and words[0] not in SUMMARIES:
         outline().error(f"there is no command {words[0]!r}{did_you_mean(words[0], SUMMARIES)}")

@@ -1,10 +1,11 @@
 """twophase demo and train: a run of the Trainer, its folder, picture and report."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
-from contextlib import closing, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,11 +17,13 @@ from twophase_ext.model.groups import groups_of
 from twophase_ext.training.distributed.ranks import joined
 
 from . import data
-from .assembly import DataName, build_model, first
+from .assembly import DataName, build_model, first, outputs_for
 from .figures import run_figure
-from .loggers import make_logger
+from .files import SUFFIXES, read_inputs, read_targets
 from .report import write_report
-from .verification import draw_culprits
+from .verification import OPTIONS, draw_culprits
+
+PAPER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5}  # section 7.2
 
 
 class SaveOptions:
@@ -34,7 +37,7 @@ class SaveOptions:
         """Called by the Trainer."""
         folder = run.folder  # type: ignore[attr-defined]
         if folder is not None:
-            write_atomically(folder / "options.yaml", lambda f: f.write(self.text.encode()))
+            write_atomically(folder / OPTIONS, lambda f: f.write(self.text.encode()))
 
 
 def demo(
@@ -109,14 +112,18 @@ def _demo_data(name: str) -> tuple[str, Tensor, Tensor, tuple[Tensor, Tensor] | 
 
 def train(
     data_name: DataName = "digits",
+    x: str | None = None,
+    y: str | None = None,
+    x_test: str | None = None,
+    y_test: str | None = None,
     model: str = "small",
     n: int | None = None,
     width: int = 8,
     ratio: float = 1.1,
     loss: Literal["cross_entropy", "squared_error"] = "cross_entropy",
-    lr: float = 0.01,
-    momentum: float = 0.9,
-    weight_decay: float = 1e-5,
+    lr: float | None = None,
+    momentum: float | None = None,
+    weight_decay: float | None = None,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     device: str = "auto",
     seed: int = 1,
@@ -129,15 +136,21 @@ def train(
     """Train a model in two phases and leave a run folder.
 
     Args:
-        data_name: data set; read from TWOPHASE_DATA or downloaded.
+        data_name: digits, mnist, fashion-mnist, kmnist, cifar10, cifar100 or svhn; read from
+            TWOPHASE_DATA or downloaded.
+        x: your own inputs instead of a data set, a .npy, .npz or .csv file.
+        y: their targets, a file, or the name of a column or an array of x (by default y of an
+            .npz). Whole numbers and words are labels.
+        x_test: inputs that are measured after every epoch.
+        y_test: their targets.
         model: mlp, small, preactresnet18, or package.module:callable of your own.
         n: train on the first n samples only.
         width: channels (or units) of the built-in models' hidden layers.
         ratio: the wide last hidden layer has ceil(ratio * n) units; 0 adds none.
         loss: squared_error trains on one-hot targets.
-        lr: learning rate of SGD.
-        momentum: momentum of SGD.
-        weight_decay: weight decay of SGD.
+        lr: learning rate of SGD, 0.01 by default.
+        momentum: momentum of SGD, 0.9 by default.
+        weight_decay: weight decay of SGD, 1e-5 by default.
         optimizer: a class of torch.optim (and --optimizer.lr ...) in the place of SGD with lr,
             momentum and weight_decay.
         device: auto is CUDA where there is one, else the CPU.
@@ -151,10 +164,12 @@ def train(
     """
     ranks = joined()
     progress = progress and ranks.rank == 0
-    log = None if logger is None or ranks.rank else make_logger(logger)
-    images, labels = data.load(data_name, "train")
-    test_images, test_labels = data.load(data_name, "test")
-    classes = int(labels.max()) + 1
+    rule = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    given = {name: value for name, value in rule.items() if value is not None}
+    if optimizer is not None and given:
+        name = next(iter(given))
+        raise ValueError(f"{name}: of SGD alone; give the optimizer its own, --optimizer.{name}")
+    (images, labels), test, classes = _data(data_name, x, y, x_test, y_test)
     images, labels = first(n, images, labels)
     wide = tp.nn.wide_units(len(images), ratio) if ratio > 0 else 0
     network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
@@ -162,25 +177,27 @@ def train(
         own = "cuda" if ranks.size == 1 else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = own if torch.cuda.is_available() else "cpu"
     network.to(device)
-    if loss == "squared_error":
-        labels, test_labels = (
-            nn.functional.one_hot(part, classes).float() for part in (labels, test_labels)
-        )
+    labels = _targets(labels, loss, classes)
+    if test is not None:
+        test = test[0], _targets(test[1], loss, classes)
     trainer = tp.Trainer(
         network,
         loss=loss,
-        optimizer=optimizer
-        or partial(tp.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay),
+        optimizer=optimizer or partial(tp.optim.SGD, **{**PAPER, **given}),
         device=device,
         seed=seed,
         progress=progress,
-        callbacks=callbacks if log is None else (*callbacks, log),
+        callbacks=callbacks,
+        logger=logger,
         **settings,
     )
-    with nullcontext() if log is None else closing(log):
-        result = trainer.fit((images, labels), (test_images, test_labels), resume=resume or None)
+    result = trainer.fit((images, labels), test, resume=resume or None)
     if ranks.rank:  # rank 0 writes for all
         return _exit_code(result.status)
+    if result.status == "interrupted" and result.run_dir is not None:
+        run = shlex.quote(str(result.run_dir))
+        again = f"twophase train --config {run}/{OPTIONS} --run_dir {run} --resume true"
+        print(f"interrupted; it goes on with: {again}", file=sys.stderr)
     if result.verdict is not None and result.run_dir is not None:
         draw_culprits(result.verdict, images, result.run_dir / "culprits.png")
     if progress:
@@ -190,6 +207,38 @@ def train(
     if progress:
         _explain(result)
     return _exit_code(result.status)
+
+
+def _data(
+    data_name: str, x: str | None, y: str | None, x_test: str | None, y_test: str | None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None, int]:
+    """Training data, test data or None, and the number of outputs for them."""
+    if x is None:
+        if other := [name for name in (y, x_test, y_test) if name is not None]:
+            raise ValueError(f"x: expected a file beside {other[0]}, got none")
+        images, labels = data.load(data_name, "train")
+        return (images, labels), data.load(data_name, "test"), int(labels.max()) + 1
+    targets, names = read_targets(y, x)
+    test = None
+    if x_test is not None:
+        column = y if y is None or Path(y).suffix not in SUFFIXES else None
+        other = y_test if y_test is not None else column
+        test = read_inputs(x_test, other), read_targets(other, x_test, names)[0]
+    elif y_test is not None:
+        raise ValueError(f"x_test: expected a file beside y_test = {y_test}, got none")
+    return (read_inputs(x, y), targets), test, outputs_for(targets)
+
+
+def _targets(y: Tensor, loss: str, classes: int) -> Tensor:
+    """As the loss takes them."""
+    if y.is_floating_point():
+        if loss == "cross_entropy":
+            raise ValueError(
+                f"y: expected whole numbers or words as labels, got {float(y.flatten()[0]):g}; "
+                "--loss squared_error trains on numbers"
+            )
+        return y.reshape(len(y), -1)
+    return nn.functional.one_hot(y, classes).float() if loss == "squared_error" else y
 
 
 def _draw(result: tp.Result) -> None:

@@ -27,6 +27,7 @@ def verify(
     width: int = 8,
     ratio: float = 1.1,
     x: str | None = None,
+    y: str | None = None,
     weights: str | None = None,
     run: str | None = None,
     w: Literal["current", "init", "witness"] = "witness",
@@ -41,13 +42,15 @@ def verify(
     """Prove that [h_X', 1] has rank N over the distinct inputs of a model, and write a certificate.
 
     Args:
-        data_name: data set; read from TWOPHASE_DATA or downloaded.
+        data_name: digits, mnist, fashion-mnist, kmnist, cifar10, cifar100 or svhn; read from
+            TWOPHASE_DATA or downloaded.
         model: mlp, small, preactresnet18, or package.module:callable of your own. With recheck or
             run, a callable that the file names is only called where it is given here, too.
         n: the first n samples only.
         width: channels (or units) of the built-in models' hidden layers.
         ratio: the wide last hidden layer has ceil(ratio * n) units; 0 adds none.
-        x: your own inputs instead of a data set, a .npy or .npz file.
+        x: your own inputs instead of a data set, a .npy, .npz or .csv file.
+        y: their targets, as of `train`: their classes are counted.
         weights: a state dict (torch.save) to load into the model.
         run: a run folder of twophase train: its model, weights and data.
         w: prove it for made weights, for the default initialisation, or for the current weights.
@@ -56,7 +59,9 @@ def verify(
         seed: seed of the initialisation.
         out: write the certificate here (JSON).
         folder: keep features and tiles here, to continue after a kill; it must exist.
-        recheck: a certificate to prove again, from the data and model that it names.
+        recheck: a certificate to prove again, from the data and model that it names. Where it names
+            none, as that of a run made from Python, from --model (as it was trained, with the
+            folder's weights, or --weights) and --x.
         progress: print what happens.
     """
     source: dict[str, Any] = {
@@ -66,12 +71,13 @@ def verify(
         "width": width,
         "ratio": ratio,
         "x": x,
+        "y": y,
         "weights": weights,
         "run": run,
         "seed": seed,
     }
     if recheck is not None:
-        return _recheck(recheck, model, folder)
+        return _recheck(recheck, source, folder)
     try:
         network, inputs = _problem(source, model)
         verdict = tp.verify_expressivity(
@@ -99,15 +105,33 @@ def verify(
     return 0 if verdict.status == "proved" else 1
 
 
-def _recheck(path: str, model: str, folder: str | None) -> int:
-    """0 where the certificate holds, else 1 and the reason."""
+def _recheck(path: str, given: dict[str, Any], folder: str | None) -> int:
+    """0 where the certificate holds, else 1 and the reason.
+
+    given: the command line's source, which counts where the file names none.
+    """
     verdict = tp.Verdict.load(path)
+    source = verdict.source or _own_source(Path(path).parent, given)
     try:
-        network, inputs = _problem(verdict.source or {"run": str(Path(path).parent)}, model)
+        network, inputs = _problem(source, given["model"])
     except FAILURES as error:
         print(f"does not hold: its model and data cannot be made: {_said(error)}")
         return 1
     return 0 if verdict.recheck(network, inputs, folder=folder) else 1
+
+
+def _own_source(run: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Of a certificate that says nothing of model and data: the folder's, or the command line's."""
+    if inside(run, OPTIONS).exists():
+        return {"run": str(run)}
+    if ":" not in given["model"]:
+        raise ValueError(
+            f"recheck: neither the certificate nor {run} says which model and data it is about; "
+            "name them: --model package.module:callable, which returns the network as it was "
+            "trained, and --x, the inputs"
+        )
+    kept = str(run) if given["weights"] is None and checkpoint.exists(run) else None
+    return {**given, "ratio": 0, "checkpoint": kept}
 
 
 def _said(error: BaseException) -> str:
@@ -137,20 +161,22 @@ def _problem(source: dict[str, Any], trusted: str) -> tuple[nn.Module, Tensor]:
             options = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise ValueError(f"run: {path} cannot be read: {error}") from error
-        keys = ("data_name", "model", "n", "width", "ratio", "seed")
-        source = {key: options[key] for key in keys} | {"run": run}
+        keys = ("data_name", "model", "width", "ratio", "seed")
+        own = {key: options.get(key) for key in ("n", "x", "y")}  # what is null is left out there
+        source = {key: options[key] for key in keys} | own | {"run": run}
     if ":" in source["model"] and source["model"] != trusted:
         raise ValueError(
             f"model: the file names {source['model']!r}, code that would run; where you trust it, "
             "name it by --model too"
         )
-    inputs, classes = load_inputs(source["data_name"], source["n"], source.get("x"))
+    files = source.get("x"), source.get("y")
+    inputs, classes = load_inputs(source["data_name"], source["n"], *files)
     wide = tp.nn.wide_units(len(inputs), source["ratio"]) if source["ratio"] > 0 else 0
     network = build_model(
         source["model"], inputs, classes, width=source["width"], wide=wide, seed=source["seed"]
     )
-    if run is not None:
-        network.load_state_dict(checkpoint.load(Path(run))[0]["model"])
+    if (kept := run or source.get("checkpoint")) is not None:
+        tp.load_run(kept, network)
     elif source.get("weights"):
         try:
             state = read_tensors(source["weights"], "cpu")

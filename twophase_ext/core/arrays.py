@@ -105,6 +105,37 @@ def require_finite(x: Tensor, name: str, what: str, indices: list[int] | None = 
         )
 
 
+def sample_weights(
+    weights: Any,
+    n: int,
+    name: str,
+    dtype: torch.dtype = torch.float64,
+    indices: Sequence[int] | None = None,
+) -> Tensor:
+    """Weights of n samples, or of their tokens or pixels: float64 [n, ...] on the CPU.
+
+    Raises TypeError for complex ones, ValueError where they are of another shape, negative, not
+    finite, or above 0 and not so in `dtype`; indices: the samples' numbers where n is some of them.
+    """
+    c = as_data(weights, name=name).cpu()
+    if c.is_complex():
+        raise TypeError(f"{name}: expected real weights, got {c.dtype}")
+    if c.dim() == 0 or len(c) != n:
+        raise ValueError(f"{name}: expected {n} weights, one a sample, got {list(c.shape)}")
+    require_finite(c, name, "weight", None if indices is None else list(indices))
+    c = c.double()
+    there = c.to(dtype)
+    wrong = (c < 0) | ~there.isfinite() | ((c > 0) & (there == 0))
+    if bool(wrong.any()):
+        i, *_ = wrong.nonzero()[0].tolist()
+        value = float(c[wrong][0])
+        raise ValueError(
+            f"{name}: expected weights >= 0 within {dtype}'s range, got {value:g} at sample "
+            f"{i if indices is None else indices[i]}"
+        )
+    return c
+
+
 _NO_NUMBERS = {  # by NumPy's kind
     "O": "; a table whose columns are of several types comes as objects: make all of them one type "
     "of number first, pandas.get_dummies(frame, dtype=float) or frame.astype(float)",

@@ -94,10 +94,11 @@ def verify_expressivity(
     That is what Theorem 1 needs of Assumption 1 (docs/theory.md): equal inputs have equal rows for
     every w, and the loss over a group of them is one convex function of one output.
 
-    x: the n training inputs (tensor or array; uint8 becomes k / 255 in the model's dtype), or a
-    dict or tuple of them for a model of several inputs; of its outputs the logits count. Where the
-    model gives an output for every token or pixel, [b, t, k] or [b, k, height, width], its rows are
-    those, sample by sample: n counts them, and rows (bool [samples, t]) says which count.
+    x: the n training inputs (tensor or array; uint8 becomes k / 255 in the model's dtype), a dict
+    or tuple of them for a model of several inputs, or a Dataset or DataLoader, of whose samples the
+    inputs count, if they do not change from visit to visit; of the outputs the logits count. Where
+    the model gives an output for every token or pixel, [b, t, k] or [b, k, height, width], its rows
+    are those, sample by sample: n counts them, and rows (bool [samples, t]) says which count.
     Everything is computed in float64, in evaluation mode, on a copy: the model is not changed,
     BatchNorm's running statistics are constants of it.
 

@@ -7,11 +7,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset, WeightedRandomSampler
 
+from ..core.loaders import chosen
 from ..expressivity import Verdict
 from ..model.losses import ConvexLoss, resolve_loss
 from ..model.probing import unwrap
 from ..training.config import resolve_tau
-from ..training.data.loaders import chosen
 from ..training.own_loop import FeatureCache, fit_last_layer
 from .transition import Transition, check_optimizer
 

@@ -65,7 +65,7 @@ class Transition:
         return layers.named_last_layer(model, self.last_layer)
 
     def _network(self, model: nn.Module, samples: Samples) -> Network:
-        return Network(model, next(samples.in_order(2))[0][:2], self.last_layer)
+        return Network(model, samples.example(), self.last_layer)
 
     @torch.inference_mode(False)
     def start(self, model: nn.Module, data: Any) -> None:

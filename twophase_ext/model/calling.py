@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.arrays import as_data
+from .datasets import inputs_of
 from .probing import Call, main_output, record, require_module, same_memory, unwrap
 from .purity import held_back
 
@@ -147,9 +148,12 @@ def dismiss(model: nn.Module) -> None:
 
 @contextmanager
 def one_tensor(model: nn.Module, x: Any, name: str = "x") -> Iterator[Any]:
-    """x, packed where it is several inputs; within it the model takes that and gives logits."""
+    """x, packed where it is several inputs; within it the model takes that and gives logits.
+
+    x may be a Dataset or a DataLoader, too: its inputs.
+    """
     require_module(model)
-    packing = None
+    packing, x = None, inputs_of(x, name)
     if is_several(x):
         x, packing = pack(x, name)
     try:

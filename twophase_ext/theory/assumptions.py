@@ -94,9 +94,10 @@ def check_assumptions(
     them apart; how many these are, which is no premise; Assumption 3, ||x_i||^2 - x_i.x_j > 0 for
     distinct ones, which is only sufficient (Theorem 2) and may be "not met"; expressivity
     (Assumption 1, by `verify_expressivity` with `method`). Every row that is not held says what to
-    do. x: tensor or array [n, ...], uint8 scaled to [0, 1], or a dict or tuple of them. loss: a
-    name, a `ConvexLoss`, or any callable, for which the row fails. The model is not changed. Raises
-    as verify_expressivity, ValueError for an unknown name of a loss.
+    do. x: tensor or array [n, ...], uint8 scaled to [0, 1], a dict or tuple of them, or a Dataset
+    or DataLoader, of which the inputs count. loss: a name, a `ConvexLoss`, or any callable, for
+    which the row fails. The model is not changed. Raises as verify_expressivity, ValueError for an
+    unknown name of a loss.
     """
     with one_tensor(model, x) as packed:
         return _check(model, checked_inputs(packed), loss, last_layer, method)

@@ -1,5 +1,6 @@
 """What a run tells its callbacks, and what these may see of it."""
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ..model.network import Network
 from .config import Config
 from .data.samples import Samples
 from .distributed.ranks import Ranks
+from .loggers import make_logger
 from .optimizer.groups import plain_groups
 from .run import Run
 
@@ -23,12 +25,14 @@ class RunView:
     "sgd" and "lazy", hidden layers that it changes the run.
     """
 
-    __slots__ = ("_run",)
+    __slots__ = ("_run", "_who")
     _run: Run
+    _who: str
 
-    def __init__(self, run: Run) -> None:
-        """Of this run."""
+    def __init__(self, run: Run, who: str) -> None:
+        """Of this run, for the callback of this name."""
         object.__setattr__(self, "_run", run)
+        object.__setattr__(self, "_who", who)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refused."""
@@ -109,6 +113,17 @@ class RunView:
         """The settings and what else a checkpoint must agree in, as plain data."""
         return self._run.context.identity()
 
+    def stop(self, reason: str) -> None:
+        """End the run after this epoch, or after the next one where none runs.
+
+        It is then saved and measured as at its end, and claims for the steps made what it would
+        claim there; its status is "stopped" and `result.stopped` "Class: reason". Resumed, it goes
+        on. The first word counts, of any process. TypeError for a reason that is no text.
+        """
+        if not isinstance(reason, str):
+            raise TypeError(f"reason: expected a text, got {type(reason).__name__}")
+        self._run.stop = self._run.stop or f"{self._who}: {reason}"
+
     def say(self, line: str) -> None:
         """A line in the run's log."""
         self._run.context.progress.say(line)
@@ -133,6 +148,9 @@ class Callback:
     def on_epoch_end(self, run: RunView, record: dict[str, Any]) -> None:
         """After an epoch: its row of the history is `record`; before the checkpoint."""
 
+    def on_fit_end(self, run: RunView) -> None:
+        """However the run ends, by an exception too: what was opened can be closed."""
+
 
 EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
@@ -147,10 +165,21 @@ def misspelt(callbacks: Iterable[Any]) -> list[str]:
     ]
 
 
+def listeners(callbacks: Iterable[Any], logger: Any) -> tuple[Any, ...]:
+    """The run's callbacks, its logger too; a warning of methods that no event calls."""
+    found = tuple(callbacks)
+    if wrong := misspelt(found):
+        warnings.warn(
+            f"callbacks: no event calls {', '.join(wrong[:3])}; events are {', '.join(EVENTS)}",
+            stacklevel=3,
+        )
+    return found if logger is None else (*found, make_logger(logger))
+
+
 def call(run: Run, event: str, *arguments: Any) -> None:
     """Tell the run's callbacks."""
     for callback in run.context.callbacks:
         method = getattr(callback, event, None)
         if method is not None:
-            method(RunView(run), *arguments)
+            method(RunView(run, type(callback).__name__), *arguments)
     plain_groups(run.context.optimizer)  # a rate that NumPy made

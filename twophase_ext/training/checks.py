@@ -38,7 +38,7 @@ def check_runs(model: nn.Module, samples: Samples) -> Tensor:
 
     ValueError where it does not take such inputs.
     """
-    x: Tensor = next(samples.in_order(2))[0][:2]
+    x: Tensor = samples.example()
     try:
         require_pure(model, x)
     except DoesNotRun as error:

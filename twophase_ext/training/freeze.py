@@ -29,11 +29,12 @@ def serving(model: nn.Module, source: Any, name: str) -> Iterator[Samples]:
     device = model_device(model, "auto")
     dtype = first_parameter(model).dtype
     samples = Samples.of(source, name=name, device=device, dtype=dtype)
-    samples.form = serve(model, samples.packing, next(samples.in_order(2))[0][:2])
     try:
+        samples.form = serve(model, samples.packing, samples.example())
         check_runs(model, samples)
         yield samples
     finally:
+        samples.close()
         dismiss(model)
 
 
@@ -118,6 +119,6 @@ def freeze(
             raise ValueError("last_layer: expected a module or a name where train is None")
         return Frozen(model, layers.named_last_layer(model, last_layer))
     with serving(model, train, "train") as samples:
-        network = Network(model, next(samples.in_order(2))[0][:2], last_layer)
+        network = Network(model, samples.example(), last_layer)
         batchnorm.recalibrate_over(network, samples)
     return Frozen(model, network.last)

@@ -65,6 +65,7 @@ def load_run(folder: str | Path, model: nn.Module | None = None) -> Result:
         loss=None if config.get("own_loss") else NAMED.get(str(config["loss"])),
         last_layer=config.get("last_layer"),
         classes=None if config.get("classes") is None else tuple(map(str, config["classes"])),
+        stopped=found.get("stopped"),
     )
     _read(result.__str__, path / "result.json")  # what cannot be shown is damaged
     if model is not None:

@@ -39,7 +39,7 @@ class Loop:
         epochs = context.config.epochs if epochs is None else epochs
         with context.progress, Interrupt(context.ranks) as interrupt:
             call(run, "on_fit_start")
-            context.progress.begin("training", epochs, state.epoch)
+            context.progress.begin("epochs", epochs, state.epoch)
             while state.epoch < epochs and not self.second.finished:
                 phase: Phase = self.first if run.phase == 1 else self.second
                 started = time.perf_counter()
@@ -48,8 +48,7 @@ class Loop:
                         enter_second_phase(run, self.second)
                         started = time.perf_counter()
                     if not phase.train_epoch(interrupt):
-                        run.save()
-                        return "interrupted"
+                        return self._interrupted()
                     self._finish_epoch(phase, time.perf_counter() - started)
                 except Diverged as fault:
                     self._record(phase, time.perf_counter() - started, fault.loss)
@@ -61,10 +60,29 @@ class Loop:
                     run.save()
                     return "stopped"
                 if interrupt.requested and state.epoch < epochs:
-                    run.save()
-                    return "interrupted"
+                    return self._interrupted()
+                if self._asked_to_stop():
+                    break
             self._prove_frozen()
-        return "completed"
+            if run.stop is None:
+                return "completed"
+            context.progress.say(f"epoch {state.epoch}: stopped by {run.stop}")
+            run.save()
+        return "stopped"
+
+    def _interrupted(self) -> str:
+        self.run.save()
+        if (folder := self.context.folder) is not None:
+            again = f"fit(..., resume={str(folder.path)!r})"
+            self.context.progress.say(f"epoch {self.state.epoch}: interrupted; {again} goes on")
+        return "interrupted"
+
+    def _asked_to_stop(self) -> bool:
+        """Whether a callback of any process asked for the end, and the run is not there anyway."""
+        run, last = self.run, self.state.epoch == self.context.config.epochs
+        asked = None if last or self.second.finished else run.stop
+        run.stop = next(filter(None, self.context.ranks.all_gather_object(asked)), None)
+        return run.stop is not None
 
     def _finish_epoch(self, phase: Phase, seconds: float) -> None:
         """Metrics, callbacks, checkpoint; Diverged where the weights are not finite."""
@@ -103,8 +121,8 @@ class Loop:
         if context.cadence.epoch(state.epoch) or last:
             run.save()
         own = [f"{part} {text}" for part in ("train", "val") for text in own_metrics(found, part)]
-        shown = [f"loss {loss:.4f}", *own]
-        context.progress.advance("training", 1, ", ".join([*shown, f"{seconds:.1f} s an epoch"]))
+        shown = [f"loss {loss:.4f}", *own, f"{seconds:.1f} s an epoch"]
+        context.progress.advance("epochs", 1, ", ".join(shown))
 
     def _record(
         self,

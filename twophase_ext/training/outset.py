@@ -1,9 +1,12 @@
 """What is settled before the first step: samples and model looked at, the cache planned."""
 
 import warnings
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.environment import environment_of_run
@@ -25,6 +28,41 @@ from .features.cache import plan_for
 from .metrics import Metrics, try_out
 from .persistence.runfolder import create, describe_optimizer
 from .steps.sharded import check_model
+
+
+def open_sets(
+    train: Any,
+    val: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+    on_error: ExitStack,
+) -> list[Samples]:
+    """The training samples, and those of validation where there are some.
+
+    on_error: ends their workers. ValueError where the validation data are of another form.
+    """
+    found = [Samples.of(train, name="train", device=device, dtype=dtype)]
+    if val is not None:
+        known = found[0].classes
+        found.append(Samples.of(val, name="val", device=device, dtype=dtype, classes=known))
+        _check_val(*found)
+    for part in found:
+        on_error.callback(part.close)
+        if part.not_used:
+            progress.say(f"{part.name}: not used of the DataLoader: {'; '.join(part.not_used)}")
+    return found
+
+
+def _check_val(train: Samples, val: Samples) -> None:
+    """ValueError where the validation data are of another form."""
+    if val.packing != train.packing:
+        raise ValueError(
+            f"val: expected inputs as those of train, {train.packing}, got {val.packing}"
+        )
+    if (val.classes is None) != (train.classes is None):
+        kinds = ["numbers" if part.classes is None else "text" for part in (train, val)]
+        raise ValueError(f"val: expected labels that are {kinds[0]} as train's, got {kinds[1]}")
 
 
 def look_at(
@@ -66,17 +104,6 @@ def look_at(
         samples.prepare(loss, network.outputs, each)
         try_out(metrics, network, samples)
     return fixed
-
-
-def check_val(train: Samples, val: Samples) -> None:
-    """ValueError where the validation data are of another form."""
-    if val.packing != train.packing:
-        raise ValueError(
-            f"val: expected inputs as those of train, {train.packing}, got {val.packing}"
-        )
-    if (val.classes is None) != (train.classes is None):
-        kinds = ["numbers" if part.classes is None else "text" for part in (train, val)]
-        raise ValueError(f"val: expected labels that are {kinds[0]} as train's, got {kinds[1]}")
 
 
 def describe(network: Network, samples: Samples, progress: Progress) -> None:

@@ -63,7 +63,7 @@ class FeatureCache(Features):
         self.loss = resolve_loss(loss)
         require_eval(model)
         with serving(model, data, "data") as samples, samples.held():
-            self._example = next(samples.in_order(2))[0][:2]
+            self._example = samples.example()
             network = Network(model, self._example, last_layer)
             samples.prepare(self.loss, network.outputs, network.last.rows)
             self.loss = samples.objective

@@ -59,10 +59,11 @@ def score_of(
     if classes is not None and samples.classes is None:
         raise ValueError(f"data: expected labels that are text, {classes[0]!r}, got numbers")
     try:
-        samples.form = serve(model, samples.packing, next(samples.in_order(2))[0][:2])
+        samples.form = serve(model, samples.packing, samples.example())
         network = Network(model, check_runs(model, samples), last_layer)
         with samples.held():
             samples.prepare(loss, network.outputs, network.last.rows)
             return measure(network, samples.objective, samples)[:2]
     finally:
+        samples.close()
         dismiss(model)

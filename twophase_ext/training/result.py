@@ -29,18 +29,20 @@ class Result:
     each update; train_accuracy is measured during the epoch in the first phase and at its end in
     the second; accuracies are None for losses other than cross-entropy, val_* without validation
     data; train_name and val_name of the Trainer's metrics. status: "completed", "interrupted",
-    "diverged" or "stopped" (the second phase could not go on: the reason is in the guarantee; lazy:
-    the rank could not be shown any more). verdict: the expressivity Verdict at w^tau, or None.
-    guarantee: a `Guarantee`, the premise audit and, for "gd" and "sgd", the bound of Theorem 1
-    beside the measured loss (`LazyGuarantee` for "lazy", None before its tau). divergence: of a run
-    that diverged, {epoch, step, loss (a text), samples: the mini-batch's indices (None for a full
-    gradient), inputs_not_finite: those of them whose inputs are not}; model holds the broken
-    weights, the last checkpoint is from before. final: losses, accuracies and metrics of the
-    trained network over the whole sets; empty unless completed. timings: seconds by stage.
-    hidden_hash: SHA-256 of the frozen hidden layers, the same before and after the second phase.
-    minimum: how far the training loss is from the global minimum over all weights; its str is one
-    sentence. loss: the one that was trained on; last_layer: the name of that layer. classes: of
-    labels that were text, sorted: output c is classes[c].
+    "diverged" or "stopped" (by a callback, then whole in all that is below; or because the second
+    phase could not go on, lazy: the rank could not be shown any more). verdict: the expressivity
+    Verdict at w^tau, or None. guarantee: a `Guarantee`, the premise audit and, for "gd" and "sgd",
+    the bound of Theorem 1 beside the measured loss (`LazyGuarantee` for "lazy", None before its
+    tau). divergence: of a run that diverged, {epoch, step, loss (a text), samples: the mini-batch's
+    indices (None for a full gradient), inputs_not_finite: those of them whose inputs are not};
+    model holds the broken weights, the last checkpoint is from before. final: losses, accuracies
+    and metrics of the trained network over the whole sets; empty unless completed or stopped by a
+    callback. timings: seconds by stage. hidden_hash: SHA-256 of the frozen hidden layers, the same
+    before and after the second phase. stopped: which callback ended the run and why, "Class:
+    reason", or why the second phase could not go on. minimum: how far the training loss is from the
+    global minimum over all weights; its str is one sentence. loss: the one that was trained on;
+    last_layer: the name of that layer. classes: of labels that were text, sorted: output c is
+    classes[c].
 
     `tp.load_run` makes one of a run folder: model is None there where none is given, and loss
     where it was one of the user's own.
@@ -61,6 +63,7 @@ class Result:
     loss: ConvexLoss | None = None
     last_layer: str | None = None
     classes: Classes | None = None
+    stopped: str | None = None
 
     def predict(self, x: Any, *, labels: bool = False) -> Any:
         """The trained network's outputs [n, m_y] of inputs x, on its device, without gradients.
@@ -111,11 +114,12 @@ class Result:
 
     def _training(self) -> str:
         first, second = (sum(r["phase"] == phase for r in self.history) for phase in (1, 2))
+        said = self.status.capitalize() + (f" ({self.stopped})" if self.stopped else "")
         what = "all layers in the second phase" if not self.hidden_hash else "the last layer alone"
         if second and not first:
             count = f"{second} epoch{'s' if second != 1 else ''}"
-            return f"{self.status.capitalize()}: no first phase (tau = 0), {count} on {what}."
-        said = f"{self.status.capitalize()}: {first} epoch{'s' if first != 1 else ''} on all layers"
+            return f"{said}: no first phase (tau = 0), {count} on {what}."
+        said = f"{said}: {first} epoch{'s' if first != 1 else ''} on all layers"
         return f"{said}, then {second} on {what}." if second else f"{said}, no second phase."
 
     def _losses(self) -> list[str]:

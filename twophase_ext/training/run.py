@@ -24,7 +24,8 @@ from .state import RunState, phase, unfixed
 class Run:
     """Context, state, and the caches of features.
 
-    branch_cache: what branches with the same hidden layers share, features and verdicts.
+    branch_cache: what branches with the same hidden layers share, features and verdicts. stop:
+    which callback wants the run to end, and why.
     """
 
     context: Context
@@ -32,6 +33,7 @@ class Run:
     branch_cache: dict[tuple[str | None, str], Any] | None = None
     train_features: Features | None = None
     val_features: Features | None = None
+    stop: str | None = None
 
     @property
     def phase(self) -> int:
@@ -76,16 +78,17 @@ class Run:
         """Losses, accuracies and metrics of the network as it stands, over the whole sets."""
         context, final = self.context, dict[str, float | None]()
         usable = context.config.fixed_statistics
-        sets = (
-            ("train", context.train, self.train_features),
-            ("val", context.val, self.val_features),
-        )
-        for name, samples, features in sets:
-            if samples is not None:
-                found = self.measure(features if usable else None, samples)
-                final[f"{name}_loss"], final[f"{name}_accuracy"] = found.loss, found.accuracy
-                final |= {f"{name}_{metric}": value for metric, value in found.metrics.items()}
+        features = {"train": self.train_features, "val": self.val_features}
+        for samples in self.sets():
+            name = samples.name
+            found = self.measure(features[name] if usable else None, samples)
+            final[f"{name}_loss"], final[f"{name}_accuracy"] = found.loss, found.accuracy
+            final |= {f"{name}_{metric}": value for metric, value in found.metrics.items()}
         return final
+
+    def sets(self) -> list[Samples]:
+        """Training samples, and those of validation where there are some."""
+        return [part for part in (self.context.train, self.context.val) if part is not None]
 
     # --- checkpoints
 

@@ -1,6 +1,5 @@
 """tp.Trainer: Algorithm 1 of the paper around any torch model and first-order optimizer."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,13 +15,13 @@ from ..model.losses import ConvexLoss, resolve_loss
 from ..model.network import Network
 from . import batchnorm, outset, saved
 from .branches import branch
-from .callbacks import EVENTS, misspelt
+from .callbacks import call, listeners
 from .checks import check_runs, model_device, unchanged_on_error
 from .config import SETTINGS, compile_options, resolve
 from .context import Context
 from .control.cadence import Cadence
 from .control.progress import Progress
-from .data.samples import Augment, Samples
+from .data.samples import Augment
 from .distributed.ranks import joined
 from .features.agreement import Agreement
 from .loop import Loop
@@ -40,6 +39,8 @@ from .settings import AcceleratedDescent, Exact, GradientDescent, Lazy, Stochast
 from .several import check_several
 from .state import PhaseState, RunState
 from .steps.base import BaseStep, check_autocast
+
+Resume = bool | str | Path | None
 
 
 class Trainer:
@@ -108,10 +109,13 @@ class Trainer:
         checkpoint_every: epochs between checkpoints, or a text: "500 steps", "90 seconds", "10
             minutes", within epochs too. Default: every epoch, and every ten minutes within one.
             There is always one at tau, after the verification, and one at the end.
-        callbacks: `Callback` objects, or any with methods on_fit_start(run), on_perturb(run) or
-            on_epoch_end(run, record), run a `RunView` (docs/callbacks.md).
+        callbacks: `Callback` objects, or any with methods on_fit_start(run), on_perturb(run),
+            on_epoch_end(run, record) or on_fit_end(run), run a `RunView` (docs/callbacks.md).
         metrics: {name: fn(logits [n, m_y], y) -> number}, over all training and validation data as
             the network stands at each epoch's end, and at the end: rows train_name and val_name.
+        logger: "tensorboard" or "wandb", into the run's folder, or an object with add_scalar
+            (SummaryWriter), log_metrics (Lightning's) or log (wandb's run), which gets each
+            epoch's row; every folder has its metrics.csv.
         progress: False prints nothing.
 
     Wrong arguments raise ValueError or TypeError that name them.
@@ -151,6 +155,7 @@ class Trainer:
         checkpoint_every: int | str | None = None,
         callbacks: Iterable[Any] = (),
         metrics: Metrics | None = None,
+        logger: Any = None,
         progress: bool = True,
     ) -> None:
         """See the class."""
@@ -167,19 +172,14 @@ class Trainer:
         self.optimizer, self.scheduler = optimizer or paper_optimizer, scheduler
         self.compile = compile_options(compile, model)
         self.augment, self.device = augment, model_device(model, device)
-        self.run_dir = run_dir
-        self.checkpoint_every = checkpoint_every
+        self.run_dir, self.checkpoint_every = run_dir, checkpoint_every
         Cadence(checkpoint_every)  # or an error now
-        self.callbacks, self.progress = tuple(callbacks), progress
-        if wrong := misspelt(self.callbacks):
-            warnings.warn(
-                f"callbacks: no event calls {', '.join(wrong[:3])}; events are {', '.join(EVENTS)}",
-                stacklevel=2,
-            )
+        callbacks = tuple(callbacks)
+        self.callbacks, self.progress = listeners(callbacks, logger), progress
         # whether h is compared before training, and what a branch's trunk found of it
         self.compares = second_phase != "none" and self.config.fixed_statistics
         self.known: Agreement | None = None
-        self._arguments = {**given, "callbacks": self.callbacks}
+        self._arguments = {**given, "callbacks": callbacks}
 
     def _clone(self, model: nn.Module, **changes: Any) -> "Trainer":
         """A Trainer of `model` with the same arguments but for `changes`."""
@@ -188,19 +188,17 @@ class Trainer:
         return Trainer(model, **{**self._arguments, **settings, **changes})
 
     @torch.inference_mode(False)
-    def fit(
-        self, train: Any, val: Any = None, *, resume: bool | str | Path | None = None
-    ) -> Result:
+    def fit(self, train: Any, val: Any = None, *, resume: Resume = None) -> Result:
         """Train the model in place and return the Result.
 
         train, val: (x, y) tensors or arrays (NumPy, CuPy, anything with DLPack; uint8 inputs are
         scaled to [0, 1], a graph is left behind), x also a dict or tuple of them for a model of
-        several inputs; a map-style Dataset (Hugging Face's too), or a
-        DataLoader over one, also Fabric's, accelerate's or torchdata's: its dataset, the samples
-        that its sampler draws, collate function and batch size are used; the order comes from the
-        seed, no sample is dropped, num_workers is not used. Every sample is fetched once before
-        training, to be checked, and compared whenever it is fetched again.
-        Of (x, y, weight), also in a dataset, and of a WeightedRandomSampler the loss is
+        several inputs; a map-style Dataset (Hugging Face's too), or a DataLoader over one, also
+        Fabric's, accelerate's or torchdata's: its dataset, the samples that its sampler draws,
+        collate function, batch size and workers are used; the order comes from the seed, no sample
+        is dropped, and the log says which arguments change nothing. Workers change no bit. Every
+        sample is fetched once before training, to be checked, and compared whenever it is fetched
+        again. Of (x, y, weight), also in a dataset, and of a WeightedRandomSampler the loss is
         sum_i w_i l_i / sum_i w_i; labels may be text, see result.classes (docs/data.md).
         resume: True continues the run in run_dir, "auto" continues it where there is a checkpoint
         and begins where there is none, a path continues the run in that folder or checkpoint file.
@@ -212,9 +210,9 @@ class Trainer:
         Ctrl-C, or SIGTERM (SLURM, Kubernetes), finishes the step, saves, and returns status
         "interrupted". After tau the model is left in evaluation mode (but for batch_norm="batch"):
         a forward pass in training mode would move the BatchNorm statistics that the verdict is
-        about; before tau in the mode that it came in. Raises ValueError or
-        TypeError for unusable data, FileNotFoundError or ValueError for an unusable checkpoint,
-        before the model has changed.
+        about; before tau in the mode that it came in. Raises ValueError or TypeError for unusable
+        data, FileNotFoundError or ValueError for an unusable checkpoint, before the model has
+        changed.
         """
         try:
             return self._execute(self._prepare(train, val, resume))
@@ -260,13 +258,17 @@ class Trainer:
             context.folder.hold()
         try:
             status = loop.execute(epochs)
-            final = loop.run.measure_all() if status == "completed" else {}
-            found = loop.second.guarantee(status)
+            whole = status == "completed" or loop.run.stop is not None  # no epoch was cut short
+            final = loop.run.measure_all() if whole else {}
+            found = loop.second.guarantee("completed" if whole and state.hidden_hash else status)
         finally:
+            call(loop.run, "on_fit_end")
             for module, mode in modes.items():
                 module.training = mode
             if state.hidden_hash is not None and config.fixed_statistics:
                 self.model.eval()
+            for part in loop.run.sets():
+                part.close()
             if context.folder is not None:
                 context.folder.release()
         path = None if context.folder is None else context.folder.path
@@ -294,6 +296,7 @@ class Trainer:
             loss=self.loss,
             last_layer=context.network.last.name,
             classes=context.train.classes,
+            stopped=loop.run.stop or loop.second.stopped,
         )
         if context.folder is not None:
             context.folder.write_result(result, state.epoch)
@@ -301,30 +304,26 @@ class Trainer:
 
     # --- parts of fit ------------------------------------------------------------------------
 
-    def _prepare(self, train: Any, val: Any, resume: bool | str | Path | None) -> Loop:
+    def _prepare(self, train: Any, val: Any, resume: Resume) -> Loop:
         """The run of `fit` before its first step: everything that can be refused is refused."""
-        with unchanged_on_error(self.model):
-            return self._build(train, val, resume)
+        with unchanged_on_error(self.model), ExitStack() as on_error:
+            loop = self._build(train, val, resume, on_error)
+            on_error.pop_all()
+            return loop
 
-    def _build(self, train: Any, val: Any, resume: bool | str | Path | None) -> Loop:
-        config = self.config
+    def _build(self, train: Any, val: Any, resume: Resume, on_error: ExitStack) -> Loop:
+        config, ranks = self.config, joined()
         check_autocast(config, self.device)
-        ranks = joined()
         progress = Progress(self.progress and ranks.rank == 0)
         self.model.to(config.dtype)
-        place: dict[str, Any] = {"device": self.device, "dtype": config.dtype}
-        samples = Samples.of(train, name="train", **place)
-        place["classes"] = samples.classes
-        held_out = None if val is None else Samples.of(val, name="val", **place)
-        if held_out is not None:
-            outset.check_val(samples, held_out)
-        form = serve(self.model, samples.packing, next(samples.in_order(2))[0][:2])
+        sets = outset.open_sets(train, val, self.device, config.dtype, progress, on_error)
+        samples, held_out = sets[0], sets[1] if len(sets) > 1 else None
+        form = serve(self.model, samples.packing, samples.example())
         if samples.batch_size is not None and samples.batch_size != config.batch_size:
             progress.say(f"batch_size: {samples.batch_size}, the DataLoader's")
             config = replace(config, batch_size=samples.batch_size)
         if config.fixed_statistics:
             batchnorm.check_freezable(self.model)
-        sets = [part for part in (samples, held_out) if part is not None]
         for part in sets:
             part.seed, part.form = config.seed, form
         if self.augment is not None:
@@ -371,7 +370,7 @@ class Trainer:
             context, RunState(cache_mode=mode, second=PhaseState(fixed.evidence)), resume
         )
 
-    def _begin(self, context: Context, state: RunState, resume: bool | str | Path | None) -> Loop:
+    def _begin(self, context: Context, state: RunState, resume: Resume) -> Loop:
         """The loop at its beginning, or where a checkpoint stands; the run folder is opened."""
         ranks = context.ranks
         found, source = ranks.broadcast_object(lambda: checkpoint.find(resume, self.run_dir))

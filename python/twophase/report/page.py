@@ -1,6 +1,7 @@
 """What the template shows, made of run records."""
 
 import base64
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -189,6 +190,8 @@ def _charts(key: str, record: RunRecord) -> list[Chart]:
         lines = [Line("training", _points(record, f"train_{what}"))]
         if points := _points(record, f"val_{what}"):
             lines.append(Line(held_out, points, 1, 1))
+        if what == "loss":
+            lines += _floor(record)
         title = f"{what[:1].upper()}{what[1:]} by epoch"
         drawn.append(
             chart(
@@ -208,6 +211,7 @@ def _charts(key: str, record: RunRecord) -> list[Chart]:
                 name.removesuffix(" loss"), [(p["steps"], p["bound"]) for p in record.curve], 1, 1
             ),
             Line("measured", [(p["steps"], p["loss"]) for p in record.curve if "loss" in p]),
+            *_floor(record, [p["steps"] for p in record.curve]),
         ]
         drawn.append(
             chart(
@@ -221,9 +225,43 @@ def _charts(key: str, record: RunRecord) -> list[Chart]:
     return [figure for figure in drawn if figure is not None]
 
 
+def _minimum(record: RunRecord) -> dict[str, float]:
+    """The loss at the end, the least that any weights reach (its lower end) and the gap between."""
+    found = (record.result or {}).get("minimum")
+    known = found if isinstance(found, dict) else {}
+    floor = known.get("floor")
+    parts = {**known, "floor": floor.get("lower") if isinstance(floor, dict) else None}
+    return {
+        name: float(parts[name])
+        for name in ("loss", "floor", "gap")
+        if isinstance(parts.get(name), int | float) and math.isfinite(parts[name])
+    }
+
+
+def _floor(record: RunRecord, steps: Sequence[float] = ()) -> list[Line]:
+    """The floor over these steps; over the epochs with the gap that is left at the end.
+
+    None of a floor that is 0, which no logarithmic axis has (`_missing_charts` says it).
+    """
+    known = _minimum(record)
+    places = steps or [row["epoch"] for row in record.history]
+    if not places or not known.get("floor", 0) > 0:
+        return []
+    floor, last = known["floor"], max(places)
+    found = [Line("floor", [(min(places), floor), (last, floor)], 2, 2)]
+    if not steps and known.get("gap", -1) >= 0 and "loss" in known:
+        label = f"gap, at most {bound_text(known['gap'], 3, upper=True)}"
+        found.append(Line(label, [(last, floor), (last, known["loss"])], 3))
+    return found
+
+
 def _missing_charts(record: RunRecord) -> list[str]:
     """Why a curve, or a mark in it, is not there."""
     said = []
+    if _minimum(record).get("floor") == 0:
+        said.append(
+            "The floor of the loss is 0, below every logarithmic axis: the gap is the loss."
+        )
     if not record.history:
         said.append("Loss and accuracy by epoch: metrics.csv has no row.")
     else:

@@ -81,8 +81,9 @@ def status(record: RunRecord) -> str:
         "diverged": f"diverged: the loss or the weights were not finite after {so_far}",
         "stopped": f"stopped after {so_far}",
     }.get(known["status"], f"{known['status']} after {so_far}")
-    if isinstance(record.guarantee, LazyGuarantee) and record.guarantee.stopped:
-        said += f": {record.guarantee.stopped}"
+    lazy = record.guarantee if isinstance(record.guarantee, LazyGuarantee) else None
+    if why := known.get("stopped") or (lazy and lazy.stopped):
+        said += f": {why}"
     if record.history and done != record.epochs_done:
         said += f"; metrics.csv, with {counted(record.epochs_done, 'epoch')}, is of another time"
     return said

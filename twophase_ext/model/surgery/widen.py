@@ -13,6 +13,7 @@ from twophase_ext.core import arrays
 from twophase_ext.model import layers, probing
 
 from ..calling import is_several, one_tensor, pack
+from ..datasets import inputs_of
 from ..gate import intercepted
 from ..groups import groups_of
 from ..inputs import as_example
@@ -101,14 +102,14 @@ def widen(
     name, by a `WideHead`: d -> m_H -> m_y, both newly initialised by torch's default, with biases,
     on the old one's device, dtype and mode. Returns `model`.
 
-    n: the training inputs (tensor or array, or a dict or tuple of them), of which the distinct ones
-    are counted, as the model's dtype tells them apart; or their number. last_layer: the nn.Linear
-    to replace, or its name. Without it, the layer is found by running `example_input` (a batch;
-    tensor or array, or a dict or tuple of them; by default the first inputs), and without inputs by
-    tracing the model. A head that is a 1 x 1 convolution, found by running it, is replaced by the
-    same layers over its pixels, a `PixelHead`. Where the model gives an output for every token or
-    pixel, the outputs of the distinct inputs are counted. A last layer that is tied to an embedding
-    leaves its weights to it.
+    n: the training inputs (tensor or array, a dict or tuple of them, a Dataset or DataLoader), of
+    which the distinct ones are counted, as the model's dtype tells them apart; or their number.
+    last_layer: the nn.Linear to replace, or its name. Without it, the layer is found by running
+    `example_input` (a batch; tensor or array, or a dict or tuple of them; by default the first
+    inputs), and without inputs by tracing the model. A head that is a 1 x 1 convolution, found by
+    running it, is replaced by the same layers over its pixels, a `PixelHead`. Where the model gives
+    an output for every token or pixel, the outputs of the distinct inputs are counted. A last layer
+    that is tied to an embedding leaves its weights to it.
 
     Raises ValueError where the last layer is not found, is ambiguous or is the model itself, and
     for inputs with NaN or infinity; TypeError where it is not an nn.Linear, and where n is neither
@@ -118,6 +119,7 @@ def widen(
     inner = layers.unwrap(model)
     real = next((p for p in inner.parameters() if p.is_floating_point()), torch.empty(0))
     number = isinstance(n, int | float | str | None)  # or what is refused as one
+    n = n if number else inputs_of(n, "n")
     count = n if number else _distinct(n, real.dtype)
     wide_units(count, ratio)  # or refused
     beta = checked_beta(beta)

@@ -1,20 +1,19 @@
 """What samples consist of: inputs, targets, weights; told apart, checked, hashed."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.arrays import as_data, require_finite
+from ...core.arrays import as_data, sample_weights
+from ...core.collated import told_apart
 from ...core.hashing import flat
+from ...model.calling import Packing, is_several, pack
 from ...model.groups import Grouping
 from ...model.labels import Classes, as_text
 from ...model.losses import ConvexLoss, SoftmaxLoss
-
-TARGETS = ("y", "label", "labels", "target", "targets")  # names of y in samples that are dicts
-WEIGHTS = ("weight", "weights", "sample_weight", "sample_weights")
 
 
 class Content:
@@ -42,69 +41,64 @@ class Content:
         return " ".join(part.hexdigest() for part in self._parts[: 3 if weighted else 2])
 
 
-def parts_of(batch: Any, name: str) -> tuple[Any, Any, Any]:
-    """x, y and weights (None without) of a collated batch; ValueError where they cannot be told.
+def parts_of(
+    batch: Any, indices: list[int], name: str, dtype: torch.dtype, packing: Packing | None
+) -> tuple[Tensor, Tensor, Tensor | None, Packing | None]:
+    """x, y, weights (None without) and packing of the collated samples `indices`.
 
-    TypeError for targets that are text: which classes there are would be known at the end alone.
+    packing: that of earlier ones. ValueError where the parts cannot be told, or are not those of
+    so many samples; TypeError for targets that are text: which classes there are would be known at
+    the end alone.
     """
-    x, y, c = _told(batch, name)
+    x, y, c = told_apart(batch, name)
     if as_text(y) is not None:
         raise TypeError(
             f"{name}: labels that are text are taken as one array, (x, y); let the dataset give "
             "numbers"
         )
-    return x, y, c
+    if is_several(x):
+        x, found = pack(x, name)
+        if packing is not None and found != packing:
+            raise ValueError(
+                f"{name}: expected inputs of the shapes and types of the first ones, "
+                f"{packing.shapes} {packing.dtypes}, got {found.shapes} {found.dtypes}; pad all "
+                "samples to one length"
+            )
+        packing = found
+    x, y = (as_data(part, name=name) for part in (x, y))
+    for part, what in ((x, "inputs"), (y, "targets")):
+        if part.dim() == 0 or len(part) != len(indices):
+            got = f"of shape {list(part.shape)}" if part.dim() == 0 else f"for {len(part)}"
+            raise ValueError(
+                f"{name}: expected {what} for {len(indices)} samples from the collate function, "
+                f"got {what} {got}: one that adds or drops samples, or lists numbers by column, "
+                "has to do so in the dataset (Hugging Face's: with_format('torch'))"
+            )
+    if c is not None:
+        c = own_memory(sample_weights(c, len(indices), name, dtype, indices))
+    return x, own_memory(y), c, packing
 
 
-def _told(batch: Any, name: str) -> tuple[Any, Any, Any]:
-    if isinstance(batch, Mapping):
-        targets = [key for key in batch if key in TARGETS]
-        weights = [key for key in batch if key in WEIGHTS]
-        inputs = [key for key in batch if key not in TARGETS + WEIGHTS]
-        if len(targets) == 1 and len(weights) < 2 and inputs:
-            several = {key: batch[key] for key in inputs}
-            x = several if len(inputs) > 1 else batch[inputs[0]]
-            return x, batch[targets[0]], batch[weights[0]] if weights else None
-        raise ValueError(
-            f"{name}: expected samples (x, y), got a mapping with {list(batch)}; pass a DataLoader "
-            "whose collate_fn returns (x, y)"
-        )
-    if not (isinstance(batch, tuple | list) and len(batch) in (2, 3)):
-        raise ValueError(
-            f"{name}: expected samples (x, y) or (x, y, weight), got {type(batch).__name__}"
-        )
-    return batch[0], batch[1], batch[2] if len(batch) == 3 else None
+class Seen:
+    """Whether each of n samples is what it was whenever it is fetched again."""
 
+    def __init__(self, n: int) -> None:
+        """None has been fetched."""
+        self._hashes = np.zeros((n, 2), np.int64)  # of each sample: its form, and a hash of it
 
-def sample_weights(
-    weights: Any,
-    n: int,
-    name: str,
-    dtype: torch.dtype = torch.float64,
-    indices: Sequence[int] | None = None,
-) -> Tensor:
-    """Weights of n samples, or of their tokens or pixels: float64 [n, ...] on the CPU.
+    def changed(self, parts: list[Tensor], indices: list[int]) -> int | None:
+        """The first of these samples that was another one; forms differ where batches are padded.
 
-    Raises TypeError for complex ones, ValueError where they are of another shape, negative, not
-    finite, or above 0 and not so in `dtype`; indices: the samples' numbers where n is some of them.
-    """
-    c = as_data(weights, name=name).cpu()
-    if c.is_complex():
-        raise TypeError(f"{name}: expected real weights, got {c.dtype}")
-    if c.dim() == 0 or len(c) != n:
-        raise ValueError(f"{name}: expected {n} weights, one a sample, got {list(c.shape)}")
-    require_finite(c, name, "weight", None if indices is None else list(indices))
-    c = c.double()
-    there = c.to(dtype)
-    wrong = (c < 0) | ~there.isfinite() | ((c > 0) & (there == 0))
-    if bool(wrong.any()):
-        i, *_ = wrong.nonzero()[0].tolist()
-        value = float(c[wrong][0])
-        raise ValueError(
-            f"{name}: expected weights >= 0 within {dtype}'s range, got {value:g} at sample "
-            f"{i if indices is None else indices[i]}"
-        )
-    return c
+        parts: inputs, targets and, if any, weights of the samples `indices`.
+        """
+        form = hash(tuple((part.shape[1:], part.dtype) for part in parts)) | 1
+        rows = [_bytes_of_rows(part) for part in parts]
+        for i, *own in zip(indices, *rows, strict=True):
+            known, value = self._hashes[i].tolist(), hash(tuple(own))
+            if known[0] == form and known[1] != value:
+                return i
+            self._hashes[i] = form, value
+        return None
 
 
 def product(c: Tensor | None, drawn: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
@@ -129,12 +123,17 @@ def check_classes(classes: Classes, loss: ConvexLoss, outputs: int, name: str) -
         )
 
 
-def row_bytes(x: Tensor) -> list[bytes]:
+def _bytes_of_rows(x: Tensor) -> list[bytes]:
     """The bytes of each sample."""
     if x[0].numel() == 0:
         return [b""] * len(x)
     rows = x.cpu().contiguous().reshape(len(x), -1).view(torch.uint8).numpy()
     return [row.tobytes() for row in rows]
+
+
+def own_memory(x: Tensor) -> Tensor:
+    """The tensor; a copy where its memory is shared with a worker: an open file for each."""
+    return x.clone() if x.is_shared() else x
 
 
 def check_length(name: str, n: int, n_targets: int) -> None:

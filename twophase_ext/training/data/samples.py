@@ -5,28 +5,29 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
-from ...core.arrays import as_data, require_finite
+from ...core.arrays import as_data, require_finite, sample_weights
+from ...core.collated import Collated
+from ...core.loaders import batching, chosen, drawn_with, is_loader, is_map_style, not_used
 from ...core.memory import available_memory
-from ...core.seeds import host_stream, stream_seed
+from ...core.seeds import stream_seed
+from ...core.workers import Job, Workers
 from ...model.calling import Packing, is_several, pack
 from ...model.labels import Classes, as_targets
 from ...model.losses import ConvexLoss, Telling, objective, split, weighted
-from .loaders import batching, chosen, drawn_with, is_loader, is_map_style, tell_ignored
 from .parts import (
     Content,
+    Seen,
     check_augmented,
     check_classes,
     check_length,
     check_range,
+    own_memory,
     parts_of,
     product,
-    row_bytes,
-    sample_weights,
 )
 from .rows import Rows, rows_that_count
 
@@ -56,6 +57,7 @@ class Samples(Rows):
         super().__init__(name, n)
         self.device, self.dtype = device, dtype
         self.batch_size: int | None = None
+        self.not_used: list[str] = []  # arguments of the DataLoader, and why
         self.packing: Packing | None = None  # of several inputs, as one tensor
         self.random, self.changed = False, "the inputs are transformed at random at every visit"
         self.seed, self.epoch = 0, 0
@@ -91,7 +93,7 @@ class Samples(Rows):
             and not isinstance(source, other)
             and not hasattr(source, "__array__")
         ):
-            return _from_dataset(source, default_collate, name, device, dtype)
+            return _from_dataset(Collated(source, default_collate, name), device, dtype)
         raise TypeError(
             f"{name}: expected (x, y), (x, y, weight), a Dataset or a DataLoader, got "
             f"{type(source).__name__}"
@@ -151,6 +153,18 @@ class Samples(Rows):
         """Within it no batch is fetched twice, as far as memory allows."""
         yield
 
+    @contextmanager
+    def ahead(self, batches: Iterable[Tensor]) -> Iterator[None]:
+        """Within it these are fetched next, in this order: a loader's workers do it ahead."""
+        yield
+
+    def close(self) -> None:
+        """End the worker processes, where there are some."""
+
+    def example(self) -> Tensor:
+        """Inputs of the first two samples."""
+        return self.fetch(torch.arange(min(self.n, 2), device="cpu"), augmented=False)[0]
+
     def in_order(self, size: int, *, augmented: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of `size` in index order; see `batches`."""
         yield from self.visit(self.batches(size), augmented=augmented)
@@ -170,8 +184,10 @@ class Samples(Rows):
         self, batches: Iterable[tuple[int, int]], *, augmented: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The samples start to end - 1 of each batch."""
-        for start, end in batches:
-            yield self.fetch(torch.arange(start, end, device="cpu"), augmented=augmented)
+        indices = [torch.arange(start, end, device="cpu") for start, end in batches]
+        with self.ahead(indices):
+            for index in indices:
+                yield self.fetch(index, augmented=augmented)
 
     def _place(self, x: Tensor) -> Tensor:
         x = x.to(self.device, non_blocking=True)
@@ -240,84 +256,43 @@ class _Fetched(Samples):
 
     def __init__(
         self,
-        dataset: Any,
-        collate: Any,
-        name: str,
+        collated: Collated,
         device: torch.device,
         dtype: torch.dtype,
         drawn: Tensor | None = None,
+        workers: Workers | None = None,
     ) -> None:
-        check_length(name, len(dataset), len(dataset))
-        super().__init__(name, len(dataset), device, dtype)
+        n = len(collated.dataset)
+        check_length(collated.name, n, n)
+        super().__init__(collated.name, n, device, dtype)
         self.drawn, self.weighted = drawn, drawn is not None
-        self.dataset, self.collate = dataset, collate
+        self.collated, self.workers = collated, workers
         self.loss: ConvexLoss | None = None
         self._hashed: Content | None = None  # while all are looked at
-        self._seen = np.zeros((self.n, 2), np.int64)  # of each sample: its form, and a hash of it
+        self._seen = Seen(n)
         self._weights: list[Tensor] = []  # while all are looked at
         self._kept: dict[Any, tuple[Tensor, Tensor, Tensor | None]] | None = None
         self._room = 0
         # Most transforms at random are known before training: the check there looks again.
         some = list(range(0, self.n, -(-self.n // _LOOKED_AT)))
-        with host_stream(0):
-            for i in some:
-                x, y, c = self._collate([i])
-                self.weighted = self.weighted or c is not None
-                self._compare(x, y, c, [i])
+        for i in some:
+            x, y, c = self._checked(self.collated([i], 0), [i])
+            self.weighted = self.weighted or c is not None
+            self._compare(x, y, c, [i])
 
-    def _collate(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-        if hasattr(self.dataset, "__getitems__"):  # as torch's DataLoader does
-            items = self.dataset.__getitems__(indices)
-        else:
-            items = [self.dataset[i] for i in indices]
-        try:
-            batch = self.collate(items)
-        except Exception as error:  # whatever the user's own function raises
-            shown = ", ".join(map(str, indices[:3])) + (", ..." if len(indices) > 3 else "")
-            raise ValueError(
-                f"{self.name}: the collate function fails on samples {shown}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        x, y, c = parts_of(batch, self.name)
-        if is_several(x):
-            x = self._packed(x)
-        x, y = (as_data(part, name=self.name) for part in (x, y))
-        for part, what in ((x, "inputs"), (y, "targets")):
-            if part.dim() == 0 or len(part) != len(indices):
-                got = f"of shape {list(part.shape)}" if part.dim() == 0 else f"for {len(part)}"
-                raise ValueError(
-                    f"{self.name}: expected {what} for {len(indices)} samples from the collate "
-                    f"function, got {what} {got}: one that adds or drops samples, or lists numbers "
-                    "by column, has to do so in the dataset (Hugging Face's: with_format('torch'))"
-                )
-        if c is not None:
-            c = sample_weights(c, len(indices), self.name, self.dtype, indices)
+    def _checked(self, batch: Any, indices: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(x, y, weights) of the batch that came for these samples."""
+        own = (indices, self.name, self.dtype, self.packing)
+        x, y, c, self.packing = parts_of(batch, *own)
         return x, y, c
 
-    def _packed(self, inputs: Any) -> Tensor:
-        x, packing = pack(inputs, self.name)
-        if self.packing is not None and packing != self.packing:
-            raise ValueError(
-                f"{self.name}: expected inputs of the shapes and types of the first ones, "
-                f"{self.packing.shapes} {self.packing.dtypes}, got {packing.shapes} "
-                f"{packing.dtypes}; pad all samples to one length"
-            )
-        self.packing = packing
-        return x
-
     def _compare(self, x: Tensor, y: Tensor, c: Tensor | None, indices: list[int]) -> None:
-        """Set `random` where a sample is not what it was. Forms differ where batches are padded."""
-        if self.random:
-            return
-        form = hash((x.shape[1:], x.dtype, y.shape[1:], y.dtype)) | 1
-        own = [row_bytes(part) for part in (x, y, c) if part is not None]
-        for i, *parts in zip(indices, *own, strict=True):
-            known, value = self._seen[i].tolist(), hash(tuple(parts))
-            if known[0] == form and known[1] != value:
-                self.random = True
-                self.changed = f"sample {i} was another one when it was fetched again"
-                return
-            self._seen[i] = form, value
+        """Set `random` where a sample is not what it was."""
+        parts = [part for part in (x, y, c) if part is not None]
+        i = None if self.random else self._seen.changed(parts, indices)
+        if i is not None:
+            self.random = True
+            self.changed = f"sample {i} was another one when it was fetched again"
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -329,6 +304,7 @@ class _Fetched(Samples):
 
     def _look_at_all(self, loss: ConvexLoss) -> Tensor:
         self.loss, self._weights = loss, []
+        (self._kept or {}).clear()  # their targets are as they came
         self._hashed = content = Content(self.dtype)
         # nothing may be found wrong after hours of training
         rows = torch.cat([y for _, y in self.in_order(_CHECKED)])
@@ -342,11 +318,11 @@ class _Fetched(Samples):
 
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         indices = index.tolist()
-        key = (self.epoch if self.random else None, tuple(indices))
+        key = self._key(indices)
         x, y, c = (self._kept or {}).get(key) or self._read(indices)
         if self._kept is not None:
             if key not in self._kept and x.nbytes + y.nbytes <= self._room:
-                self._kept[key] = x, y, c
+                self._kept[key] = own_memory(x), y, c
                 self._room -= x.nbytes + y.nbytes
             x = x.clone()  # a model may write into its inputs
         if self.loss is not None:
@@ -354,10 +330,31 @@ class _Fetched(Samples):
         y = y.to(self.device)
         return self._place(x), y.to(self.dtype) if y.is_floating_point() else y
 
-    def _read(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _key(self, indices: list[int]) -> tuple[int | None, tuple[int, ...]]:
+        return self.epoch if self.random else None, tuple(indices)
+
+    def _job(self, indices: list[int]) -> Job:
         # in one epoch a sample comes once: the first one tells the batch
-        with host_stream(stream_seed(self.seed, "augment", self.epoch, indices[0])):
-            x, y, c = self._collate(indices)
+        return indices, stream_seed(self.seed, "augment", self.epoch, indices[0])
+
+    @contextmanager
+    def ahead(self, batches: Iterable[Tensor]) -> Iterator[None]:
+        if self.workers is None:
+            yield
+            return
+        asked = [index.tolist() for index in batches]
+        kept = self._kept or {}
+        with self.workers.ahead([self._job(i) for i in asked if i and self._key(i) not in kept]):
+            yield
+
+    def close(self) -> None:
+        if self.workers is not None:
+            self.workers.close()
+
+    def _read(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        job = self._job(indices)
+        taken = None if self.workers is None else self.workers.take(job)
+        x, y, c = self._checked(self.collated(*job) if taken is None else taken[0], indices)
         require_finite(x, self.name, "input", indices)
         require_finite(y, self.name, "target", indices)
         self._compare(x, y, c, indices)
@@ -369,22 +366,25 @@ class _Fetched(Samples):
 
 
 def _from_dataset(
-    dataset: Any,
-    collate: Any,
-    name: str,
+    collated: Collated,
     device: torch.device,
     dtype: torch.dtype,
     drawn: Tensor | None = None,
+    loader: Any = None,
 ) -> Samples:
-    plain = type(dataset) is TensorDataset and collate is default_collate
+    """Those of a dataset; loader: the DataLoader that it came with, drawn: `drawn_with` of it."""
+    dataset = collated.dataset
+    plain = type(dataset) is TensorDataset and collated.collate is default_collate
     if plain and len(dataset.tensors) in (2, 3):
-        return _Arrays(dataset.tensors, name, device, dtype, drawn)
-    return _Fetched(dataset, collate, name, device, dtype, drawn)
+        return _Arrays(dataset.tensors, collated.name, device, dtype, drawn)
+    parallel = getattr(loader, "num_workers", 0) > 0
+    workers = Workers(collated, loader, device) if parallel else None
+    return _Fetched(collated, device, dtype, drawn, workers)
 
 
 def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
-    """A DataLoader's samples, collate function and batch size; the order stays the Trainer's."""
-    dataset, collate = loader.dataset, loader.collate_fn
+    """A DataLoader's samples, collate function, workers and batch size; the order stays ours."""
+    dataset = loader.dataset
     if isinstance(dataset, IterableDataset) or not is_map_style(dataset):
         raise ValueError(f"{name}: expected a loader over a map-style dataset")
     part, drawn = chosen(loader, name), drawn_with(loader, name, dtype)
@@ -392,8 +392,8 @@ def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtyp
         dataset = TensorDataset(*(tensor[part] for tensor in dataset.tensors))
     elif part is not None:
         dataset = Subset(dataset, part)
-    samples = _from_dataset(dataset, collate, name, device, dtype, drawn)
-    if not isinstance(samples, _Arrays):
-        tell_ignored(loader, name)
+    collated = Collated(dataset, loader.collate_fn, name)
+    samples = _from_dataset(collated, device, dtype, drawn, loader)
     samples.batch_size, samples.drawn = batching(loader)[1], drawn
+    samples.not_used = not_used(loader, name, device, arrays=isinstance(samples, _Arrays))
     return samples

@@ -86,9 +86,10 @@ def agreement(
     held = -(-batch_size // accumulate)
     first: list[_Block] = []  # of max(sizes) samples
     with _other_last_layer(network), untouched(network.model), _state_kept(network.model):
-        for number, (start, end) in enumerate(samples.batches(BATCH)):
+        batches = samples.batches(BATCH)
+        for number, (x, _) in enumerate(samples.visit(batches)):
+            start, end = batches[number]
             index = torch.arange(start, end, device="cpu")
-            x, _ = samples.fetch(index, augmented=False)
             late = time.monotonic() - started > SECONDS
             if found.evidence or late:
                 continue

@@ -5,7 +5,8 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -214,24 +215,25 @@ class Features:
     def _computed(self, copies: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """The rows to keep and their targets, batch by batch."""
         function = self.network.backbone if self.mode == "backbone" else self.network.hidden
-        for job in self._jobs():
-            x, y = self._visit(job, copies)
-            counted = self.samples.counted(y)
-            yield function(x)[counted], y[counted]
+        for copy in range(self.copies):
+            with self._as_copy(copy, copies):
+                for x, y in self.samples.visit(self._batches(), augmented=True):
+                    counted = self.samples.counted(y)
+                    yield function(x)[counted], y[counted]
 
-    def _jobs(self) -> list[tuple[int, int, int]]:
-        """(copy, start, end) of the batches that fill the cache, some BATCH rows each."""
-        batches = self.samples.batches(max(1, BATCH // self.samples.each))
-        return [(copy, *batch) for copy in range(self.copies) for batch in batches]
+    def _batches(self) -> list[tuple[int, int]]:
+        """(start, end) of the batches that fill the cache, some BATCH rows each."""
+        return self.samples.batches(max(1, BATCH // self.samples.each))
 
-    def _visit(self, job: tuple[int, int, int], copies: int | None) -> tuple[Tensor, Tensor]:
-        copy, start, end = job
+    @contextmanager
+    def _as_copy(self, copy: int, copies: int | None) -> Iterator[None]:
+        """Within it the samples are those of this visit; copies: None where there is but one."""
         epoch = self.samples.epoch
-        if copies is not None:
-            self.samples.epoch = epoch + copy
-        x, y = self.samples.fetch(torch.arange(start, end, device="cpu"), augmented=True)
-        self.samples.epoch = epoch
-        return x, y
+        self.samples.epoch = epoch + (0 if copies is None else copy)
+        try:
+            yield
+        finally:
+            self.samples.epoch = epoch
 
     def _empty(self, rows: Tensor) -> Tensor:
         shape = (self.n, *rows.shape[1:])
@@ -256,8 +258,7 @@ class Features:
         Without copies: the inputs again.
         """
         done = 0
-        for job in self._jobs():
-            x, y = self._visit(job, None)
+        for x, y in self.samples.visit(self._batches(), augmented=True):
             places = torch.arange(len(y), device=y.device)[self.samples.counted(y)].cpu()
             rows = torch.arange(done, done + len(places), device="cpu")
             yield x, self.batch(rows)[0], places
@@ -300,15 +301,27 @@ class Features:
 
     def _recomputed(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """(h, y) of the rows `index`; of whole samples, as the model gives them."""
+        owners, rows = self._owners(index)
+        x, y = self.samples.fetch(owners)
+        if rows is None:
+            return self._hidden(x), y
+        rows = rows.to(y.device)
+        return self._hidden(x)[rows], y[rows]
+
+    def _owners(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The samples whose rows these are, and where among theirs; None: a row each."""
         samples, each = self.samples, self.samples.each
         if each == 1 and samples.kept is None:
-            x, y = samples.fetch(index)
-            return self._hidden(x), y
+            return index, None
         numbers = index if samples.kept is None else samples.kept[index]
         owners, place = (numbers // each).unique(return_inverse=True)
-        x, y = samples.fetch(owners)
-        rows = (place * each + numbers % each).to(y.device)
-        return self._hidden(x)[rows], y[rows]
+        return owners, place * each + numbers % each
+
+    def ahead(self, batches: Iterable[Tensor]) -> AbstractContextManager[None]:
+        """Within it `batch` is asked for these rows next, in this order."""
+        if self.stored is not None:
+            return nullcontext()
+        return self.samples.ahead(self._owners(index)[0] for index in batches)
 
     def _hidden(self, x: Tensor) -> Tensor:
         return self.network.hidden(x)

@@ -153,6 +153,7 @@ class RunFolder:
         found = {
             "sentence": None if result.minimum is None else str(result.minimum),
             "status": result.status,
+            "stopped": result.stopped,
             "divergence": result.divergence,
             "epochs_done": epochs_done,
             "final": result.final,

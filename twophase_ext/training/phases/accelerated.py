@@ -86,15 +86,14 @@ class AcceleratedPhase(MetricPhase):
         if self.run.train_features is None:  # resumed at its end
             self.fill_caches()
         found = self.bound(status, self._evaluate)
-        best = self.state.second.best
-        if best is not None and found.curve:
+        if (best := self.kept) is not None and found.curve:
             found.notes.append(f"the weights kept are those of epoch {best['epoch']}")
         return found
 
     @torch.no_grad()
     def _evaluate(self) -> Guarantee:
         known, side, context = self.state.second, self.metric(), self.context
-        last = math.inf if known.best is None else known.best["epoch"]
+        last = math.inf if self.kept is None else self.kept["epoch"]
         points = [Point(0, 0.0, 1.0, 0.0, 0.0, 0.0)]
         for row in known.points or []:
             if row["epoch"] <= last:  # of the weights that stay

@@ -5,7 +5,20 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ...core.seeds import stream_seed
+from ..distributed.ranks import Ranks
 from ..run import Run
+
+
+def own_part(index: Tensor, ranks: Ranks, least: int) -> tuple[Tensor, float, int]:
+    """(samples of the batch `index` that this rank takes, their share, rows of the shortest part).
+
+    A part has at least `least` samples; a rank for which none is left takes some with share 0.
+    """
+    b = len(index)
+    parts = max(1, min(ranks.size, b // least))
+    first, last = (-(-b * min(r, parts) // parts) for r in (ranks.rank, ranks.rank + 1))
+    rows = b // parts
+    return index[first:last] if last > first else index[:rows], (last - first) / b, rows
 
 
 class DataParallelStep:
@@ -50,12 +63,7 @@ class DataParallelStep:
     def __call__(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """One step on the samples `index`: (mean loss before it, correct), over the batch."""
         run, ranks = self.run, self.run.context.ranks
-        b = len(index)
-        parts = max(1, min(ranks.size, b // run.context.base_step.least))
-        first, last = (-(-b * min(r, parts) // parts) for r in (ranks.rank, ranks.rank + 1))
-        rows = b // parts  # of the shortest part
-        own = index[first:last] if last > first else index[:rows]
-        share = (last - first) / b
+        own, share, rows = own_part(index, ranks, run.context.base_step.least)
         x, y = run.context.train.fetch(own)
         self._seed(
             stream_seed(

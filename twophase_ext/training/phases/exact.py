@@ -8,7 +8,6 @@ rounded up, and compared with a lower bound of every objective:
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,8 +177,7 @@ class ExactPhase(MetricPhase):
             reached += f", proved to be at most {bound_text(gap, 3, upper=True)} above the least"
             reached += f" ({by})"
         found.notes.append(reached)
-        best: dict[str, Any] | None = known.best
-        if best is not None:
+        if (best := self.kept) is not None:
             found.notes.append(f"the weights kept are those of epoch {best['epoch']}")
         elif not gap <= settings.gap and known.iterate is not None:
             estimate = known.iterate["estimate"]

@@ -6,6 +6,7 @@ Over features that no longer change: many steps are one call.
 import math
 import time
 from contextlib import nullcontext
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,7 +54,9 @@ class LastLayer(SecondPhase):
         layer, loss = self.context.network.last.module, self.context.loss
         if self.context.ranks.size == 1:
             step = LastLayerStep(layer, loss, optimizer)
-            return self._steps(step, interrupt, order, offsets, rates)
+            bounds = pairwise(offsets[self.state.batch :])
+            with self.features.ahead(order[begin:end] for begin, end in bounds):
+                return self._steps(step, interrupt, order, offsets, rates)
         with OwnShard(layer, optimizer, self.context.ranks) as self.columns:
             return self._steps(
                 ShardedStep(layer, loss, optimizer), interrupt, order, offsets, rates

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...core.seeds import stream_seed
 from ...model.losses import CROSS_ENTROPY
 from ...theory.guarantee import Guarantee
+from ...theory.premises import UNCHECKED
 from ..control.interrupt import Interrupt
 from ..data.samples import BATCH
 from ..run import Run
@@ -92,7 +93,7 @@ class StochasticPhase(TheoremPhase):
         epochs = range(config.tau_epoch, state.epoch)
         rows = [state.second.first or {}, *(row for row in state.history if row["phase"] == 2)]
         measured = max(row["gradient_square"] for row in rows)
-        return self.bound(
+        found = self.bound(
             status,
             lambda: self.theorem_1(
                 steps=[steps * k for k in range(len(rows))],
@@ -101,3 +102,7 @@ class StochasticPhase(TheoremPhase):
                 gradient_bound=None if self.context.loss is CROSS_ENTROPY else measured,
             ),
         )
+        if self.run.stop is not None:  # an average over draws of which some stop earlier
+            row = ("a number of steps that no draw decides", UNCHECKED, f"ended by {self.run.stop}")
+            found.premises.append(row)
+        return found

@@ -19,6 +19,12 @@ class WatchedPhase(TheoremPhase):
             raise ValueError("early_stopping: expected validation data, fit(train, val), got none")
         self.early_stopping = early_stopping
 
+    @property
+    def kept(self) -> dict[str, Any] | None:
+        """Whose weights stay at the end of the phase; None where the last ones do."""
+        known, last = self.state.second, self.state.epoch == self.context.config.epochs
+        return known.best if last or known.ended is not None else None
+
     def look_back(self, record: dict[str, Any]) -> None:
         """Keep the best weights; at the end, put them back."""
         known = self.state.second

@@ -97,12 +97,14 @@ class ShardedFeatures(Features):
         ranks, network = self.ranks, self.network
         compact = self.mode == "backbone" or network.wide is not None
         function = network.backbone if compact else network.hidden
-        jobs: list[tuple[int, int, int]] = self._jobs()
+        jobs = [(copy, *batch) for copy in range(self.copies) for batch in self._batches()]
         like: list[tuple[torch.Size, torch.dtype]] | None = None
         for first in range(0, len(jobs), ranks.size):
             mine = None
             if first + ranks.rank < len(jobs):
-                x, y = self._visit(jobs[first + ranks.rank], copies)
+                copy, start, end = jobs[first + ranks.rank]
+                with self._as_copy(copy, copies):
+                    x, y = self.samples.fetch(torch.arange(start, end, device="cpu"))
                 mine = function(x), y
             if like is None:  # rank 0 always has the first batch
                 shapes = [] if mine is None else [(t.shape[1:], t.dtype) for t in mine]

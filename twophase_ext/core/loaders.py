@@ -1,6 +1,5 @@
 """What a DataLoader, of whatever library, says about the training data."""
 
-import warnings
 from collections.abc import Sized
 from typing import Any
 
@@ -9,20 +8,26 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     RandomSampler,
     SequentialSampler,
     WeightedRandomSampler,
 )
 
-from ...core.seeds import host_stream
-from .parts import sample_weights
+from .arrays import sample_weights
+from .seeds import host_stream
 
 
 def is_loader(source: Any) -> bool:
     """Whether it is a DataLoader, or wraps one as Lightning Fabric does."""
     parts = ("dataset", "sampler", "collate_fn", "batch_size")
     return isinstance(source, DataLoader) or all(hasattr(source, part) for part in parts)
+
+
+def is_dataset(source: Any) -> bool:
+    """Whether it is a Dataset of torch's or of Hugging Face's: no array, no list of samples."""
+    return isinstance(source, Dataset) or hasattr(source, "__getitems__")
 
 
 def is_map_style(dataset: Any) -> bool:
@@ -114,12 +119,23 @@ def _visits(sampler: Any) -> list[list[int]]:
     return visits
 
 
-def tell_ignored(loader: Any, name: str) -> None:
-    """Warn of what the loader asks for and does not get."""
-    workers = getattr(loader, "num_workers", 0)
-    if workers:
-        warnings.warn(
-            f"{name}: num_workers={workers} of the DataLoader is not used: samples are fetched in "
-            "this process. Where fetching is slow, pass tensors that are decoded once",
-            stacklevel=2,
-        )
+def not_used(loader: Any, name: str, device: torch.device, *, arrays: bool) -> list[str]:
+    """Arguments that the loader was given and that change nothing here, each with the reason.
+
+    name: the Trainer's argument. arrays: its samples are tensors in memory, of which batches are
+    taken at once.
+    """
+    sampler, _ = batching(loader)
+    batches = getattr(loader, "batch_sampler", None)
+    workers, found = getattr(loader, "num_workers", 0), []
+    if isinstance(sampler, SequentialSampler) and name == "train":
+        found.append("shuffle=False (training shuffles, by the Trainer's seed)")
+    if getattr(loader, "generator", None) is not None:
+        found.append("generator (the order comes from the Trainer's seed)")
+    if getattr(loader, "drop_last", False) or getattr(batches, "drop_last", False):
+        found.append("drop_last=True (no sample is dropped)")
+    if workers and arrays:
+        found.append(f"num_workers={workers} (its tensors are in memory already)")
+    if getattr(loader, "pin_memory", False) and device.type == "cuda" and (arrays or not workers):
+        found.append("pin_memory=True (without workers)")
+    return found
