@@ -26,6 +26,7 @@ from .metric import MetricPhase
 SCALES = [0.25 * 2 ** (k / 2) for k in range(16)]  # of logits that comparators aim at: 0.25 to 45
 SHARES = (1.0, 0.5, 0.25)  # of the way there
 STRETCHES = (0.5, 1.0, 1.5, 2.0, 4.0)  # of the last weights' displacement
+ESTIMATES = 2  # for each step made: less than that step costs
 Estimate = tuple[float, float, str, Callable[[], Tensor]]
 
 
@@ -99,8 +100,8 @@ class AcceleratedPhase(MetricPhase):
         for row in known.points or []:
             if row["epoch"] <= last:  # of the weights that stay
                 points.append(Point(**{k: v for k, v in row.items() if k != "epoch"}))
-        start = known.start or []
-        return accelerated_guarantee(
+        start, steps = known.start or [], points[-1].steps
+        found = accelerated_guarantee(
             self.blocks,
             start[0],
             start[1] if self.ones else self.fixed_bias(),
@@ -110,10 +111,13 @@ class AcceleratedPhase(MetricPhase):
             damping=side.damping,
             l2=self.l2,
             ones=self.ones,
-            estimates=self._estimates(side),
-            most=self._affordable(side, points[-1].steps),
+            estimates=self._estimates(side, ESTIMATES * steps),
+            most=self._affordable(side, steps),
             assumptions=[ARITHMETIC],
         )
+        if self.l2:  # at the weights that stay
+            found.constants["last_layer_gap"] = self.curved(self.look().gradient)
+        return found
 
     def _affordable(self, side: Side, steps: int) -> int:
         """Comparators whose evaluation, two passes each, costs less than the phase did."""
@@ -123,8 +127,8 @@ class AcceleratedPhase(MetricPhase):
         each = 8 * n * k * small if isinstance(side, SampleSide) else 4 * k * (n + p) * p
         return max(1, min(12, (factored + steps * each) // (12 * n * p * k)))
 
-    def _estimates(self, side: Side) -> Iterator[Estimate]:
-        """Comparators: towards the last weights, and towards outputs that the loss would like."""
+    def _estimates(self, side: Side, most: int) -> Iterator[Estimate]:
+        """Some `most` of them: the last weights, then towards outputs that the loss would like."""
         known, y = self.state.second, side.y
         if known.iterate is None:
             return
@@ -142,7 +146,8 @@ class AcceleratedPhase(MetricPhase):
                 for c in SCALES
                 for share in SHARES
             ]
-            yield from self._along(side, [side.towards(wish), back], aims)
+            fewer = max(1, len(aims) // max(1, most - len(STRETCHES)))
+            yield from self._along(side, [side.towards(wish), back], aims[::fewer])
         elif self.context.loss is SQUARED_ERROR:
             aims = [([share], f"{share:g} of the way to the targets") for share in SHARES]
             yield from self._along(side, [side.towards(y.double() - own)], aims)

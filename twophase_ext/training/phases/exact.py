@@ -139,8 +139,10 @@ class ExactPhase(MetricPhase):
         )
         found = plus(value, -self.floor), value, f"L_floor = {self.floor:.6g}, over all weights"
         if self.l2:
-            curved = gradient * gradient / (2 * self.l2) * (1 + 1e-9)
-            found = min(found, (curved, value, f"strong convexity, l2 = {self.l2:g}, last layer"))
+            found = min(
+                found,
+                (self.curved(gradient), value, f"strong convexity, l2 = {self.l2:g}, last layer"),
+            )
         return found
 
     def guarantee(self, status: str) -> Guarantee:
@@ -154,7 +156,8 @@ class ExactPhase(MetricPhase):
     @torch.no_grad()
     def _evaluate(self) -> Guarantee:
         known, loss, settings = self.state.second, self.context.loss, self.settings
-        gap, value, by = self.gap(self.look().gradient)
+        gradient = self.look().gradient
+        gap, value, by = self.gap(gradient)
         found = Guarantee(mode="exact", assumptions=[ARITHMETIC])
         if not loss.known:
             found.assumptions.append(
@@ -163,6 +166,8 @@ class ExactPhase(MetricPhase):
         if loss not in (CROSS_ENTROPY, SQUARED_ERROR):
             found.assumptions.append(f"the evaluation of {loss.name} in float64: {ASSUMED}")
         found.constants = {"objective": value, "l2": self.l2, "asked": settings.gap}
+        if self.l2:
+            found.constants["last_layer_gap"] = self.curved(gradient)
         what = "objective" if self.l2 else "training loss"
         reached = f"the {what} is at most {bound_text(value, 6, upper=True)}"
         if math.isfinite(gap):

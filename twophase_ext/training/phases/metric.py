@@ -120,6 +120,10 @@ class MetricPhase(WatchedPhase):
             correct=correct,
         )
 
+    def curved(self, gradient: float) -> float:
+        """||grad||^2 / (2 l2), above objective - its least over the last layer; inf without l2."""
+        return gradient * gradient / (2 * self.l2) * (1 + 1e-9) if self.l2 else math.inf
+
     def note(self, look: Look) -> None:
         """What the epoch's row has: the loss at its end."""
         state, train, n = self.state, self.context.train.rows, self.metric().n
