@@ -42,24 +42,29 @@ class Problem:
                 p.copy_(torch.randn(p.shape, generator=g) / math.sqrt(m))
         self.ones = bias == "moves"
 
-    def side(self, damping=0.1):
+    def posed(self, damping=0.1):
         start = [self.layer.weight, *([self.layer.bias] if self.ones else [])]
-        ones = torch.ones(self.n, 1).double()
-        m = torch.cat([self.h.double(), *([ones] if self.ones else [])], 1)
+        m = self.rows()
         smoothness = self.loss.smoothness / self.n * float(torch.linalg.matrix_norm(m, 2) ** 2)
         norms = (self.h.double().square().sum(1) + 1).sqrt()
-        return made(
-            metric.Problem(
-                Rows(self.h, self.y),
-                start,
-                self.layer,
-                self.loss,
-                norms,
-                smoothness * (1 + 1e-9),
-                damping,
-                self.l2,
-            )
+        return metric.Problem(
+            Rows(self.h, self.y),
+            start,
+            self.layer,
+            self.loss,
+            norms,
+            smoothness * (1 + 1e-9),
+            damping,
+            self.l2,
         )
+
+    def side(self, damping=0.1):
+        return made(self.posed(damping))
+
+    def rows(self):
+        """M."""
+        ones = torch.ones(self.n, 1).double()
+        return torch.cat([self.h.double(), *([ones] if self.ones else [])], 1)
 
     def start(self):
         """[W, b] at tau, or W."""
@@ -81,11 +86,12 @@ CASES = [
 ]
 
 
-def reference(problem, side, steps):
+def reference(problem, side, steps, h=None):
     """The method written out, in dense float64 algebra: the displacements x_1, x_2, ..."""
-    m, n = problem.h.double(), problem.n
-    m = torch.cat([m, torch.ones(n, 1).double()], 1) if problem.ones else m
-    if side.factor is None:
+    m, n = problem.rows(), problem.n
+    if h is not None:
+        pass
+    elif side.factor is None:
         h = side.damping * torch.eye(m.shape[1]).double()
     else:
         h = m.T @ m / n + side.damping * torch.eye(m.shape[1]).double()

@@ -21,6 +21,7 @@ from ..settings import AcceleratedDescent
 from ..steps.accelerated import Iterate, weight_of
 from ..steps.metric import Side
 from ..steps.sides import SampleSide
+from ..steps.sketch import SketchSide
 from .metric import MetricPhase
 
 SCALES = [0.25 * 2 ** (k / 2) for k in range(16)]  # of logits that comparators aim at: 0.25 to 45
@@ -114,6 +115,7 @@ class AcceleratedPhase(MetricPhase):
             estimates=self._estimates(side, ESTIMATES * steps),
             most=self._affordable(side, steps),
             assumptions=[ARITHMETIC],
+            norm2=side.squared_above if isinstance(side, SketchSide) else None,
         )
         if self.l2:  # at the weights that stay
             found.constants["last_layer_gap"] = self.curved(self.look().gradient)
@@ -125,6 +127,8 @@ class AcceleratedPhase(MetricPhase):
         small = n if isinstance(side, SampleSide) else p
         factored = 0 if self.damping is None else n * p * small + small**3 // 3
         each = 8 * n * k * small if isinstance(side, SampleSide) else 4 * k * (n + p) * p
+        if isinstance(side, SketchSide):
+            factored, each = 4 * n * p * side.rank, 6 * n * p * k
         return max(1, min(12, (factored + steps * each) // (12 * n * p * k)))
 
     def _estimates(self, side: Side, most: int) -> Iterator[Estimate]:
@@ -164,9 +168,8 @@ class AcceleratedPhase(MetricPhase):
             square = side.dot(at, at, image)
             value = float(self.context.loss(side.outputs_at(image), y))
             whole = float(side.moving.square().sum()) + 2 * side.dot(start, at, image) + square
-            distance = float(image[: side.n].square().sum()) / side.n + side.damping * square
             value += self.l2 / 2 * whole
-            yield value, distance, name, partial(_displacement, side, at)
+            yield value, side.squared(at, image), name, partial(_displacement, side, at)
 
 
 def _displacement(side: Side, at: Tensor) -> Tensor:
