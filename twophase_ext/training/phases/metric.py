@@ -82,7 +82,7 @@ class MetricPhase(WatchedPhase):
         if problem.damping is None or not rank:
             return None
         side = SketchSide(problem, rank, context.config.seed)
-        now = tensors_hash({"B": side.sketch, "mu": torch.tensor(side.remainder)})
+        now = tensors_hash({"B": side.sketch, "mu": torch.tensor(side.remainder, device="cpu")})
         if known.sketch and known.sketch["hash"] != now:
             known.unfixed = "the metric's sketch is another one than that of the checkpoint"
             warnings.warn(f"nothing is claimed: {known.unfixed}", stacklevel=2)

@@ -148,8 +148,8 @@ class Side:
             yield here, self.whole[here], self.y[here]
 
     def _made(self, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """`rows` in one buffer: fresh memory for each of them costs more than what is done to it."""
-        done, buffer = 0, torch.empty(0)
+        """`rows` in one buffer: fresh memory for each costs more than what is done to it."""
+        done, buffer = 0, torch.empty(0, device="cpu")
         for h, y in self.features.in_order(size):
             if len(buffer) < len(h):
                 buffer = h.new_empty(len(h), self.p, dtype=torch.float64)
