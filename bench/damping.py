@@ -4,8 +4,9 @@
 
 Softplus features (beta = 100, torch's default weights, seed 0) of the first n MNIST images
 (TWOPHASE_DATA), cross-entropy, the last layer from 0; every row is the method of "agd" to a loss of
-1e-3 or for so many steps, measured on the 10,000 test images. Writes OUT.json and OUT.svg, prints
-a table.
+1e-3 or for so many steps, measured on the 10,000 test images. Then the same with other widths, to
+the same training loss: where m_H is near n, the test loss without damping has its peak, the double
+descent of Belkin, Hsu, Ma & Mandal (2019). Writes OUT.json and OUT.svg, prints two tables.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from twophase_ext.training.steps.metric import Problem, Side
 from twophase_ext.training.steps.sides import made
 
 DAMPINGS = (0.0, 1e-3, 1e-2, 0.1, 1.0, 10.0, None)
+WIDTHS, WITH, ENOUGH = (250, 500, 1000, 1500, 2000, 2500, 3500, 5000, 8000), (0.0, 0.1), 150
 TARGET = 1e-3
 MEASURED = sorted({round(1.12**k) for k in range(80)})  # steps at which the test loss is measured
 
@@ -96,22 +98,49 @@ def run(train: Rows, test: Rows, damping: float | None, most: int) -> dict:
     return {"damping": damping, "curve": curve}
 
 
-def draw(runs: list[dict], stem: Path) -> None:
-    """Training and test loss by the steps made."""
+def by_width(n: int) -> list[dict]:
+    """The end of the way to the target, for widths and dampings."""
+    found = []
+    for width in WIDTHS:
+        train, test = problem(n, width)
+        for damping in WITH:
+            last = run(train, test, damping, ENOUGH)["curve"][-1]
+            found.append({"width": width, "damping": damping} | last)
+            print(
+                f"| {width} | {damping} | {last['steps']} | {last['train_loss']:.2e} "
+                f"| {last['test_loss']:.3g}, {100 * last['test_accuracy']:.1f} % |",
+                flush=True,
+            )
+    return found
+
+
+def draw(runs: list[dict], widths: list[dict], n: int, stem: Path) -> None:
+    """Training and test loss by the steps made; test loss at the target by width."""
     with mpl.rc_context(figures.STYLE):
-        figure = Figure(figsize=(7.6, 3.0), layout="constrained")
-        axes = figure.subplots(1, 2)
+        figure = Figure(figsize=(9.6, 3.0), layout="constrained")
+        axes = figure.subplots(1, 3)
         colours = mpl.colormaps["viridis"].resampled(len(runs))
         for k, found in enumerate(runs):
             name = "none (plain)" if found["damping"] is None else f"{found['damping']:g}"
             style = {"color": figures.BOUND, "ls": "--"} if found["damping"] is None else {}
             style = style or {"color": colours(k)}
             steps = [p["steps"] for p in found["curve"]]
-            for side, key in zip(axes, ("train_loss", "test_loss"), strict=True):
+            for side, key in zip(axes[:2], ("train_loss", "test_loss"), strict=True):
                 side.plot(steps, [p[key] for p in found["curve"]], label=name, **style)
         axes[0].set(xlabel="steps", ylabel="training loss", xscale="log", yscale="log")
         axes[1].set(xlabel="steps", ylabel="test loss", xscale="log", yscale="log")
         axes[1].legend(title="damping", frameon=False, fontsize=7, title_fontsize=7)
+        for damping in WITH:
+            points = [(p["width"], p["test_loss"]) for p in widths if p["damping"] == damping]
+            colour = colours(DAMPINGS.index(damping))
+            axes[2].plot(*zip(*points, strict=True), "o-", ms=3, color=colour, label=f"{damping:g}")
+        axes[2].axvline(n, color=figures.GREY, lw=0.8, ls=":")
+        axes[2].annotate(" m_H = n", (n, 0.93), xycoords=("data", "axes fraction"), fontsize=8)
+        axes[2].set(xlabel="m_H", ylabel="test loss at 1e-3", xscale="log", yscale="log")
+        ticks = (250, 500, 1000, 2000, 8000)
+        axes[2].set_xticks(ticks, [f"{width:,}" for width in ticks])
+        axes[2].minorticks_off()
+        axes[2].legend(title="damping", frameon=False, fontsize=7, title_fontsize=7)
         figures.save(figure, stem)
 
 
@@ -137,9 +166,13 @@ def main() -> int:
         )
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     environment = environment_of_run(torch.device("cpu"), 0)
-    kept = {"options": settings, "environment": environment, "runs": runs}
+    print(
+        "\n| m_H | damping | steps | training loss | test loss, accuracy |\n|---|---|---|---|---|"
+    )
+    widths = by_width(options.n)
+    kept = {"options": settings, "environment": environment, "runs": runs, "widths": widths}
     write_json(options.out.with_suffix(".json"), kept)
-    draw(runs, options.out)
+    draw(runs, widths, options.n, options.out)
     return 0
 
 

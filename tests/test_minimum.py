@@ -109,12 +109,21 @@ def test_a_declared_loss_costs_no_minimisations(least):
         assert "how low mine could be is not known" in text and "at most" not in text
 
 
-def test_under_l2_the_gap_of_the_last_layer_bounds_what_newton_still_gains():
+@pytest.mark.parametrize(
+    ("mode", "settings"),
+    [
+        ("gd", {"steps": 40}),
+        ("agd", {"steps": 2}),
+        ("agd", {"steps": 1, "early_stopping": 3}),
+        ("exact", {"steps": 4, "gap": 1e-12}),
+    ],
+)
+def test_under_l2_the_gap_of_the_last_layer_bounds_what_newton_still_gains(mode, settings):
     x, y = toy_data()
     l2 = 0.05
     model = toy_mlp(dtype=torch.float64)
-    gd = {"steps": 40, "l2": l2}
-    result = quiet(model, second_phase="gd", gd=gd, precision="float64").fit((x, y))
+    run = {"second_phase": mode, mode: settings | {"l2": l2}, "precision": "float64"}
+    result = quiet(model, **run).fit((x, y), toy_data(seed=9))
     with torch.no_grad():
         h = model[:-1](x.double())
     m = torch.cat([h, torch.ones(len(h), 1, dtype=torch.float64)], 1)
@@ -132,7 +141,9 @@ def test_under_l2_the_gap_of_the_last_layer_bounds_what_newton_still_gains():
         )
     gap = float(objective(w) - objective(v))
     found = result.minimum.last_layer
+    assert gap > 1e-14 or mode != "exact"
     assert gap <= found <= 100 * gap + 1e-12
+    assert result.guarantee.constants["last_layer_gap"] == found
     assert "above its minimum over the last layer (strong convexity" in str(result.minimum)
 
 
@@ -152,3 +163,32 @@ SENTENCES = {
 def test_sentences(case):
     found, text = SENTENCES[case]
     assert text in str(found)
+
+
+def test_a_collapsed_network_is_told_so(tmp_path):
+    x, y = toy_data()
+
+    dead, flat = toy_mlp(), toy_mlp()
+    with torch.no_grad():
+        dead[2].bias.fill_(-1e4)
+        flat[2].weight.zero_()
+    sgd = {"second_phase": "none", "optimizer": lambda p: torch.optim.SGD(p, lr=1e-30)}
+    for model, settings, why in (
+        (dead, {"second_phase": "gd"}, "all hidden features are 0 (dead units)"),
+        (flat, sgd, "as the hidden features are"),
+    ):
+        result = quiet(model, tmp_path / why[:3], **settings).fit((x, y))
+        said = f"{result.minimum.collapse}."
+        assert (
+            said.startswith("it has collapsed: its outputs are the same for every") and why in said
+        )
+        assert str(result.minimum).endswith(said)
+        assert tp.load_run(tmp_path / why[:3]).minimum == result.minimum
+    result = quiet(toy_mlp()).fit((x, y))
+    assert result.minimum.collapse == "" and "collapsed" not in str(result)
+    model = toy_mlp()
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)  # outputs that hardly differ are no collapse
+    trained = quiet(model, second_phase="none", optimizer=lambda p: torch.optim.SGD(p, lr=1e-9))
+    assert trained.fit((x, y)).minimum.collapse == ""
+    assert quiet(toy_mlp()).fit((x[:1].repeat(8, 1), y[:8])).minimum.collapse == ""

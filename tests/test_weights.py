@@ -16,6 +16,8 @@ from helpers import bits, quiet, same_bits, toy_data, toy_mlp
 from twophase_ext.model.losses import counting, objective, resolve_loss, weighted
 from twophase_ext.model.weighted import packed
 from twophase_ext.theory.accelerated import distance2
+from twophase_ext.training.steps import metric as rows_of_m
+from twophase_ext.training.steps import sides
 from twophase_ext.training.steps.metric import Problem
 from twophase_ext.training.steps.sides import made
 
@@ -169,23 +171,29 @@ def test_exact_against_scikit_learn(loss, width):
 
 
 @pytest.mark.parametrize("width", [12, 80])
-@pytest.mark.parametrize("ones", [True, False])
-def test_the_metric_bounds_the_hessian_of_the_weighted_loss(width, ones):
-    """L_ell H - Hessian >= 0, tightly; ||.||_H as it is defined."""
+@pytest.mark.parametrize("bias", ["moves", "none", "fixed"])
+def test_the_metric_bounds_the_hessian_of_the_weighted_loss(width, bias, monkeypatch):
+    """L_ell H - Hessian >= 0, tightly; ||.||_H as it is defined; M in parts."""
+    monkeypatch.setattr(rows_of_m, "PANEL", 0)
+    for module in (rows_of_m, sides):
+        monkeypatch.setattr(module, "BATCH", 7)
     model = toy_mlp(width=width, dtype=torch.float64)
-    model[-1] = nn.Linear(width, 3, bias=ones).double()
+    model[-1] = nn.Linear(width, 3, bias=bias != "none").double()
+    ones, fixed = bias == "moves", model[-1].bias.detach() if bias == "fixed" else 0.0
     c = torch.logspace(-3, 1, 48, dtype=torch.float64)
     cache = tp.FeatureCache(model.eval(), (X, Y, c))
-    start = [p.detach() for p in model[-1].parameters()]
+    start = [p.detach() for p in model[-1].parameters()][: 1 + ones]
     h, y = next(cache.in_order(48))
     m = torch.cat([h, torch.ones(48, 1)], 1) if ones else h
     problem = Problem(cache, start, model[-1], cache.loss, m.norm(dim=1), 1.0, 0.1)
     side = made(problem)
-    scaled = m * (c / c.max()).sqrt()[:, None]
+    scale = (c / c.max()).sqrt()[:, None]
+    scaled = m * scale
     metric = scaled.T @ scaled / 48 + side.damping * torch.eye(m.shape[1])
 
     def value(w):
-        return (c * nn.functional.cross_entropy(m @ w.view(3, -1).T, Y, reduction="none")).sum()
+        outputs = m @ w.view(3, -1).T + fixed
+        return (c * nn.functional.cross_entropy(outputs, Y, reduction="none")).sum()
 
     at = torch.zeros(3 * m.shape[1], dtype=torch.float64)
     hessian = torch.autograd.functional.hessian(lambda w: value(w) / c.sum(), at)
@@ -201,7 +209,7 @@ def test_the_metric_bounds_the_hessian_of_the_weighted_loss(width, ones):
     assert torch.allclose(image[:48], scaled @ d.T)
     outputs = side.outputs_at(image)
     there = torch.cat([p.view(3, -1) for p in start], 1) + d
-    assert torch.allclose(outputs, scaled @ there.T)
+    assert torch.allclose(outputs, scaled @ there.T + scale * fixed)
     assert float(side.loss(outputs, y)) == pytest.approx(float(value(there) / c.sum()))
 
 

@@ -87,13 +87,15 @@ def accelerated_guarantee(
     estimates: Iterable[tuple[float, float, str, Callable[[], Tensor]]],
     most: int,
     assumptions: Sequence[str],
+    norm2: Callable[[Tensor], float] | None = None,
 ) -> Guarantee:
     """The bound at the points, the least over comparators.
 
     blocks: starts a pass over (h [b, m], targets). weight [k, m], bias [k]: w^tau; ones: whether
     the bias moves. damping: lambda, l2 / L_ell included. estimates: (L(v), R_v^2, name, a function
     that returns v - w^tau [k, p]) of comparators, not rounded: at most `most` of those that are
-    best somewhere are evaluated, in float64 and rounded up, and so is w^tau.
+    best somewhere are evaluated, in float64 and rounded up, and so is w^tau. norm2: ||D||_H^2 of a
+    D [k, p], rounded up, of another H than M^T M / n + lambda I.
     """
     result = Guarantee(mode=mode, assumptions=list(assumptions))
     if not loss.known:
@@ -122,7 +124,8 @@ def accelerated_guarantee(
         back = [v - w] if c is None or b is None or not ones else [v - w, (c - b)[:, None]]
         moved = torch.cat(back, 1)  # of the very v that is evaluated, a rounding apart
         value = last_layer_objective(blocks, v, c, loss, l2, ones)
-        family.append((value, distance2(blocks, moved, damping, ones, loss) * (1 + 8 * U), name))
+        square = norm2(moved) if norm2 else distance2(blocks, moved, damping, ones, loss)
+        family.append((value, square * (1 + 8 * U), name))
     start = family[0][0]
     for point in points:
         row = {"steps": point.steps, "bound": start, "comparator": "w^tau", "loss": start}

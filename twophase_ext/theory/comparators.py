@@ -105,8 +105,7 @@ def comparators(
     rows or columns the ridge family is searched by one eigendecomposition of M M^T or M^T M, and
     the v that is best for some f is evaluated; beyond, and for a loss of the user's own, the
     candidates are all.
-    passes: over the samples in float64 that all of this may cost; w^tau and each candidate itself
-    come first, whatever it is.
+    passes: over the samples in float64 that all of this may cost; w^tau, the first, always one.
     """
     w, b = weight.double(), None if bias is None else bias.double()
 
@@ -123,15 +122,15 @@ def comparators(
     found = [evaluated("w^tau", torch.zeros_like(w), None)]
     for stretch in STRETCHES:
         for name, other, *rest in candidates:
-            if stretch != 1 and len(found) >= passes:
+            if len(found) >= passes:
                 break
             by_weight = other.double() - w
             by_bias = rest[0].double() - b if rest and rest[0] is not None and ones else None
             title = name if stretch == 1 else f"{name}, {stretch:g} times as far"
             moved = None if by_bias is None else stretch * by_bias
             found.append(evaluated(title, stretch * by_weight, moved))
-    if loss in (CROSS_ENTROPY, SQUARED_ERROR):
-        left = passes - len(found)
+    left = passes - len(found)
+    if left > 0 and loss in (CROSS_ENTROPY, SQUARED_ERROR):
         for name, displacement in _ridge(blocks, w, b, loss, l2, ones, distances, left):
             by_bias = displacement[:, -1] if ones else None
             found.append(evaluated(name, displacement[:, : w.shape[1]], by_bias))

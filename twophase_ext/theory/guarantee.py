@@ -324,7 +324,8 @@ def _checked(blocks: Blocks, weight: Tensor, bias: Tensor | None, loss: ConvexLo
                 f"weight: expected [k, m] beside features [n, m], got {list(weight.shape)} beside "
                 f"{list(h.shape)}"
             )
-        if not bool(torch.isfinite(h).all()):
+        # NaN passes through both; one pass, where isfinite makes a copy
+        if h.numel() and not all(bool(torch.isfinite(end)) for end in h.aminmax()):
             raise ValueError("features: expected finite numbers, got NaN or infinity")
         if len(targets) != len(h):
             raise ValueError(f"features: {len(h)} rows do not fit {len(targets)} targets")

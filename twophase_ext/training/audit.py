@@ -235,6 +235,9 @@ def _metric(settings: AcceleratedDescent, known: PhaseState) -> Premise:
     if settings.damping is None:
         return name, HELD, f"H = L_H / L_ell I, L_H = {known.smoothness:.6g}, accelerated"
     shown = "" if settings.l2 == 0 else f", l2 = {settings.l2:g} included"
+    if known.sketch:
+        sketch = f"H is a sketch of rank {known.sketch['rank']} + mu I{shown}"
+        return name, HELD, f"{sketch}: along every step, what is missing counts in the bound"
     shown = f"{settings.damping:g} mean eigenvalues{shown}"
     return name, HELD, f"H = M^T M / n + lambda I, lambda = {shown}, accelerated"
 

@@ -10,6 +10,7 @@ from ..linalg.bounds import bound_text, plus
 from ..model.network import Network
 from ..theory.floor import LossFloor, floor_of
 from ..theory.guarantee import MEASURED
+from .collapse import collapse
 from .data.samples import Samples
 
 PROVED, CONDITIONAL, FAILED = "proved", "if the expressivity condition holds", "failed"
@@ -24,7 +25,7 @@ class Minimum:
     the expressivity condition holds"; or "failed", where no weights of its last layer reach the
     floor. gap: loss - floor.lower, rounded up, with the loss's own rounding in `eps`. last_layer:
     under an L2 term of the last layer an upper bound of objective - its minimum over the last
-    layer, from the measured gradient.
+    layer, from the measured gradient. collapse: "" unless the outputs are the same for all inputs.
     """
 
     loss: float | None
@@ -32,6 +33,7 @@ class Minimum:
     condition: str
     eps: float
     last_layer: float | None = None
+    collapse: str = ""
 
     @property
     def gap(self) -> float | None:
@@ -71,7 +73,7 @@ class Minimum:
                 f"{bound_text(self.last_layer, 3, upper=True)} above its minimum over the last "
                 "layer (strong convexity, by the measured gradient)"
             )
-        return f"{text}."
+        return f"{text}; {self.collapse}." if self.collapse else f"{text}."
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -82,6 +84,7 @@ class Minimum:
             "gap": self.gap,
             "eps": self.eps,
             "last_layer": self.last_layer,
+            "collapse": self.collapse,
         }
 
     @classmethod
@@ -90,8 +93,8 @@ class Minimum:
         if not fields:
             return None
         floor = None if fields["floor"] is None else LossFloor(**fields["floor"])
-        known = (fields[key] for key in ("condition", "eps", "last_layer"))
-        return cls(fields["loss"], floor, *known)
+        known = [fields[key] for key in ("condition", "eps", "last_layer")]
+        return cls(fields["loss"], floor, *known, *[fields.get("collapse", "")])
 
 
 def minimum(
@@ -116,4 +119,5 @@ def minimum(
         condition,
         float(torch.finfo(train.dtype).eps),
         constants.get("last_layer_gap"),
+        "" if loss is None else collapse(network, train),
     )

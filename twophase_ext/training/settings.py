@@ -78,7 +78,8 @@ class AcceleratedDescent(Settings):
 
     H = M^T M / n + lambda I; damping: lambda in mean eigenvalues, trace(M^T M) / (n min(n, p)), p
     the columns of M = [h_X, 1], >= 0. Smaller is faster, and with p near n generalises worse
-    (docs/second-phase.md). None: H = L_H / L_ell I, the plain method, without a factorization.
+    (docs/second-phase.md). Where neither side of M fits into memory, H is a sketch. None:
+    H = L_H / L_ell I, the plain method, without a factorization.
     l2: adds (l2 / 2) ||w||^2 of the last layer to the objective. steps: an epoch, each a pass over
     the features or a product with M M^T, whichever is smaller. early_stopping: epochs of the second
     phase without a lower validation loss after which it ends; the weights of the lowest are kept.

@@ -24,7 +24,8 @@ class PhaseState:
     objective at the epoch's start; objective, at the last step; rise, what rounding explains of
     the next one. Of "sgd": first, objective and gradient_square at tau. Of "agd": iterate, the
     fields of an `Iterate`; points, those of a `Point` at the end of each epoch. Of "exact":
-    iterate, the coordinates x and an estimate of the gap. Of both: best, where the validation loss
+    iterate, the coordinates x and an estimate of the gap. Of both: sketch, {"rank", "hash"} where
+    the metric is one; best, where the validation loss
     was lowest, {"loss", "epoch", "weights"}; ended, why the phase came to its end early.
     """
 
@@ -40,6 +41,7 @@ class PhaseState:
     first: dict[str, float] | None = None
     iterate: dict[str, Any] | None = None
     points: list[dict[str, Any]] | None = None
+    sketch: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
     ended: str | None = None
 

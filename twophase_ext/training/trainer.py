@@ -274,7 +274,6 @@ class Trainer:
         path = None if context.folder is None else context.folder.path
         reported = context.ranks.broadcast_object(lambda: (state.history, state.timings, path))
         state.history, state.timings, folder = reported
-        constants: dict[str, float] = getattr(found, "constants", {})
         result = Result(
             model=self.model,
             history=state.history,
@@ -291,7 +290,7 @@ class Trainer:
             minimum=minimum(
                 *(context.network, context.train, final.get("train_loss")),
                 None if loop.run.unfixed else state.verdict,  # is about other features then
-                constants,
+                getattr(found, "constants", {}),
             ),
             loss=self.loss,
             last_layer=context.network.last.name,

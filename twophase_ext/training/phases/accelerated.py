@@ -21,11 +21,13 @@ from ..settings import AcceleratedDescent
 from ..steps.accelerated import Iterate, weight_of
 from ..steps.metric import Side
 from ..steps.sides import SampleSide
+from ..steps.sketch import SketchSide
 from .metric import MetricPhase
 
 SCALES = [0.25 * 2 ** (k / 2) for k in range(16)]  # of logits that comparators aim at: 0.25 to 45
 SHARES = (1.0, 0.5, 0.25)  # of the way there
 STRETCHES = (0.5, 1.0, 1.5, 2.0, 4.0)  # of the last weights' displacement
+ESTIMATES = 2  # for each step made: less than that step costs
 Estimate = tuple[float, float, str, Callable[[], Tensor]]
 
 
@@ -98,8 +100,8 @@ class AcceleratedPhase(MetricPhase):
         for row in known.points or []:
             if row["epoch"] <= last:  # of the weights that stay
                 points.append(Point(**{k: v for k, v in row.items() if k != "epoch"}))
-        start = known.start or []
-        return accelerated_guarantee(
+        start, steps = known.start or [], points[-1].steps
+        found = accelerated_guarantee(
             self.blocks,
             start[0],
             start[1] if self.ones else self.fixed_bias(),
@@ -109,10 +111,14 @@ class AcceleratedPhase(MetricPhase):
             damping=side.damping,
             l2=self.l2,
             ones=self.ones,
-            estimates=self._estimates(side),
-            most=self._affordable(side, points[-1].steps),
+            estimates=self._estimates(side, ESTIMATES * steps),
+            most=self._affordable(side, steps),
             assumptions=[ARITHMETIC],
+            norm2=side.squared_above if isinstance(side, SketchSide) else None,
         )
+        if self.l2:  # at the weights that stay
+            found.constants["last_layer_gap"] = self.curved(self.look().gradient)
+        return found
 
     def _affordable(self, side: Side, steps: int) -> int:
         """Comparators whose evaluation, two passes each, costs less than the phase did."""
@@ -120,10 +126,12 @@ class AcceleratedPhase(MetricPhase):
         small = n if isinstance(side, SampleSide) else p
         factored = 0 if self.damping is None else n * p * small + small**3 // 3
         each = 8 * n * k * small if isinstance(side, SampleSide) else 4 * k * (n + p) * p
+        if isinstance(side, SketchSide):
+            factored, each = 4 * n * p * side.rank, 6 * n * p * k
         return max(1, min(12, (factored + steps * each) // (12 * n * p * k)))
 
-    def _estimates(self, side: Side) -> Iterator[Estimate]:
-        """Comparators: towards the last weights, and towards outputs that the loss would like."""
+    def _estimates(self, side: Side, most: int) -> Iterator[Estimate]:
+        """Some `most` of them: the last weights, then towards outputs that the loss would like."""
         known = self.state.second
         if known.iterate is None:
             return
@@ -144,7 +152,8 @@ class AcceleratedPhase(MetricPhase):
                 for c in SCALES
                 for share in SHARES
             ]
-            yield from self._along(side, [side.towards(wish), back], aims)
+            fewer = max(1, len(aims) // max(1, most - len(STRETCHES)))
+            yield from self._along(side, [side.towards(wish), back], aims[::fewer])
         elif isinstance(loss, SquaresLoss):
             aims = [([share], f"{share:g} of the way to the targets") for share in SHARES]
             yield from self._along(side, [side.towards(y.double() * by - own)], aims)
@@ -161,9 +170,8 @@ class AcceleratedPhase(MetricPhase):
             square = side.dot(at, at, image)
             value = float(side.loss(side.outputs_at(image), y))
             whole = float(side.moving.square().sum()) + 2 * side.dot(start, at, image) + square
-            distance = float(image[: side.n].square().sum()) / side.n + side.damping * square
             value += self.l2 / 2 * whole
-            yield value, distance, name, partial(_displacement, side, at)
+            yield value, side.squared(at, image), name, partial(_displacement, side, at)
 
 
 def _displacement(side: Side, at: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class ExactPhase(MetricPhase):
             m[here] = rows
             scale, aims = side.scale(y), split(self.context.loss, y)[0].double()
             targets.append(aims if scale is None else aims * scale[:, None])
-        wish = torch.cat(targets) - side.logits(m, side.moving)
+        wish = torch.cat(targets) - side.logits(m, side.moving, side.y)
         found, correction = least_squares(m, wish)
         return found, correction / side.n * side.curvature / 2
 
@@ -142,10 +142,6 @@ class ExactPhase(MetricPhase):
             curved = self.curved(gradient)
             found = min(found, (curved, value, f"strong convexity, l2 = {self.l2:g}, last layer"))
         return found
-
-    def curved(self, gradient: float) -> float:
-        """An upper bound of objective - its minimum over the last layer, by strong convexity."""
-        return gradient * gradient / (2 * self.l2) * (1 + 1e-9)
 
     def guarantee(self, status: str) -> Guarantee:
         """The audit, and how far the weights are from the minimum."""

@@ -1,16 +1,19 @@
 """What "agd" and "exact" share: the metric of the features, weights from coordinates, a look."""
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...core.hashing import tensors_hash
 from ...linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
 from ...theory.guarantee import smoothness
 from ..faults import Stopped
-from ..steps.metric import Problem, Side, check_room, slopes
+from ..steps.metric import Problem, Side, slopes
 from ..steps.sides import made
+from ..steps.sketch import SketchSide, planned
 from .watched import WatchedPhase
 
 
@@ -35,13 +38,14 @@ class MetricPhase(WatchedPhase):
     side: Side | None = None
     l2: float = 0.0
     damping: float | None = None
+    rank: int = 0
 
     def check_room(self) -> None:
-        """ValueError where the metric does not fit into memory."""
-        context = self.context
+        """Plan the metric: factored where it fits into memory, else sketched; else ValueError."""
+        context, network = self.context, self.context.network
         n = context.train.rows * (context.config.augment_copies or 1)
-        width = context.network.width + 1
-        check_room(n, width, context.device, context.config.second_phase)
+        name, p = context.config.second_phase, network.width + 1
+        self.rank = planned(n, p, network.outputs, context.device, name)
 
     def smoothness(self) -> float:
         """L_H without l2; where the metric is factored, which makes no use of it, in one pass."""
@@ -66,9 +70,28 @@ class MetricPhase(WatchedPhase):
         )
         with self.run.timed("factorization"), torch.no_grad():
             try:
-                self.side = made(problem)
+                self.side = self._sketched(problem) or made(problem)
             except ValueError as error:
                 raise Stopped(str(error)) from error
+
+    def _sketched(self, problem: Problem) -> Side | None:
+        """The sketch, where one is planned or was begun with; the very same one, or no claim."""
+        known, context = self.state.second, self.context
+        begun = known.iterate is not None
+        rank = known.sketch["rank"] if known.sketch else 0 if begun else self.rank
+        if problem.damping is None or not rank:
+            return None
+        side = SketchSide(problem, rank, context.config.seed)
+        now = tensors_hash({"B": side.sketch, "mu": torch.tensor(side.remainder, device="cpu")})
+        if known.sketch and known.sketch["hash"] != now:
+            known.unfixed = "the metric's sketch is another one than that of the checkpoint"
+            warnings.warn(f"nothing is claimed: {known.unfixed}", stacklevel=2)
+        known.sketch = {"rank": rank, "hash": now}
+        context.progress.say(
+            f"epoch {self.state.epoch}: the {problem.features.n} x {side.p} matrix M is too large "
+            f"to be factored: its metric is a sketch of rank {rank} + {side.damping:.3g} I"
+        )
+        return side
 
     def metric(self) -> Side:
         """The side of M that steps are made on."""
@@ -100,7 +123,7 @@ class MetricPhase(WatchedPhase):
         total, squares, correct, rounding = 0.0, 0.0, 0, 0.0
         gradient = torch.zeros_like(weight)
         for _, m, y in side.rows():
-            outputs = side.logits(m, weight)
+            outputs = side.logits(m, weight, y)
             right = self.run.correct(outputs, y)
             correct += 0 if right is None else int(right)
             value, delta, error = slopes(side.loss, outputs, y)
@@ -119,6 +142,10 @@ class MetricPhase(WatchedPhase):
             gradient=(float(gradient.norm()) + root * of_delta + summed) * SLACK,
             correct=correct,
         )
+
+    def curved(self, gradient: float) -> float:
+        """||grad||^2 / (2 l2), above objective - its least over the last layer; inf without l2."""
+        return gradient * gradient / (2 * self.l2) * (1 + 1e-9) if self.l2 else math.inf
 
     def note(self, look: Look) -> None:
         """What the epoch's row has: the loss at its end."""

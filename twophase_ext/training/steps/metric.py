@@ -45,16 +45,9 @@ class Slope(NamedTuple):
     error: float
 
 
-def check_room(n: int, width: int, device: torch.device, name: str) -> None:
-    """ValueError where the smaller side's matrix and its factor do not fit into memory."""
-    side = min(n, width)
-    needed, there = 24 * side**2 + 2 * PANEL, int(SHARE * available_memory(device))
-    if needed > there:
-        raise ValueError(
-            f"second_phase: {name!r} factors the smaller side of M, {n} x {width}, in float64: "
-            f"3 x {side}^2 x 8 B and two panels, {needed / 2**30:.1f} GiB, where "
-            f"{there / 2**30:.1f} GiB can be had; second_phase='agd' with damping=None needs none"
-        )
+def room(n: int, p: int, device: torch.device) -> tuple[int, int]:
+    """Bytes that the smaller side's matrix, its factor and two panels take, and that are free."""
+    return 24 * min(n, p) ** 2 + 2 * PANEL, int(SHARE * available_memory(device))
 
 
 def slopes(
@@ -67,12 +60,13 @@ def slopes(
     """
     b, k = outputs.shape
     if loss is CROSS_ENTROPY:
-        logs = torch.log_softmax(outputs, 1)
-        value = -float(logs.gather(1, y[:, None]).sum())
+        # by columns: torch's softmax over a few neighbours is three times slower
+        logs = torch.log_softmax(outputs.T.contiguous(), 0)
+        value = -float(logs.gather(0, y[None]).sum())
         delta = logs.exp_()
-        delta[torch.arange(b, device=y.device), y] -= 1
+        delta[y, torch.arange(b, device=y.device)] -= 1
         unit = (8 * float(outputs.abs().max()) + 4 * k + 32) * U
-        return value, delta, unit * math.sqrt(b)
+        return value, delta.T, unit * math.sqrt(b)
     y = y.double() if y.is_floating_point() else y
     if loss is SQUARED_ERROR:
         delta = outputs - y
@@ -143,7 +137,7 @@ class Side:
         self.curvature = problem.loss.smoothness
         self.loss: ConvexLoss | ScaledLoss = problem.loss
         norms = problem.norms
-        if fixed is None and (scale := problem.loss.row_scale(self.y)) is not None:
+        if (scale := problem.loss.row_scale(self.y)) is not None:
             self.loss, norms = ScaledLoss(problem.loss), norms * scale.to(norms.device)
         self.trace = float(norms.square().sum()) * SLACK  # the one counts, fixed or not
         self.moving = torch.cat([part.view(self.k, -1) for part in start], 1)  # w^tau [k, p]
@@ -168,12 +162,27 @@ class Side:
         """Another lambda, in mean eigenvalues; ValueError where the factorization fails."""
         raise NotImplementedError
 
-    def rows(self, size: int = BATCH) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(which, rows of M in float64, targets) of all samples."""
-        done = 0
+    def rows(self, size: int | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(which, rows of M in float64, targets) of all samples; m until the next is asked for.
+
+        size: None is all at once where they take no more than a panel, else BATCH.
+        """
+        if 8 * self.n * self.p > PANEL:
+            yield from self._made(size or BATCH)
+            return
+        for start in range(0, self.n, size or self.n):
+            here = slice(start, min(start + (size or self.n), self.n))
+            yield here, self.whole[here], self.y[here]
+
+    def _made(self, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """`rows` in one buffer: fresh memory for each costs more than what is done to it."""
+        done, buffer = 0, torch.empty(0, device="cpu")
         for h, y in self.features.in_order(size):
-            m = h.new_ones(len(h), self.p, dtype=torch.float64)
+            if len(buffer) < len(h):
+                buffer = h.new_empty(len(h), self.p, dtype=torch.float64)
+            m = buffer[: len(h)]
             m[:, : h.shape[1]] = h
+            m[:, h.shape[1] :] = 1
             if (scale := self.scale(y)) is not None:
                 m *= scale[:, None]
             yield slice(done, done + len(h)), m, y
@@ -183,10 +192,21 @@ class Side:
         """sqrt(r_i) of the rows of M whose targets are y; None where there are none."""
         return self.loss.loss.row_scale(y) if isinstance(self.loss, ScaledLoss) else None
 
-    def logits(self, m: Tensor, weight: Tensor) -> Tensor:
+    @cached_property
+    def whole(self) -> Tensor:
+        """M in float64."""
+        return torch.cat([m.clone() for _, m, _ in self._made(BATCH)])
+
+    def logits(self, m: Tensor, weight: Tensor, y: Tensor) -> Tensor:
         """Outputs of rows of M for the moving part of a last layer, a fixed bias added."""
-        outputs = m @ weight.T
-        return outputs if self.fixed is None else outputs + self.fixed
+        return self.shifted(m @ weight.T, y)
+
+    def shifted(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Outputs with a fixed bias, sqrt(r_i) of it, where there is one; y: their targets."""
+        if self.fixed is None:
+            return outputs
+        scale = self.scale(y)
+        return outputs + (self.fixed if scale is None else scale[:, None] * self.fixed)
 
     @cached_property
     def y(self) -> Tensor:
@@ -225,6 +245,18 @@ class Side:
     def start_coordinates(self) -> Tensor:
         """The coordinates of the displacement w^tau."""
         raise NotImplementedError
+
+    def squared(self, at: Tensor, image: Tensor) -> float:
+        """||D||_H^2 of a displacement with its image, not rounded."""
+        whole = self.damping * self.dot(at, at, image)
+        return float(image[: self.n].square().sum()) / self.n + whole
+
+    def excess(self, step: Tensor, off: float) -> float:
+        """Bound of ||M D^T||^2 / n - ||D||_H^2, where positive, for a D within `off` of `step`.
+
+        off: a distance in ||.||_H and in ||M .^T|| / sqrt(n). 0 where H >= M^T M / n by definition.
+        """
+        return 0.0
 
     def image(self, at: Tensor) -> Tensor:
         """What `dot` takes of a displacement; the first n rows [n, k] are M D^T."""

@@ -58,9 +58,7 @@ class SampleSide(Side):
         n = self.n
         a, stretch = at[:-1], 1 + at[-1]
         own = self.outputs * stretch
-        outputs = own + self.gram @ a
-        if self.fixed is not None:
-            outputs += self.fixed
+        outputs = self.shifted(own + self.gram @ a, self.y)
         far, longest = float(a.norm()), float(stretch.abs().max())
         of_own = gamma(self.p + 2) * math.sqrt(self.trace) * self.length * longest
         off = (
@@ -129,8 +127,7 @@ class SampleSide(Side):
 
     def outputs_at(self, image: Tensor) -> Tensor:
         """As of Side."""
-        found = self.outputs + image[:-1]
-        return found if self.fixed is None else found + self.fixed
+        return self.shifted(self.outputs + image[:-1], self.y)
 
     def dot(self, first: Tensor, second: Tensor, image: Tensor) -> float:
         """As of Side."""
@@ -192,11 +189,11 @@ class FeatureSide(Side):
 
     def slope(self, at: Tensor) -> Slope:
         """As of Side."""
-        weight, total = self.moving + at.T, self.zeros()
+        weight, total = self.moving + at.T, torch.zeros_like(self.moving)
         value, squares, rounding = 0.0, 0.0, 0.0
         for _, m, y in self.rows():
-            part, delta, error = slopes(self.loss, self.logits(m, weight), y)
-            total.addmm_(m.T, delta)
+            part, delta, error = slopes(self.loss, self.logits(m, weight, y), y)
+            total.addmm_(delta.T, m)  # twice as fast as m^T delta
             value, squares, rounding = (
                 value + part,
                 squares + float(delta.square().sum()),
@@ -205,7 +202,7 @@ class FeatureSide(Side):
         n, root = self.n, math.sqrt(self.trace)
         total /= n
         if self.l2:
-            total += self.l2 * weight.T
+            total += self.l2 * weight
         far, length = float(at.norm()), float(weight.norm())
         deltas = math.sqrt(squares) / n
         off = gamma(self.p + 8) * root * (self.length + far + length)
@@ -213,7 +210,7 @@ class FeatureSide(Side):
         summed = gamma(n + 8) * root * deltas + 8 * UNIT_ROUNDOFF * self.l2 * (self.length + far)
         error = math.sqrt(n) * of_delta + summed / math.sqrt(self.damping)
         size = math.sqrt(n) * (deltas + of_delta) + self.l2 * length / math.sqrt(self.damping)
-        return Slope(value / n, total, size * SLACK, error * SLACK)
+        return Slope(value / n, total.T, size * SLACK, error * SLACK)
 
     def solve(self, rhs: Tensor) -> Tensor:
         """As of Side."""
@@ -234,10 +231,10 @@ class FeatureSide(Side):
 
     def towards(self, wish: Tensor) -> Tensor:
         """As of Side."""
-        total = self.zeros()
+        total = torch.zeros_like(self.moving)
         for here, m, _ in self.rows():
-            total.addmm_(m.T, wish[here])
-        return self.solve(total / self.n)
+            total.addmm_(wish[here].T, m)
+        return self.solve(total.T / self.n)
 
     def start_coordinates(self) -> Tensor:
         """As of Side."""
@@ -250,7 +247,7 @@ class FeatureSide(Side):
     @cached_property
     def outputs(self) -> Tensor:
         """Those of w^tau, a fixed bias included."""
-        return torch.cat([self.logits(m, self.moving) for _, m, _ in self.rows()])
+        return torch.cat([self.logits(m, self.moving, y) for _, m, y in self.rows()])
 
     def outputs_at(self, image: Tensor) -> Tensor:
         """As of Side."""
@@ -263,10 +260,10 @@ class FeatureSide(Side):
     def covector(self, outputs: Tensor, at: Tensor) -> tuple[float, Tensor]:
         """As of Side; g^T [p, k]."""
         value, delta, _ = slopes(self.loss, outputs, self.y)
-        total = self.zeros()
+        total = torch.zeros_like(self.moving)
         for here, m, _ in self.rows():
-            total.addmm_(m.T, delta[here])
-        return value / self.n, total.div_(self.n).add_(self.moving.T + at, alpha=self.l2)
+            total.addmm_(delta[here].T, m)
+        return value / self.n, total.div_(self.n).T.add(self.moving.T + at, alpha=self.l2)
 
     def pair(self, covector: Tensor, at: Tensor, image: Tensor) -> float:
         """As of Side."""
