@@ -135,11 +135,11 @@ def test_each_sample_is_fetched_once_more_than_needed(second_phase, verify):
     data, val = Given(), Given()
     model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), *toy_mlp())
     quiet(model, second_phase=second_phase, epochs=5, tau=3, verify=verify).fit(data, val)
-    # three epochs, features at tau, the check before; sixteen samples are looked at at once; where
-    # a bound is claimed, 1,024 samples more in the end
+    # three epochs, features at tau, the check before; sixteen samples are looked at at once, and
+    # eight in the end (collapse.py); where a bound is claimed, 1,024 samples more there
     for counts, last in ((data.count, second_phase != "base"), (val.count, False)):
         fetches = 5 + last
-        assert sum(counts.values()) <= fetches * 64 + 16 and min(counts.values()) == fetches
+        assert sum(counts.values()) <= fetches * 64 + 24 and min(counts.values()) == fetches
 
 
 def test_held_batches_are_not_fetched_twice_nor_written_to():

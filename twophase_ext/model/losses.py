@@ -202,7 +202,7 @@ def correct(loss: ConvexLoss, outputs: Tensor, y: Tensor) -> Tensor | None:
 
 def has_labels(loss: ConvexLoss, y: Tensor) -> bool:
     """Whether `correct` has an answer for these targets, as `over` was told them."""
-    return correct(loss, torch.empty(0, 1), y[:0]) is not None
+    return correct(loss, y.new_empty(0, 1, dtype=torch.float32), y[:0]) is not None
 
 
 def counting(loss: ConvexLoss, y: Tensor) -> Tensor:

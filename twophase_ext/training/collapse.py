@@ -6,7 +6,7 @@ from torch import Tensor
 from ..model.network import Network
 from .data.samples import Samples
 
-AT_ONCE = 32  # samples: the first few tell of a network that has not collapsed
+FIRST, AT_ONCE = 8, 256  # samples: the first few tell of a network that has not collapsed
 SAME = 32  # eps, of the largest number
 
 
@@ -22,21 +22,29 @@ def collapse(network: Network, samples: Samples) -> str:
     modes = {module: module.training for module in network.model.modules()}
     network.model.eval()
     try:
-        first: Tensor | None = None
-        for x, _ in samples.visit(samples.batches(AT_ONCE)):
-            outputs = network.model(x)
-            outputs = outputs.reshape(-1, outputs.shape[-1])
-            first = outputs[:1] if first is None else first
-            if not _same(outputs, first):
+        some = torch.arange(min(FIRST, samples.n), device="cpu")
+        x, _ = samples.fetch(some, augmented=False)
+        first = _outputs(network, x)
+        if not _same(first, first[:1]):
+            return ""
+        for more, _ in samples.in_order(AT_ONCE):
+            if not _same(_outputs(network, more), first[:1]):
                 return ""
         said = "it has collapsed: its outputs are the same for every training input"
-        h = network.hidden(next(samples.in_order(AT_ONCE))[0])
+        h = network.hidden(x)
         if float(h.abs().max()) <= torch.finfo(h.dtype).eps ** 2:
             return f"{said}, as all hidden features are 0 (dead units)"
         return f"{said}, as the hidden features are" if _same(h, h[:1]) else said
     finally:
+        samples.close()
         for module, mode in modes.items():
             module.training = mode
+
+
+def _outputs(network: Network, x: Tensor) -> Tensor:
+    """[rows, k]."""
+    outputs: Tensor = network.model(x)
+    return outputs.reshape(-1, outputs.shape[-1])
 
 
 def _same(rows: Tensor, first: Tensor) -> bool:

@@ -143,7 +143,7 @@ def running(
     mode = Running(model, {} if norms is None else norms, thin=pruned is not None, pruned=pruned)
     try:
         with torch.no_grad():
-            _enter(mode, model, stop, _own(x))
+            _enter(mode, model, stop, _own(model, x))
     except Unbounded:
         pass
     return mode
@@ -155,7 +155,7 @@ def steps_to(
     """(steps on which the input of `stop` depends, other ones) of one pass, in order."""
     mode = Running(model, {} if norms is None else norms)
     with torch.no_grad():
-        value = _enter(mode, model, stop, _own(x))
+        value = _enter(mode, model, stop, _own(model, x))
     dead = mode.skippable(value)
     steps = mode.tape.steps
     return [s for k, s in steps.items() if k not in dead], list(dead.values())
@@ -168,7 +168,7 @@ def _first(
     the numbers of an operator that has no rule reached the end.
     """
     mode = Running(model, norms, lift=lift, thin=True)
-    value = _enter(mode, model, stop, _own(x))
+    value = _enter(mode, model, stop, _own(model, x))
     known = Known(mode.trace.result(), mode.skippable(value), lift)
     try:
         return mode, mode.bounded(value), known
@@ -185,7 +185,7 @@ def _again(
 ) -> tuple[Running, Bounded]:
     """A further batch; Unbounded where it is not treated as the first one of its size."""
     mode = Running(model, norms, known.skipped, lift=known.lift, thin=True)
-    found = mode.bounded(_enter(mode, model, stop, _own(x)))
+    found = mode.bounded(_enter(mode, model, stop, _own(model, x)))
     mode.notes.forget()
     if mode.trace.result() != known.trace:
         raise Unbounded("the model does something else for other samples")
@@ -204,9 +204,10 @@ def _enter(mode: Running, model: nn.Module, stop: list[nn.Module], x: Tensor) ->
         raise Unbounded(reason) from error
 
 
-def _own(x: Tensor) -> Tensor:
-    """A copy, as a forward may work in place on its input; real numbers in float64."""
-    return x.to(torch.float64, copy=True) if x.is_floating_point() else x.clone()
+def _own(model: nn.Module, x: Tensor) -> Tensor:
+    """A copy, as a forward may work in place on its input; real numbers in the model's float64."""
+    wide = any(p.dtype is torch.float64 for p in model.parameters())
+    return x.to(torch.float64, copy=True) if wide and x.is_floating_point() else x.clone()
 
 
 def _others(x: Tensor, batches: list[Tensor]) -> Tensor:
