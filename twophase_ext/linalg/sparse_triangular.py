@@ -30,7 +30,7 @@ Matrix = Any  # scipy.sparse.csr_matrix: SciPy is imported where it is needed
 ROUNDS = 8  # of the power iteration that chooses y
 SHIFT = 0.95  # of lambda_min, as inverse iteration finds it
 SHIFT_ROUNDS = 20
-MOST_NUMBERS = 3 << 22  # multiply-adds of B B^T: with many more its factor fills up
+MOST_NUMBERS = 1 << 22  # multiply-adds of B B^T: with many more its factor fills up
 MOST_PRODUCTS = 1 << 32  # multiply-adds of R R^T
 TINY = 2.0**-450  # more than all that underflows where the largest numbers are near 1
 
