@@ -32,7 +32,9 @@ from .running.features import Known, bounded_features
 CHUNK = 8192  # samples
 THIN = 4  # batches at a time, where few channels are computed
 ONE_SIDED = "exact softplus, GELU, SiLU or Mish"
-OPERATIONS = 4e11  # of a pass of the model over all samples; beyond it over a random part of them
+# Of a pass of the model over all samples; beyond it over a random part of them, FEW at least where
+# four times as much allows it.
+OPERATIONS, FEW = 1e11, 400
 
 
 @dataclass
@@ -108,7 +110,7 @@ class Problem:
         with torch.enable_grad(), eager(), FlopCounterMode(display=False) as counter:
             self.model(x)
         affordable = int(OPERATIONS * len(x) // max(counter.get_total_flops(), 1))
-        return max(min(self.data.n, affordable), 1)
+        return max(min(self.data.n, max(affordable, min(FEW, 4 * affordable))), 1)
 
     def _twin(self, module: nn.Module) -> nn.Linear:
         return dict(self.model.named_modules())[self._names[module]]  # type: ignore[return-value]

@@ -60,8 +60,8 @@ def thin_weights(
     The first channels stay, one at least and `channels` at most, and of convolutions after the
     first map that keep the number of places the middle pixel. Weights of channels that are constant
     then are zero, and so is every weight on which the input of stop[0] does not depend. Empty where
-    no channel is left out, or where an affine map has no channels of its own: its weights are
-    frozen, in groups, or act on every token.
+    nothing is left out, or where an affine map has no channels of its own: its weights are frozen,
+    in groups, or act on every token.
     """
     live, dead = steps_to(model, stop, x, norms)
     state, free, modules = model.state_dict(), free_names(model), dict(model.named_modules())
@@ -85,6 +85,7 @@ def thin_weights(
             return {}
         if name != first and _keeps_size(module):
             found[name] = _middle_alone(state[name])
+            less = True
         keep = min(channels, max(1, numbers // math.prod(made.shape[2:])))
         if keep < made.shape[1]:
             found[name] = found.get(name, state[name]).clone()
