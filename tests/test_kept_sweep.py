@@ -52,8 +52,11 @@ def test_a_sweep_goes_on_where_it_was_killed(stopped):
     with open(next(stopped.glob("*-weight.bin")), "ab") as file:
         file.write(b"torn")  # killed while rows were written: what is done stays as it is
     whole, _ = sweep()
+    torch.manual_seed(3)
+    drawn = torch.get_rng_state()
     found, seen = sweep(stopped)
     same(found, whole)
+    assert torch.equal(torch.get_rng_state(), drawn)  # nothing of the caller's generator is used
     assert seen[0] == 3 * 96 and sum(seen) == N
     again, seen = sweep(stopped)
     same(again, whole)

@@ -14,6 +14,7 @@ neuron of j is on, as its kink is known by then. screening.py does most of it in
 what it leaves out.
 """
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -123,11 +124,13 @@ def _require_same(z: Tensor, weight: Tensor, bias: Tensor, done: int, screen: Sc
 
     A pre-activation within its rounding of the cut may be on either side.
     """
-    own = torch.randint(done, (AGAIN,), device="cpu").to(z.device)
+    draws = torch.Generator("cpu").manual_seed(secrets.randbits(63))  # not the caller's
+    own = torch.randint(done, (AGAIN,), generator=draws, device="cpu").to(z.device)
     w, sizes = weight[own], z[:done].norm(dim=1, keepdim=True)
     rows, columns = torch.cat(screen.pairs).unbind(1)
     for neuron, a in zip(own.tolist(), torch.addmm(bias[own], z[:done], w.T).T, strict=True):
         slack = 2.0**-40 * (weight[neuron].norm() * sizes[:, 0] + bias[neuron].abs())
         a[rows[columns == neuron]] = -torch.inf  # found there
-        if bool((a > screen.cut + slack)[neuron + 1 :].any()):
+        on = a > screen.cut + slack
+        if bool(on[neuron + 1 :].any()) or (screen.offending is None and bool(on[:neuron].any())):
             raise ValueError("folder: the sweep kept there is another one; use another folder")
