@@ -11,6 +11,7 @@ from torch import nn
 
 import twophase_ext as tp
 from helpers import bits, same_bits
+from twophase_ext.theory import construction
 from twophase_ext.theory.construction import triangular_order
 from twophase_ext.theory.floor import loss_floor
 
@@ -115,6 +116,31 @@ def test_a_coarse_type_says_what_it_reaches():
     found = tp.global_minimum(network(), X, 1e4 * REALS, loss="mse", gap=1e-12)
     assert not found.reached and found.gap < 1e-3 * found.floor.lower
     assert "more than the 1e-12 asked for" in str(found)
+
+
+@pytest.mark.parametrize("broken", ["a wrong T", "nothing"])
+def test_one_pass_of_the_model_and_more_where_it_does_not_do(monkeypatch, broken):
+    """T of the proof first; T as the model computes it where that misses the gap."""
+    made, own = construction._proved_triangle, construction._own_triangle
+    asked = []
+
+    def proved(*arguments):
+        lower, order, units = made(*arguments)
+        return (lower * 3 if broken == "a wrong T" else lower), order, units
+
+    monkeypatch.setattr(construction, "_proved_triangle", proved)
+    monkeypatch.setattr(construction, "_own_triangle", lambda *a: asked.append(1) or own(*a))
+    found = tp.global_minimum(network(), X, LABELS)
+    assert found.reached and len(asked) == (broken == "a wrong T")
+
+
+def test_a_fallback_that_fails_loses_nothing(monkeypatch):
+    def not_triangular(*_):
+        raise ValueError("not triangular")
+
+    monkeypatch.setattr(construction, "_own_triangle", not_triangular)
+    found = tp.global_minimum(network(), X, 1e4 * REALS, loss="mse", gap=1e-12)
+    assert not found.reached and found.gap < 1e-3 * found.floor.lower
 
 
 ERRORS = {

@@ -120,9 +120,10 @@ def test_missing_package_names_its_extra_before_training(tmp_path, monkeypatch, 
     assert error.count("\n") == 1 and not folder.exists()
 
 
-def test_a_logger_by_name_needs_the_runs_folder():
+def test_a_logger_by_name_needs_the_runs_folder(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
     with pytest.raises(ValueError, match="logger: expected a Trainer with a run_dir"):
-        quiet(toy_mlp(), logger="tensorboard").fit(toy_data())
+        quiet(toy_mlp(), logger="wandb").fit(toy_data())
     with pytest.raises(ValueError, match=r"logger: expected one of .* got 'csv' .every run"):
         quiet(toy_mlp(), logger="csv")
     with pytest.raises(TypeError, match=r"logger: expected .* add_scalar, log_metrics or log"):

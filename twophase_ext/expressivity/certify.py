@@ -153,6 +153,7 @@ def certify_witness(
                 margin=below(below(1 / proof.inverse_norm) / proof.distance),
                 feature_error=proof.preactivation,
                 witness=dict(problem.changes),
+                triangle=(kinks.order, proof.lower),
             )
         reason = f"triangular: {proof.reason}"
         if proof.offending is not None:

@@ -29,6 +29,8 @@ class Evidence:
     assumptions: list[str] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     witness: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    # (order, L) of a triangular witness: h of unit k at sample order[i] is L[i, k], a csr matrix
+    triangle: tuple[Tensor, Any] | None = field(default=None, repr=False, compare=False)
 
     def but(self, **changes: Any) -> Self:
         """The same with these fields changed."""

@@ -108,7 +108,8 @@ class Outcome(Evidence):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, without the witness."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "witness"}
+        large = ("witness", "triangle")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in large}
 
     def save(self, path: str | Path) -> None:
         """Write the certificate file (JSON, docs/certificate.md)."""

@@ -13,10 +13,11 @@ from .certificate_file import VERSION
 from .outcome import Outcome
 from .verify import FACTORIZATIONS, METHODS, hashes_of, verify_model
 
-# Of the machine and of the run; `witness` is not in a file and is made again.
+# Of the machine and of the run; `witness` and `triangle` are not in a file and are made again.
 # `disagreeing` counts targets, which a recheck is not given.
 NOT_COMPARED = (
-    *("seconds", "peak_bytes", "stages", "environment", "source", "witness", "disagreeing"),
+    *("seconds", "peak_bytes", "stages", "environment", "source", "witness", "triangle"),
+    "disagreeing",
 )
 # Of the triangular certificate: those of version 1 were weaker, some under other names.
 TRIANGULAR = {

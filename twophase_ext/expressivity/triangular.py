@@ -29,7 +29,7 @@ Mish. Neurons are on at few samples: L is sparse.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ class TriangularCertificate:
     distance: upper bound of ||T - L||_2, the sum of preactivation (rounding and feature error),
     evaluation (of the activation) and rest (entries taken as zero). entries: non-zeros of L below
     its diagonal. logdet_lower: of log det(M M^T), -inf where there is none.
-    offending: a pair (earlier sample, sample) whose neuron is on at the earlier one.
+    offending: a pair (earlier sample, sample) whose neuron is on at the earlier one. lower: L as
+    computed, SciPy's csr matrix; row and column k belong to sample order[k].
     """
 
     entries: int
@@ -71,6 +72,7 @@ class TriangularCertificate:
     preactivation: float = math.inf
     evaluation: float = math.inf
     rest: float = math.inf
+    lower: Any = field(default=None, repr=False, compare=False)
 
     @property
     def proved(self) -> bool:
@@ -151,7 +153,7 @@ def certify_triangular(
     # libm's log within 4 ulp, the sum in any order
     lost = gamma(n + 8) * float(logarithms.abs().sum()) * SLACK
     found["logdet_lower"] = promoted_log_det(2 * minus(float(logarithms.sum()), lost), n, e)
-    found["sigma_min_lower"] = sigma
+    found["sigma_min_lower"], found["lower"] = sigma, lower
     return result("")
 
 

@@ -41,6 +41,8 @@ OFF = 1e-12  # outputs of a neuron up to it count as 0; at its own sample it is 
 BATCH = 256  # samples a forward pass
 ROUNDING = 32  # eps of the dtype in a sum of a sample's loss
 
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+
 
 @dataclass(frozen=True)
 class GlobalMinimum:
@@ -95,7 +97,8 @@ def global_minimum(
     samples, as of `loss_floor`; those of weight 0 are left out. gap > 0: of the mean loss.
     Cross-entropy aims at q_c = log(t_c + e T), t as in `SoftmaxLoss`, which costs a group at most
     T log(1 + e m_y) <= T e m_y; regressions at the minimiser. Time and memory: the witness's proof,
-    O(N^2 d), one pass of the model over the samples and a sparse substitution.
+    O(N^2 d), a sparse substitution and one pass of the model over the samples; three where the
+    rounding of its dtype asks for T as the model itself computes it.
 
     Returns a GlobalMinimum, whose gap is measured and may exceed the one asked for where the
     model's dtype is too coarse. Raises ValueError for unusable arguments, a declared loss, and a
@@ -145,11 +148,24 @@ def global_minimum(
         own.load_state_dict(verdict.witness, strict=False)
         own.eval()
         aims = best_outputs(resolved, groups, targets, network.outputs, gap)
-        _solve(network, distinct, aims, parameter)
-        value = _loss(own, fed, targets, resolved, parameter)
-    eps = torch.finfo(parameter.dtype).eps
-    above = plus(value, -floor.lower, ROUNDING * eps * abs(value))
-    state = {name: tensor.detach().clone() for name, tensor in own.state_dict().items()}
+        found: tuple[float, float, dict[str, Tensor]] | None = None
+        for triangle in (_proved_triangle, _own_triangle):
+            try:
+                _solve(network, *triangle(network, distinct, verdict), aims)
+            except ValueError:
+                if found is None:
+                    raise
+                break  # the model's own features are not triangular: what was found stays
+            value = _loss(own, fed, targets, resolved, parameter)
+            rounding = ROUNDING * torch.finfo(parameter.dtype).eps * abs(value)
+            above = plus(value, -floor.lower, rounding)
+            if found is None or above < found[1]:
+                state = {name: tensor.detach().clone() for name, tensor in own.state_dict().items()}
+                found = value, above, state
+            if above <= gap:
+                break
+    assert found is not None
+    value, above, state = found
     return GlobalMinimum(state, value, floor, above, float(gap), verdict)
 
 
@@ -202,29 +218,46 @@ def _huber_minimiser(
     return (low + high) / 2
 
 
-@torch.no_grad()
-def _solve(
-    network: Network, x: Tensor, aims: np.ndarray[Any, Any], parameter: nn.Parameter
-) -> None:
-    """Set the last layer: h(x) W^T + b = aims, W zero but for the N neurons of the witness."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.linalg import spsolve_triangular
+def _proved_triangle(network: Network, x: Tensor, verdict: Verdict) -> tuple[Any, Indices, Indices]:
+    """As `_own_triangle`, of the features that were proved, in float64."""
+    assert verdict.triangle is not None
+    order, lower = verdict.triangle
+    return lower, order.cpu().numpy(), np.arange(len(order))
 
-    layer, n = network.last.module, len(x)
+
+@torch.no_grad()
+def _own_triangle(network: Network, x: Tensor, verdict: Verdict) -> tuple[Any, Indices, Indices]:
+    """(T, rows, columns): T lower triangular, h of sample rows[i] and unit columns[k] is T[i, k].
+
+    Of the model's own features of x [N, ...], in its own dtype.
+    """
+    from scipy.sparse import coo_matrix
+
+    n, device = len(x), network.last.module.weight.device
     parts = []
     for start in range(0, n, BATCH):
-        h = network.hidden(x[start : start + BATCH].to(parameter.device))[:, :n].cpu().double()
+        h = network.hidden(x[start : start + BATCH].to(device))[:, :n].cpu().double()
         rows, columns = (h.abs() > OFF).nonzero(as_tuple=True)
         parts.append((rows + start, columns, h[rows, columns]))
     i, j, values = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     matrix = coo_matrix((values, (i, j)), shape=(n, n)).tocsr()
     order, own = triangular_order(matrix)
+    return matrix[order][:, own].tocsr(), order, own
+
+
+@torch.no_grad()
+def _solve(
+    network: Network, triangle: Any, order: Indices, own: Indices, aims: np.ndarray[Any, Any]
+) -> None:
+    """Set the last layer: h(x) W^T + b = aims, W zero but for the N neurons of the witness."""
+    from scipy.sparse.linalg import spsolve_triangular
+
+    layer, n = network.last.module, len(order)
     shift = np.zeros(aims.shape[1])
     if layer.bias is not None:
         if layer.bias.requires_grad:
             layer.bias.copy_(torch.from_numpy(aims.mean(0)))
         shift = layer.bias.detach().cpu().double().numpy()
-    triangle = matrix[order][:, own].tocsr()
     triangle.sort_indices()
     found = np.zeros((n, aims.shape[1]))
     found[own] = spsolve_triangular(triangle, (aims - shift)[order], lower=True)
@@ -232,7 +265,7 @@ def _solve(
     layer.weight[:, :n].copy_(torch.from_numpy(found.T.copy()))
 
 
-def triangular_order(matrix: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def triangular_order(matrix: Any) -> tuple[Indices, Indices]:
     """(rows, columns) in whose order a sparse matrix is lower triangular; ValueError: none.
 
     matrix: SciPy's, compressed by rows. The next row is one that has a single entry among the
