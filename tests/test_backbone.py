@@ -9,6 +9,7 @@ import twophase_ext as tp
 from helpers import Given, toy_convnet
 from running_models import Attention, Residual
 from twophase.models import MLP, PreActResNet18
+from twophase_ext.expressivity import backbone, methods, problem
 from twophase_ext.expressivity.backbone import branches, damped, isometries
 from twophase_ext.expressivity.bounded import Unbounded
 from twophase_ext.expressivity.running.features import bounded_features, running
@@ -274,4 +275,31 @@ def test_dense_layers_are_branches_beside_an_identity():
         for layer in model.layers:  # bounds grow beyond the spread with every layer
             layer.weight.mul_(1e4)
     verdict = tp.verify_expressivity(model, x, w="witness")
-    assert verdict.status == "proved" and "beside an identity: 0" in verdict.constants["backbone"]
+    assert verdict.status == "proved" and "residual branches" in verdict.constants["backbone"]
+
+
+def test_a_second_attempt_takes_backbone_and_features_of_the_first(monkeypatch):
+    chosen, passes, made = [], [], methods.certify_witness
+
+    def undecided(*arguments, **settings):
+        return made(*arguments, **settings).but(status="undecided", reason="not today")
+
+    choose, bounded = backbone._choose, problem.bounded_features
+
+    def counted(*arguments, **settings):
+        passes.append(settings["n"])
+        return bounded(*arguments, **settings)
+
+    monkeypatch.setattr(methods, "certify_witness", undecided)
+    monkeypatch.setattr(backbone, "_choose", lambda *a: chosen.append(1) or choose(*a))
+    monkeypatch.setattr(problem, "bounded_features", counted)
+    x = torch.randn(70, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = tp.nn.widen(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 3)), n=70
+    )
+    verdict = tp.verify_expressivity(model, x, w="witness")
+    assert (verdict.status, verdict.method) == ("proved", "separation")
+    assert chosen == [1] and passes.count(70) == 1
+    again = tp.verify_expressivity(model, x, w="witness", method="separation")
+    assert again.margin == verdict.margin

@@ -174,6 +174,11 @@ def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
     earlier choice on a tie. wide: the layer that the features enter. Loads the choice and returns
     what it is, for a person. Raises Unbounded where no choice has bounds.
     """
+    key = wide, problem.all_channels
+    return problem.chosen(key, lambda: _choose(problem, stage, wide))
+
+
+def _choose(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
     found = branches(problem.model, problem.chain(wide), problem.first(SHOWN), problem.norms)
     few = problem.version > 1 and problem.n >= MANY and not problem.all_channels
     if few and (what := _thin(problem, stage, wide, found)):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.bounds import SLACK
-from ..linalg.norms import norm_upper
+from ..linalg.norms import norm_upper, norms_upper
 
 PATCH_BYTES = 1 << 26  # of patches at a time
 
@@ -36,7 +36,7 @@ class OperatorNorms:
 def linear_norms(weight: Tensor) -> OperatorNorms:
     """Bounds for x -> W x, weight [out, in] float64."""
     sizes = weight.abs()
-    schur = _schur(sizes.sum(1), sizes.sum(0))  # near || |W| ||: its entries have one sign
+    schur = float(_schur(sizes.sum(1), sizes.sum(0)))  # near || |W| ||: its entries have one sign
     return OperatorNorms(min(norm_upper(weight), schur), schur)
 
 
@@ -44,37 +44,38 @@ def conv_norms(
     weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int
 ) -> OperatorNorms:
     """Bounds for a convolution, weight [out, in / groups, kh, kw] float64."""
-    plain, absolute = 0.0, 0.0
-    for part in weight.chunk(groups):
-        taps = part.flatten(2)  # [out, in, kh kw]
-        classes = list(_classes(part.shape[2:], stride, dilation))
-        rows = taps.flatten(1)
-        many = math.sqrt(max(map(len, classes))) * SLACK
-        sums = taps.abs().sum(0)  # [in, kh kw]
-        columns = torch.stack([sums[:, members].sum(1) for members in classes])
-        schur = _schur(rows.abs().sum(1), columns)
-        best = min(many * norm_upper(rows), schur)
-        # (a) takes a norm for each tap: only where an estimate says that it is smaller
-        if _by_taps(_estimates(taps), classes) < best:
-            norms = [norm_upper(taps[:, :, t]) for t in range(taps.shape[2])]
-            best = min(best, _by_taps(norms, classes))
-        plain = max(plain, best)
-        absolute = max(absolute, schur)  # near (b) for |W|, whose entries have one sign
-    return OperatorNorms(plain * SLACK, absolute * SLACK)
+    taps = weight.reshape(groups, -1, *weight.shape[1:]).flatten(3)  # [group, out, in, kh kw]
+    classes = list(_classes(weight.shape[2:], stride, dilation))
+    rows = taps.flatten(2)
+    many = math.sqrt(max(map(len, classes))) * SLACK
+    sums = taps.abs().sum(1)  # [group, in, kh kw]
+    columns = torch.stack([sums[..., members].sum(-1) for members in classes], 1)
+    schur = _schur(rows.abs().sum(2), columns.flatten(1))
+    best = torch.minimum(many * norms_upper(rows), schur)
+    # (a) takes a norm for each tap: only where an estimate says that it is smaller
+    some = (_by_taps(_estimates(taps), classes) < best).nonzero()[:, 0]
+    if len(some):
+        chosen = taps[some].permute(0, 3, 1, 2)  # [group, kh kw, out, in]
+        norms = norms_upper(chosen.flatten(0, 1)).view(chosen.shape[:2])
+        best[some] = torch.minimum(best[some], _by_taps(norms, classes))
+    # near (b) for |W|, whose entries have one sign
+    return OperatorNorms(float(best.max()) * SLACK, float(schur.max()) * SLACK)
 
 
-def _by_taps(norms: list[float], classes: list[list[int]]) -> float:
-    return math.sqrt(sum(sum(norms[t] for t in taps) ** 2 for taps in classes)) * SLACK
+def _by_taps(norms: Tensor, classes: list[list[int]]) -> Tensor:
+    """(a) [group] of norms [group, kh kw]."""
+    sums = torch.stack([norms[:, taps].sum(1) for taps in classes], 1)
+    return sums.square().sum(1).sqrt() * SLACK
 
 
-def _estimates(taps: Tensor) -> list[float]:
-    """About ||W_t||_2 for taps [out, in, t], by a few steps of the power method."""
-    matrices = taps.permute(2, 0, 1).contiguous()
-    v = matrices.new_ones(len(matrices), matrices.shape[2], 1)
+def _estimates(taps: Tensor) -> Tensor:
+    """About ||W_t||_2 [group, t] for taps [group, out, in, t], by some power iterations."""
+    matrices = taps.permute(0, 3, 1, 2).contiguous()
+    v = matrices.new_ones(*matrices.shape[:2], matrices.shape[3], 1)
     for _ in range(4):
         v = matrices.mT @ (matrices @ v)
-        v = v / v.norm(dim=1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
-    return (matrices @ v).norm(dim=(1, 2)).tolist()
+        v = v / v.norm(dim=2, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+    return (matrices @ v).norm(dim=(2, 3))
 
 
 def _classes(
@@ -90,9 +91,9 @@ def _classes(
     return classes.values()
 
 
-def _schur(rows: Tensor, columns: Tensor) -> float:
-    """sqrt(largest row sum * largest column sum); sums of non-negative numbers."""
-    return math.sqrt(float(rows.max())) * math.sqrt(float(columns.max())) * SLACK
+def _schur(rows: Tensor, columns: Tensor) -> Tensor:
+    """sqrt(largest row sum * largest column sum), of the last dimension; non-negative numbers."""
+    return rows.amax(-1).sqrt() * columns.amax(-1).sqrt() * SLACK
 
 
 def convolve(

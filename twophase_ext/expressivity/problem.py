@@ -78,6 +78,7 @@ class Problem:
         self.eps, self.narrowed = self._precision()
         self._plain: Tensor | None = None
         self._found: dict[nn.Module, BoundedFeatures] = {}  # of these weights, by the layer
+        self._chosen: dict[Any, tuple[Any, ...]] = {}
         self.norms: dict[Any, Any] = {}  # of the copy's weights
 
     def _precision(self) -> tuple[float, str]:
@@ -217,6 +218,22 @@ class Problem:
                 state[name].copy_(value)
         self.changes.update(changes)
         self._plain, self._found = None, {}
+
+    def chosen(self, key: Any, choose: Callable[[], str]) -> str:
+        """What `choose` loads, and says of it; features of it are kept for the next attempt.
+
+        Of the user's own weights, once for each key.
+        """
+        if self.changes:
+            return choose()
+        if key in self._chosen:
+            what, changes, self.damped, self.thin, found = self._chosen[key]
+            self.load(changes)
+            self._found = found
+            return str(what)
+        what = choose()
+        self._chosen[key] = what, dict(self.changes), self.damped, self.thin, self._found
+        return what
 
     def kept(self) -> Callable[[], None]:
         """What puts the weights of now back. (The copy is the user's model but for `changes`.)"""

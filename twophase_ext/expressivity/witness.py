@@ -44,9 +44,13 @@ def whiten(z: Tensor, error: Tensor, dtype: torch.dtype) -> Whitening:
     scaled = z * scale
     mean = scaled.mean(0) / scale
     scaled = scaled - mean * scale
-    values, vectors = torch.linalg.eigh(scaled.T @ scaled / n)
-    spreads = values.flip(0).clamp(min=0).sqrt() / scale
-    vectors = vectors.flip(1)
+    if n < scaled.shape[1]:
+        _, values, rows = torch.linalg.svd(scaled, full_matrices=False)
+        spreads, vectors = values / math.sqrt(n) / scale, rows.T
+    else:
+        values, vectors = torch.linalg.eigh(scaled.T @ scaled / n)
+        spreads = values.flip(0).clamp(min=0).sqrt() / scale
+        vectors = vectors.flip(1)
     floor = max(
         float(spreads[0]) / CONDITION,
         ERROR_SHARE * float(error.max()),

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from .bounds import SLACK, above, gamma
 
-SQUARINGS = 6  # ||A||_F <= sqrt(d) ||A||_2 shrinks to d^(1 / 2^(SQUARINGS + 2)) times ||A||_2
+# ||A||_F <= sqrt(d) ||A||_2 shrinks to d^(1 / 2^(SQUARINGS + 2)) times ||A||_2; a squaring of more
+# than LARGE columns takes seconds
+SQUARINGS, LARGE, SQUARINGS_OF_LARGE = 6, 1024, 2
 
 NUMBERS = 1 << 24  # at a time: no second copy of a large matrix
 
@@ -33,32 +35,72 @@ def norm_upper(a: Tensor) -> float:
     """
     if a.numel() == 0:
         return 0.0
-    if a.shape[0] < a.shape[1]:
-        a = a.T
     size = frobenius_upper(a)
     if size == 0 or not math.isfinite(size):
         return size
-    scale = 2.0 ** max(min(-math.frexp(size)[1], 1000), -1000)
-    scaled = a * scale
-    gram = _symmetric(scaled.T @ scaled)
-    error = gamma(len(a) + 2) * (size * scale) ** 2 + a.numel() * 2.0**-1022
-    squared = (_symmetric_norm(gram, SQUARINGS) + error) * SLACK
-    return min(size, above(math.sqrt(squared) / scale * SLACK))
+    return float(_norms(a[None], torch.tensor([size], dtype=torch.float64, device=a.device))[0])
+
+
+def norms_upper(a: Tensor) -> Tensor:
+    """As `norm_upper`, for each of the matrices a [k, rows, columns] (float64): [k] float64."""
+    return a.new_zeros(len(a)) if a.numel() == 0 else _norms(a, _sizes(a))
+
+
+def _norms(a: Tensor, sizes: Tensor) -> Tensor:
+    """Of a [k, rows, columns], whose Frobenius norms are at most `sizes` [k]."""
+    if a.shape[1] < a.shape[2]:
+        a = a.mT
+    terms, d = a.shape[1:]
+    if d == 1:
+        return sizes
+    scales = _powers(sizes)
+    scaled = a * scales[:, None, None]
+    gram = _symmetric(scaled.mT @ scaled)
+    error = gamma(terms + 2) * (sizes * scales) ** 2 + terms * d * 2.0**-1022
+    squared = (
+        _symmetric_norms(gram, SQUARINGS if d <= LARGE else SQUARINGS_OF_LARGE) + error
+    ) * SLACK
+    return _smaller(sizes, squared.sqrt() / scales * SLACK)
 
 
 def _symmetric(a: Tensor) -> Tensor:
     """(a + a^T) / 2, exactly symmetric; one more rounding of each entry."""
-    return (a + a.T).mul_(0.5)
+    return (a + a.mT).mul_(0.5)
 
 
-def _symmetric_norm(b: Tensor, squarings: int) -> float:
-    """Upper bound of ||b||_2 for a symmetric matrix."""
-    size = frobenius_upper(b)
-    if squarings == 0 or size == 0 or not math.isfinite(size):
-        return size
-    scale = 2.0 ** max(min(-math.frexp(size)[1], 1000), -1000)
-    b = b * scale  # exact but for entries that vanish: they are in the underflow term
+def _symmetric_norms(b: Tensor, squarings: int) -> Tensor:
+    """Upper bounds of ||b||_2 for symmetric matrices b [k, d, d]."""
+    sizes = _sizes(b)
+    if squarings == 0:
+        return sizes
+    scales = _powers(sizes)
+    b = (
+        b * scales[:, None, None]
+    )  # exact but for entries that vanish: they are in the underflow term
     square = _symmetric(b @ b)
-    error = gamma(len(b) + 2) * (size * scale) ** 2 + b.numel() * 2.0**-1000
-    root = math.sqrt((_symmetric_norm(square, squarings - 1) + error) * SLACK)
-    return min(size, root / scale * SLACK)
+    d = b.shape[1]
+    error = gamma(d + 2) * (sizes * scales) ** 2 + d * d * 2.0**-1000
+    roots = ((_symmetric_norms(square, squarings - 1) + error) * SLACK).sqrt()
+    return _smaller(sizes, roots / scales * SLACK)
+
+
+def _sizes(a: Tensor) -> Tensor:
+    """Upper bounds of the Frobenius norms of a [k, rows, columns]; inf where it is not finite."""
+    largest = torch.linalg.vector_norm(a, math.inf, dim=(1, 2))
+    scales = _powers(largest)
+    numbers = a.shape[1] * a.shape[2]
+    total = (a * scales[:, None, None]).square_().sum((1, 2)) * (1 + gamma(numbers + 4))
+    found = (total + numbers * 2.0**-1022).sqrt() / scales * SLACK
+    return found.where(largest != 0, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _powers(sizes: Tensor) -> Tensor:
+    """Powers of two near 1 / sizes; 1 where a size is 0 or not finite."""
+    usable = sizes.isfinite() & (sizes > 0)
+    exponents = torch.frexp(sizes.where(usable, 0.5)).exponent.clamp(-1000, 1000).tolist()
+    # Python's powers of two are exact
+    return torch.tensor([2.0**-k for k in exponents], dtype=torch.float64, device=sizes.device)
+
+
+def _smaller(sizes: Tensor, found: Tensor) -> Tensor:
+    return torch.minimum(sizes, found.nan_to_num(nan=math.inf, posinf=math.inf))
