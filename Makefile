@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
+THREADS ?= 1
 BENCH_JSON ?= runs/bench.json
 SANITIZED := build/sanitized
 SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,\
@@ -27,7 +28,7 @@ demo: $(STAMPS)/package
 	$(BIN)/twophase demo
 
 test: $(STAMPS)/package $(STAMPS)/test
-	OMP_WAIT_POLICY=passive $(BIN)/pytest --benchmark-disable --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive $(BIN)/pytest --benchmark-disable --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMPS)/package $(STAMPS)/test
 	mkdir -p $(dir $(BENCH_JSON))

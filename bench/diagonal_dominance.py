@@ -34,9 +34,7 @@ def main() -> None:
             off = rest.abs().fill_diagonal_(0.0)
             ratio = float((off.sum(1) / own).max())
             radius = float(torch.linalg.eigvalsh(off / (own[:, None] * own).sqrt())[-1])
-            print(
-                f"  less {k:,} directions: radius {radius:.1f}, largest ratio {ratio:.1f}"
-            )
+            print(f"  less {k:,} directions: radius {radius:.1f}, largest ratio {ratio:.1f}")
 
 
 if __name__ == "__main__":
