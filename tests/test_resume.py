@@ -1,5 +1,6 @@
 """Checkpoints: exact resumption, damage, strangers, Ctrl-C."""
 
+import json
 import signal
 
 import pytest
@@ -73,6 +74,40 @@ def test_a_finished_run_resumes_to_its_result(tmp_path):
     again = quiet(other, tmp_path / "run").fit(data, resume=True)
     assert same_bits(bits(model), bits(other))
     assert again.final == pytest.approx(first.final, rel=1e-6)
+
+
+@pytest.mark.parametrize("phase", ["base", "gd", "sgd", "agd"])
+def test_more_epochs_over_a_finished_run(tmp_path, phase):
+    """The bits of a run that was asked for them at once; its folder tells of them."""
+    data, settings = toy_data(), {"second_phase": phase, "tau": 2}
+    whole = toy_mlp()
+    expected = quiet(whole, tmp_path / "whole", epochs=7, **settings).fit(data, data)
+    quiet(toy_mlp(), tmp_path / "run", epochs=4, **settings).fit(data, data)
+    model = toy_mlp(seed=4)
+    found = quiet(model, tmp_path / "run", epochs=7, **settings).fit(data, data, resume=True)
+    assert same_bits(bits(model), bits(whole))
+    assert [row["epoch"] for row in found.history] == list(range(7))
+    assert found.final == pytest.approx(expected.final, rel=1e-9)
+    for name in ("config.json", "result.json"):
+        kept = json.loads((tmp_path / "run" / name).read_text("utf-8"))
+        assert kept.get("epochs", 7) == 7 and kept.get("epochs_done", 7) == 7
+    fewer = quiet(toy_mlp(), tmp_path / "run", epochs=5, **settings)
+    with pytest.raises(ValueError, match="7 epochs are done, epochs: expected as many, got 5"):
+        fewer.fit(data, data, resume=True)
+    with pytest.raises(ValueError, match="for other epochs after the same tau pass tau=2"):
+        quiet(toy_mlp(), tmp_path / "run", epochs=20, second_phase=phase).fit(
+            data, data, resume=True
+        )
+
+
+def test_no_more_epochs_where_the_last_weights_are_gone(tmp_path):
+    data, held_out = toy_data(), toy_data(seed=9)
+    settings = {"second_phase": "agd", "tau": 1, "agd": {"early_stopping": 50}}
+    result = quiet(toy_mlp(), tmp_path, epochs=12, **settings).fit(data, held_out)
+    assert min(result.history[1:], key=lambda row: row["val_loss"])["epoch"] < 11
+    again = quiet(toy_mlp(), tmp_path, epochs=14, **settings)
+    with pytest.raises(ValueError, match=r"kept the weights of epoch \d+ .early_stopping"):
+        again.fit(data, held_out, resume=True)
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):

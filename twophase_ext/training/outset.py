@@ -174,12 +174,15 @@ def open_folder(
     return create(folder, resuming=same or (reopen and source is None))
 
 
-def begin_folder(context: Context, verdict: Verdict | None, *, new: bool) -> None:
-    """What the run folder, where there is one, tells before the first epoch."""
+def begin_folder(context: Context, verdict: Verdict | None, found: dict[str, Any] | None) -> None:
+    """What the run folder, where there is one, tells before the first epoch.
+
+    found: the checkpoint from which the run goes on, maybe for another number of epochs.
+    """
     folder, network = context.folder, context.network
     if folder is None:
         return
-    if new or not folder.begun:
+    if found is None or found["config"] != context.identity() or not folder.begun:
         resolved = {
             **context.identity(),
             "model": type(unwrap(network.model)).__name__,

@@ -392,7 +392,7 @@ class Trainer:
             context.base_step.after_first = lambda: saved.check_holds(context)
             context.base_step.withdraw = context.withdraw
             ranks.where = lambda: f"epoch {state.epoch}, step {state.batch}"
-            outset.begin_folder(context, state.verdict, new=found is None)
+            outset.begin_folder(context, state.verdict, found)
             on_error.pop_all()
         if source is not None:
             context.progress.say(f"resumed from {source}: {state.epoch} epochs done")

@@ -220,12 +220,32 @@ def difference(state: dict[str, Any], model: dict[str, str]) -> str:
 
 
 def check_matches(state: dict[str, Any], model: dict[str, str], config: dict[str, Any]) -> None:
-    """Raise ValueError where a checkpoint belongs to another model or another configuration."""
+    """Raise ValueError where a checkpoint belongs to another model or another configuration.
+
+    Only the number of epochs may be another one: a run goes on beyond its old end, or ends sooner.
+    """
     if differing := difference(state, model):
         raise ValueError(f"resume: {differing}")
+    theirs = state["config"]
     for key, value in config.items():
-        if state["config"].get(key) != value:
+        if key == "epochs":
+            _check_epochs(state, value)
+        elif theirs.get(key) != value:
+            more = theirs.get("epochs") != config.get("epochs") and key == "tau_epoch"
             raise ValueError(
-                f"resume: the checkpoint was made with {key}={state['config'].get(key)!r}, "
+                f"resume: the checkpoint was made with {key}={theirs.get(key)!r}, "
                 f"this Trainer has {value!r}"
+                + (f"; for other epochs after the same tau pass tau={theirs[key]}" if more else "")
             )
+
+
+def _check_epochs(state: dict[str, Any], epochs: int) -> None:
+    done, old = state["epoch"], state["config"].get("epochs")
+    if epochs < done:
+        raise ValueError(f"resume: {done} epochs are done, epochs: expected as many, got {epochs}")
+    best = state["second"].get("best")
+    if old is not None and done == old < epochs and best is not None and best["epoch"] != done - 1:
+        raise ValueError(
+            f"resume: the run is finished and kept the weights of epoch {best['epoch']} "
+            f"(early_stopping); there is nothing to go on from to {epochs} epochs"
+        )
