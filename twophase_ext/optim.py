@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .core.sharded import from_local, in_use, is_sharded, local
 from .ops.sgd import apply_sgd, check_sgd
 
 # Parameters, their gradients, and their momentum buffers, None where there is none yet.
@@ -23,6 +24,7 @@ class SGD(torch.optim.SGD):
 
         for group in optimizer.param_groups: group["nu"] = int(group["name"] == "last layer")
 
+    Parameters may be DTensors (FSDP2's fully_shard): each process steps its own shards.
     float32 and float64 parameters and dense gradients only: step() raises TypeError for others and
     ValueError for a nu other than 0 and 1, before anything is changed.
     """
@@ -79,13 +81,18 @@ class SGD(torch.optim.SGD):
             else:
                 standing.append((lists, nu))
             self._extend(lists, group["params"])
+        owners = {scalars: lists[0] for scalars, lists in moving.items()}
+        if in_use():
+            moving = {scalars: _shards(lists) for scalars, lists in moving.items()}
+            standing = [(_shards(lists), nu) for lists, nu in standing]
         if standing or len(moving) > 1:  # one call checks its tensors before it changes any
             for lists, nu in [*standing, *((lists, 1) for lists in moving.values())]:
                 check_sgd(*lists, [nu] * len(lists[0]))
         for scalars, lists in moving.items():
             buffers = apply_sgd(*lists, scalars)
-            for p, old, new in zip(lists[0], lists[2], buffers, strict=False):
+            for p, old, new in zip(owners[scalars], lists[2], buffers, strict=False):
                 if old is None:
+                    new = from_local(new, p) if is_sharded(p) else new
                     self.state[p]["momentum_buffer"] = new
         return loss
 
@@ -98,3 +105,18 @@ class SGD(torch.optim.SGD):
                 grads.append(grad)
                 state = self.state.get(p)
                 buffers.append(state.get("momentum_buffer") if state else None)
+
+
+def _shards(lists: _Lists) -> _Lists:
+    """This process's shards of DTensors (FSDP2): the rule goes element by element."""
+    params, grads, buffers = lists
+    for k, p in enumerate(params):
+        for what, t in (("gradient", grads[k]), ("momentum buffer", buffers[k])):
+            if t is not None and getattr(t, "placements", None) != getattr(p, "placements", None):
+                kind = f"{type(t).__name__} {getattr(t, 'placements', '')}".rstrip()
+                raise TypeError(
+                    f"params: expected a {what} laid out as its parameter, "
+                    f"{getattr(p, 'placements', 'which is no DTensor')}, got {kind}"
+                )
+    own = [None if b is None else local(b) for b in buffers]
+    return [local(p) for p in params], [local(g) for g in grads], own

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _load  # noqa: F401  registers torch.ops.twophase
 from ..core.names import canonical_name
+from ..core.sharded import is_sharded, local, local_part
 from ._arguments import require_tensor
 
 _ops = torch.ops.twophase
@@ -37,6 +38,7 @@ def perturb_(
 
     The components `module` and `_orig_mod` that DistributedDataParallel and torch.compile put into
     names do not count. p + sigma z: sigma z is rounded once to float32, also for a float64 tensor.
+    A DTensor gets the numbers that the whole tensor would; each process makes them all.
 
     Raises TypeError for something that is no tensor, for float16 and bfloat16 tensors (the noise
     would round away beside the weight: keep float32 master weights) and other dtypes; ValueError
@@ -44,7 +46,9 @@ def perturb_(
     name or of one memory. Everything is checked before any tensor is changed. In a graph of
     torch.compile a seed may be symbolic, and of shared memory only the same tensor is noticed.
     """
-    tensors = checked_tensors(named_tensors)
+    pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
+    pairs = list(pairs)
+    tensors = checked_tensors(pairs)
     sigmas = _sigmas(std, tensors)
     if torch.compiler.is_compiling():  # hashes cannot be traced, and the seed may be symbolic
         signed = seed - 2**64 if seed >= 2**63 else seed
@@ -53,8 +57,15 @@ def perturb_(
         return
     stream = _seed_bytes(seed)
 
+    shards = {canonical_name(name): value for name, value in pairs if is_sharded(value)}
     by_device: dict[torch.device, list[str]] = {}
     for name, tensor in tensors.items():
+        if name in shards:
+            noise = torch.zeros(shards[name].shape, dtype=tensor.dtype, device=tensor.device)
+            _ops.perturb_([noise], [_key(stream, name)], [sigmas[name]])
+            with torch.no_grad():
+                tensor += local_part(noise, shards[name])
+            continue
         by_device.setdefault(tensor.device, []).append(name)
     with torch.no_grad():
         for names in by_device.values():
@@ -105,6 +116,7 @@ def _shared_tensor(name: str, value: Any) -> Tensor:
         tensor = value if isinstance(value, Tensor) else torch.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError) as error:
         raise TypeError(f"{name}: this {type(value).__name__} cannot be shared: {error}") from error
+    tensor = local(tensor)
     if tensor.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(
             f"{name}: expected float32 or float64, got {tensor.dtype}: beside a 16-bit weight the "

@@ -18,8 +18,10 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from .. import _load  # noqa: F401  registers torch.ops.twophase
 from ..core.arrays import as_tensor
 from ..core.dynamo import allowed_in_graph
+from ..core.sharded import is_sharded
 from ._arguments import require_tensor
 from ._inductor import keep_whole
+from ._sharding import register
 from ._softplus_terms import Term, Terms, batch_first, evaluate
 
 _ops = torch.ops.twophase
@@ -47,6 +49,8 @@ def softplus(x: Any, beta: float = 100.0) -> Tensor:
         return _traced(x, beta)
     if has_torch_function_unary(x):  # torch.fx's proxies, tensor subclasses
         return handle_torch_function(softplus, (x,), x, beta)
+    if type(x) is not Tensor and is_sharded(x):
+        return _sharded(x, beta)
     if type(beta) is not float:
         _check_beta(beta)
     if not isinstance(x, Tensor):
@@ -70,6 +74,8 @@ def softplus_(x: Tensor, beta: float = 100.0) -> Tensor:
         return x.copy_(_traced(x, beta))
     if has_torch_function_unary(x):
         return handle_torch_function(softplus_, (x,), x, beta)
+    if type(x) is not Tensor and is_sharded(x):
+        return x.copy_(_sharded(x.clone(), beta))
     require_tensor(x, "x", written=True)
     _check_beta(beta)
     # copy_ carries batching and tangents through every nesting of transforms; a Function that
@@ -80,6 +86,13 @@ def softplus_(x: Tensor, beta: float = 100.0) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         _refuse_leaf(x)
     return _SoftplusInPlace.apply(x, beta)
+
+
+def _sharded(x: Tensor, beta: float) -> Tensor:
+    _check_beta(beta)
+    register()
+    result: Tensor = _Softplus.apply(x, float(beta))
+    return result
 
 
 def _transformed() -> bool:
