@@ -90,6 +90,34 @@ def _openvino_module(model: nn.Module, x: Tensor, _: Path) -> Any:
     return openvino.compile_model(found, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())[0]
 
 
+def _executorch(model: nn.Module, x: Tensor, _: Path) -> Any:
+    """Its portable kernels."""
+    from executorch.exir import to_edge
+    from executorch.runtime import Runtime
+
+    program = to_edge(_exported(model, x)).to_executorch()
+    return Runtime.get().load_program(program.buffer).load_method("forward").execute([x])[0]
+
+
+def _xnnpack(model: nn.Module, x: Tensor, _: Path) -> Any:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    lowered = to_edge_transform_and_lower(
+        _exported(model, x), partitioner=[XnnpackPartitioner()]
+    ).to_executorch()
+    return Runtime.get().load_program(lowered.buffer).load_method("forward").execute([x])[0]
+
+
+def _aot_inductor(model: nn.Module, x: Tensor, folder: Path) -> Any:
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    path = str(folder / "model.pt2")
+    aoti_compile_and_package(torch.export.export(model, (x,)), package_path=path)
+    return aoti_load_package(path)(x)
+
+
 def _quantize_fx(model: nn.Module, x: Tensor, _: Path) -> Any:
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
@@ -134,6 +162,9 @@ CONSUMERS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Path], Any]]] = {
     "ONNX Runtime, int8": ("onnxruntime", _onnx_quantized),
     "OpenVINO, of the export": ("openvino", _openvino),
     "OpenVINO, of the module": ("openvino", _openvino_module),
+    "ExecuTorch, portable kernels": ("executorch", _executorch),
+    "ExecuTorch, XNNPACK": ("executorch", _xnnpack),
+    "AOTInductor": ("torch", _aot_inductor),
     "captum DeepLift": ("captum", _deep_lift),
     "shap DeepExplainer": ("shap", _shap),
 }
