@@ -27,18 +27,17 @@ def torchvision_networks() -> Iterator[tuple[str, Callable[[], Made]]]:
     """One of each kind, at its own width."""
     import torchvision.models as zoo
 
-    sizes = {"vit_b_16": 32, "inception_v3": 96, "maxvit_t": 64}
+    sizes = {"vit_b_16": 32, "inception_v3": 96}
     settings: dict[str, dict[str, Any]] = {
         "vit_b_16": {"image_size": 32},
         "inception_v3": {"aux_logits": False, "init_weights": False},
         "googlenet": {"aux_logits": False, "init_weights": False},
-        "maxvit_t": {"input_size": (64, 64)},
     }
     names = (
         "alexnet vgg11 vgg11_bn squeezenet1_1 resnet18 resnet50 resnext50_32x4d wide_resnet50_2 "
         "densenet121 googlenet inception_v3 shufflenet_v2_x0_5 mobilenet_v2 mobilenet_v3_small "
         "mnasnet0_5 efficientnet_b0 efficientnet_v2_s regnet_y_400mf regnet_x_400mf convnext_tiny "
-        "vit_b_16 swin_t swin_v2_t maxvit_t"
+        "vit_b_16 swin_t swin_v2_t"
     )
     for name in names.split():
         make = getattr(zoo, name)
