@@ -2,14 +2,15 @@
 where none is named.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..core.malloc import pages_kept
 from ..core.memory import available_memory, float64_rate
 from ..linalg.bounds import below
 from ..linalg.gram_tiles import MatrixSource
@@ -113,10 +114,12 @@ class Attempt:
             ],
         )
 
-    def _compared(self, passes: int) -> AbstractContextManager[Stage]:
+    @contextmanager
+    def _compared(self, passes: int) -> Iterator[Stage]:
         """The stage in which the model itself is run beside what was bounded."""
-        count = passes * self.problem.compared
-        return self.stages.stage(f"{passes} passes of the model itself", count, "samples")
+        what, count = f"{passes} passes of the model itself", passes * self.problem.compared
+        with pages_kept(), self.stages.stage(what, count, "samples") as stage:
+            yield stage
 
     @kept
     def certificate(self) -> Evidence:

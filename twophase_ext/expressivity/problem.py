@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.hashing import describe_model, hash_tensors
+from ..core.malloc import pages_kept
 from ..core.messages import type_and_line
 from ..core.seeds import stream_seed
 from ..linalg.progress import Stage
@@ -324,17 +325,18 @@ class Problem:
         n = sum(map(len, self._fed(count))) * self.data.each
         z = error = torch.empty(0)
         done, assumed, seconds = 0, [], 0.0
-        for batches in self._chunks(count, whole=folder is None):
-            part = compute(batches, stage.advance)
-            if len(part.z) == n:
-                z, error = part.z, part.error
-            else:
-                if not done:
-                    z, error = part.z.new_empty(n, part.z.shape[1]), part.error.new_empty(n)
-                rows = slice(done, done + len(part.z))
-                z[rows], error[rows] = part.z, part.error
-            done, seconds = done + len(part.z), seconds + part.seconds
-            assumed += [text for text in part.assumptions if text not in assumed]
+        with pages_kept():
+            for batches in self._chunks(count, whole=folder is None):
+                part = compute(batches, stage.advance)
+                if len(part.z) == n:
+                    z, error = part.z, part.error
+                else:
+                    if not done:
+                        z, error = part.z.new_empty(n, part.z.shape[1]), part.error.new_empty(n)
+                    rows = slice(done, done + len(part.z))
+                    z[rows], error[rows] = part.z, part.error
+                done, seconds = done + len(part.z), seconds + part.seconds
+                assumed += [text for text in part.assumptions if text not in assumed]
         if (places := self.data.places) is not None:
             places = places[places < len(z)]
             z, error = z[places], error[places]

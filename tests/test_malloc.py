@@ -1,0 +1,78 @@
+"""Pages that are kept: fewer faults of large temporaries, and all of it given back."""
+
+import resource
+import threading
+
+import pytest
+import torch
+
+from twophase_ext.core import malloc
+from twophase_ext.core.malloc import pages_kept
+
+LARGE = 12 << 20  # float32 numbers, 48 MB: beyond what glibc's own thresholds come to
+
+
+def faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def used_up() -> int:
+    """Page faults of ten temporaries, one after the other."""
+    before = faults()
+    for _ in range(10):
+        torch.zeros(LARGE)
+    return faults() - before
+
+
+@pytest.mark.skipif(malloc._glibc() is None, reason="not glibc's malloc, or it is set up")
+def test_temporaries_are_paid_for_once_and_given_back():
+    used_up()
+    outside = used_up()
+    with pages_kept():
+        used_up()
+        with pages_kept():  # nested
+            inside = used_up()
+        assert used_up() < outside / 4
+    assert inside < outside / 4
+    assert used_up() > outside / 20  # they are made anew, once at least
+
+
+@pytest.mark.skipif(malloc._glibc() is None, reason="not glibc's malloc, or it is set up")
+def test_memory_is_given_back():
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    with pages_kept():
+        parts = [torch.ones(LARGE) for _ in range(4)]
+        del parts
+        assert resident() > before + 3 * 4 * LARGE
+    assert resident() < before + 4 * LARGE
+
+
+def test_an_error_and_several_threads_leave_no_user(monkeypatch):
+    monkeypatch.setattr(malloc, "_set", lambda _: None)
+    with pytest.raises(ZeroDivisionError), pages_kept():
+        1 // 0  # noqa: B018
+
+    def work():
+        for _ in range(200):
+            with pages_kept():
+                pass
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert malloc._users == 0
+
+
+def test_who_sets_malloc_up_keeps_it(monkeypatch):
+    malloc._glibc.cache_clear()
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    try:
+        assert malloc._glibc() is None
+    finally:
+        malloc._glibc.cache_clear()
