@@ -278,6 +278,7 @@ def test_a_witness_of_few_channels_for_the_users_model(monkeypatch):
 def test_few_channels_that_do_not_do_are_all_channels(monkeypatch, method):
     """The pilot's samples are told apart; the last two differ where few channels do not look."""
     monkeypatch.setattr(backbone, "THIN", (1 << 7,))
+    monkeypatch.setattr(backbone, "THINNEST", 1 << 7)
     monkeypatch.setattr(backbone, "MANY", 30)
     monkeypatch.setattr(backbone, "THIN_PILOT", 28)
     monkeypatch.setattr(backbone, "ENOUGH", 0.1)
@@ -297,3 +298,22 @@ def test_few_channels_that_do_not_do_are_all_channels(monkeypatch, method):
     x[29, 0, 0, 0] += 0.5
     few = tp.verify_expressivity(model, x, w="witness", method=method)
     assert few.status == "proved" and "channels of 128 numbers" in few.constants["backbone"]
+
+
+def test_separation_takes_fewer_channels_than_a_certificate(monkeypatch):
+    """Unless the pilot's samples are hardly apart: then there are too few for more samples."""
+    monkeypatch.setattr(backbone, "THINNEST", 1 << 7)
+    monkeypatch.setattr(backbone, "THIN", (1 << 8,))
+    monkeypatch.setattr(backbone, "MANY", 30)
+    torch.manual_seed(0)
+    x, model = torch.rand(30, 1, 8, 8), PreActResNet18(1, 10, width=8, wide=33)
+
+    def numbers(method):
+        verdict = tp.verify_expressivity(model, x, w="witness", method=method)
+        assert verdict.status == "proved" and verdict.margin > 1
+        return verdict.constants["backbone"].split(" numbers")[0]
+
+    assert numbers("separation") == "channels of 128"
+    assert numbers("certificate") == "channels of 256"
+    monkeypatch.setattr(backbone, "SPARE", 1e30)
+    assert "the model's own" in numbers("separation") or "residual" in numbers("separation")

@@ -32,6 +32,9 @@ ENOUGH = 0.75  # of the directions that there can be: then no branch is tried al
 # channels at most, as so many features do for very many samples; samples that choose it; samples
 # from which on it is tried.
 THIN, CHANNELS, THIN_PILOT, MANY = (1 << 13, 1 << 14, 1 << 16), 256, 1024, 1024
+# The same where features need only be distinct: numbers that are tried first, and distances over
+# errors on the pilot samples, as among more samples there are nearer ones.
+THINNEST, SPARE = 1 << 10, 1e6
 
 
 class Branch(NamedTuple):
@@ -167,21 +170,22 @@ class _Tried(NamedTuple):
     changes: dict[str, Tensor]
 
 
-def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
+def choose_backbone(problem: Problem, stage: Stage, wide: nn.Linear, *, apart: bool = False) -> str:
     """Damp residual branches where that resolves more directions of the features.
 
     Tried on the first PILOT samples; what tells them all apart, then what resolves most wins, the
-    earlier choice on a tie. wide: the layer that the features enter. Loads the choice and returns
-    what it is, for a person. Raises Unbounded where no choice has bounds.
+    earlier choice on a tie. wide: the layer that the features enter. apart: nothing but distinct
+    features is wanted, for which the fewest channels do. Loads the choice and returns what it is,
+    for a person. Raises Unbounded where no choice has bounds.
     """
-    key = wide, problem.all_channels
-    return problem.chosen(key, lambda: _choose(problem, stage, wide))
-
-
-def _choose(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
-    found = branches(problem.model, problem.chain(wide), problem.first(SHOWN), problem.norms)
     few = problem.version > 1 and problem.n >= MANY and not problem.all_channels
-    if few and (what := _thin(problem, stage, wide, found)):
+    key = wide, problem.all_channels, few and apart
+    return problem.chosen(key, lambda: _choose(problem, stage, wide, few, apart))
+
+
+def _choose(problem: Problem, stage: Stage, wide: nn.Linear, few: bool, apart: bool) -> str:
+    found = branches(problem.model, problem.chain(wide), problem.first(SHOWN), problem.norms)
+    if few and (what := _thin(problem, stage, wide, found, apart)):
         return what
     best: _Tried | None = None
     reason: Unbounded | None = None
@@ -212,10 +216,10 @@ def _choose(problem: Problem, stage: Stage, wide: nn.Linear) -> str:
     return f"{best.what} ({best.resolved} directions resolved on {min(PILOT, problem.n)} samples)"
 
 
-def _thin(problem: Problem, stage: Stage, wide: nn.Linear, found: list[Branch]) -> str:
+def _thin(problem: Problem, stage: Stage, wide: nn.Linear, found: list[Branch], apart: bool) -> str:
     """Load the first backbone of few channels that is good enough, and say which; "" for none."""
     x, stop = problem.first(SHOWN), problem.chain(wide)
-    for numbers in THIN:
+    for numbers in (THINNEST, *THIN) if apart else THIN:
         for factor in (1.0, 0.0) if found else (1.0,):
             factors = [0.0 if branch.plain else factor for branch in found]
             changes = damped(problem.model, found, factors)
@@ -231,7 +235,9 @@ def _thin(problem: Problem, stage: Stage, wide: nn.Linear, found: list[Branch]) 
                 continue
             resolved = len(whiten(features.z, features.error, problem.dtype).map)
             possible = min(CHANNELS, features.z.shape[1], len(features.z) - 1)
-            if resolved >= ENOUGH * possible and separate(features.z, features.error).proved:
+            pilot = separate(features.z, features.error)
+            enough = pilot.margin > SPARE if apart else resolved >= ENOUGH * possible
+            if enough and pilot.proved:
                 problem.load({n: value.to(problem.dtype) for n, value in changes.items()})
                 problem.damped = problem.thin = True
                 rest = f", residual branches times {factor:g} (beside an identity: 0)"

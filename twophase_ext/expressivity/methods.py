@@ -83,7 +83,7 @@ class Attempt:
         try:
             wide = problem.analytic_linear
             with self.stages.stage("choice of a backbone", 0, "samples") as stage:
-                chosen = choose_backbone(problem, stage, wide)
+                chosen = choose_backbone(problem, stage, wide, apart=True)
             with self.stages.stage("backbone features", problem.n, "samples") as stage:
                 features = problem.features(wide, stage, folder=self.folder)
         except Unbounded as error:
