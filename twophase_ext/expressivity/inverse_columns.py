@@ -20,7 +20,7 @@ from ..linalg.bounds import SLACK, above, gamma
 from ..linalg.sparse_triangular import TINY, norm_upper_of_magnitudes
 from ..ops.triangular_inverse import triangular_inverse_squares
 
-MOST = 1 << 37  # multiply-adds: half a minute of two cores
+MOST = 1 << 41  # multiply-adds: some minutes of two cores
 
 
 def inverse_frobenius_upper(lower: Any) -> float:
