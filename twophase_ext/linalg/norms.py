@@ -57,9 +57,8 @@ def _norms(a: Tensor, sizes: Tensor) -> Tensor:
     scaled = a * scales[:, None, None]
     gram = _symmetric(scaled.mT @ scaled)
     error = gamma(terms + 2) * (sizes * scales) ** 2 + terms * d * 2.0**-1022
-    squared = (
-        _symmetric_norms(gram, SQUARINGS if d <= LARGE else SQUARINGS_OF_LARGE) + error
-    ) * SLACK
+    squarings = SQUARINGS if d <= LARGE else SQUARINGS_OF_LARGE
+    squared = (_symmetric_norms(gram, squarings) + error) * SLACK
     return _smaller(sizes, squared.sqrt() / scales * SLACK)
 
 
@@ -74,9 +73,8 @@ def _symmetric_norms(b: Tensor, squarings: int) -> Tensor:
     if squarings == 0:
         return sizes
     scales = _powers(sizes)
-    b = (
-        b * scales[:, None, None]
-    )  # exact but for entries that vanish: they are in the underflow term
+    # exact but for entries that vanish: they are in the underflow term
+    b = b * scales[:, None, None]
     square = _symmetric(b @ b)
     d = b.shape[1]
     error = gamma(d + 2) * (sizes * scales) ** 2 + d * d * 2.0**-1000
