@@ -92,7 +92,7 @@ def test_more_epochs_over_a_finished_run(tmp_path, phase):
         kept = json.loads((tmp_path / "run" / name).read_text("utf-8"))
         assert kept.get("epochs", 7) == 7 and kept.get("epochs_done", 7) == 7
     fewer = quiet(toy_mlp(), tmp_path / "run", epochs=5, **settings)
-    with pytest.raises(ValueError, match="epochs: 7 are done in this run, expected 7 or more, got 5"):
+    with pytest.raises(ValueError, match="epochs: 7 are done, expected 7 or more, got 5"):
         fewer.fit(data, data, resume=True)
     with pytest.raises(ValueError, match="for other epochs after the same tau pass tau=2"):
         quiet(toy_mlp(), tmp_path / "run", epochs=20, second_phase=phase).fit(

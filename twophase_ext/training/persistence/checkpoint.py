@@ -242,7 +242,7 @@ def check_matches(state: dict[str, Any], model: dict[str, str], config: dict[str
 def _check_epochs(state: dict[str, Any], epochs: int) -> None:
     done, old = state["epoch"], state["config"].get("epochs")
     if epochs < done:
-        raise ValueError(f"epochs: {done} are done in this run, expected {done} or more, got {epochs}")
+        raise ValueError(f"epochs: {done} are done, expected {done} or more, got {epochs}")
     best = state["second"].get("best")
     if old is not None and done == old < epochs and best is not None and best["epoch"] != done - 1:
         raise ValueError(
