@@ -63,17 +63,32 @@ def require_agreement(
     are left to the methods.
     """
     _require_copy(problem, expected, stage)
+    _require_own(problem, expected, stage)
+
+
+def _require_own(problem: Problem, expected: Reference | Stored, stage: Stage | None) -> None:
     with problem.own_model() as own, torch.enable_grad(), _constant(own):
         for index, seen in _passes(problem, own, problem.dtype, stage, shuffled=False, size=256):
             with torch.no_grad():
                 _compare_own(problem, own, expected(index), seen)
 
 
-def _require_copy(problem: Problem, expected: Reference | Stored, stage: Stage | None) -> None:
+def _require_copy(
+    problem: Problem,
+    expected: Reference | Stored,
+    stage: Stage | None,
+    chosen: Tensor | None = None,
+) -> None:
     with _other_last_layer(problem), _constant(problem.model):
         for size in _sizes(problem):
             for index, seen in _passes(
-                problem, problem.model, torch.float64, stage, shuffled=True, size=size
+                problem,
+                problem.model,
+                torch.float64,
+                stage,
+                shuffled=True,
+                size=size,
+                chosen=chosen,
             ):
                 _compare(problem, expected(index), seen, "float64")
 
@@ -82,13 +97,17 @@ def _require_copy(problem: Problem, expected: Reference | Stored, stage: Stage |
 def require_free_wide_layer(problem: Problem, stage: Stage | None = None) -> None:
     """Raise Disagrees where h is not activation(z W^T + b) at other W and b, or z is another one.
 
-    The claim "some weights of the wide layer" is about weights that the model does not hold.
+    The claim "some weights of the wide layer" is about weights that the model does not hold: the
+    float64 copy gets two draws of them, each for its part of the samples where not all are run; at
+    its own weights the user's own model is asked.
     """
-    wide = problem.analytic_linear
-    for scale in SCALES:
+    wide, step = problem.analytic_linear, 1 if problem.compared == problem.data.n else len(SCALES)
+    order = _order(problem)
+    for k, scale in enumerate(SCALES):
         with drawn(list(wide.parameters()), scale):
-            _require_copy(problem, Reference(problem, wide), stage)
-    require_agreement(problem, Reference(problem, wide), stage)
+            expected = Reference(problem, wide)
+            _require_copy(problem, expected, stage, order[k % step :: step])
+    _require_own(problem, Reference(problem, wide), stage)
 
 
 @torch.no_grad()
@@ -167,10 +186,7 @@ def _passes(
 
     chosen: these alone.
     """
-    generator = torch.Generator("cpu").manual_seed(0)
-    order = torch.randperm(problem.data.n, generator=generator, device="cpu")[: problem.compared]
-    if chosen is not None:
-        order = chosen[torch.randperm(len(chosen), generator=generator, device="cpu")]
+    order = _order(problem, chosen)
     order = order if shuffled else order.sort().values
     size = min(size, _most(problem))
     for index in order.split(size):
@@ -181,6 +197,14 @@ def _passes(
         yield rows, _observe(problem, model, x, places, owners)
         if stage is not None:
             stage.advance(len(rows))
+
+
+def _order(problem: Problem, chosen: Tensor | None = None) -> Tensor:
+    """Samples that are run, `chosen` or as many as there is time for, in an order of chance."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    if chosen is not None:
+        return chosen[torch.randperm(len(chosen), generator=generator, device="cpu")]
+    return torch.randperm(problem.data.n, generator=generator, device="cpu")[: problem.compared]
 
 
 def _observe(

@@ -98,7 +98,7 @@ class Attempt:
             constants={"backbone": chosen},
         )
         if separation.proved:
-            with self._compared(4) as stage:
+            with self._compared(2 if problem.compared < problem.data.n else 3) as stage:
                 require_free_wide_layer(problem, stage)
             return found.but(status="proved", witness=dict(problem.changes))
         names = problem.data.names

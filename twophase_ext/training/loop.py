@@ -8,9 +8,11 @@ for t >= tau:           w^{t+1} = w^t - eta^t * nu g^t, nu keeping rank K(w)   s
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from ..core.hashing import tensors_hash
+from ..core.malloc import pages_kept
 from ..core.seeds import epoch_order
 from ..model.losses import has_labels
 from . import faults
@@ -37,7 +39,8 @@ class Loop:
         """Train to the end, or so far: "completed", "interrupted", "diverged" or "stopped"."""
         run, state, context = self.run, self.state, self.context
         epochs = context.config.epochs if epochs is None else epochs
-        with context.progress, Interrupt(context.ranks) as interrupt:
+        pages: bool | None = None
+        with context.progress, Interrupt(context.ranks) as interrupt, ExitStack() as stack:
             call(run, "on_fit_start")
             context.progress.begin("epochs", epochs, state.epoch)
             while state.epoch < epochs and not self.second.finished:
@@ -45,6 +48,8 @@ class Loop:
                 started = time.perf_counter()
                 try:
                     if phase is self.second:
+                        if pages is None:  # rows of h are large, and made again and again
+                            pages = stack.enter_context(pages_kept())
                         enter_second_phase(run, self.second)
                         started = time.perf_counter()
                     if not phase.train_epoch(interrupt):
@@ -69,6 +74,14 @@ class Loop:
             context.progress.say(f"epoch {state.epoch}: stopped by {run.stop}")
             run.save()
         return "stopped"
+
+    def conclude(self, status: str) -> tuple[dict[str, float | None], Any]:
+        """(what is measured at the end, the guarantee) of a run that `execute` left with status."""
+        whole = status == "completed" or self.run.stop is not None  # no epoch was cut short
+        with pages_kept():
+            final = self.run.measure_all() if whole else {}
+            ended = "completed" if whole and self.state.hidden_hash else status
+            return final, self.second.guarantee(ended)
 
     def _interrupted(self) -> str:
         self.run.save()

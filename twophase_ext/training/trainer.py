@@ -258,9 +258,7 @@ class Trainer:
             context.folder.hold()
         try:
             status = loop.execute(epochs)
-            whole = status == "completed" or loop.run.stop is not None  # no epoch was cut short
-            final = loop.run.measure_all() if whole else {}
-            found = loop.second.guarantee("completed" if whole and state.hidden_hash else status)
+            final, found = loop.conclude(status)
         finally:
             call(loop.run, "on_fit_end")
             for module, mode in modes.items():

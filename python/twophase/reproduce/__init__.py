@@ -11,6 +11,7 @@ from . import drawing
 from .cells import Trunk, sweep
 from .experiments import Cells, table1, table1_trunks, table2, table2_trunks
 from .scales import SCALES, Scale
+from .second_phases import equal_time, second_phases
 
 DATA_SETS = {
     "table1": ("mnist", "cifar10", "cifar100", "svhn"),
@@ -35,11 +36,12 @@ def reproduce(
     """Run what is missing of a table or figure, write it into `run_dir`, print it; the files.
 
     what: one of WHAT. Table 1 and Figure 3 are drawn from the same runs, "figure3" adds the
-    guaranteed loss and sigma_min of [h, 1]. scale: "smoke", "small" or "full" (the paper's own).
-    datasets: names of `data.NAMES`, the paper's by default; a missing one is skipped and the
-    command that fetches it printed. seeds: of the trials. augmentation: "both", "no" or "yes" of
-    Table 1 and Figure 3. Returns [] where no data set was found. Raises ValueError for unknown
-    names, KeyboardInterrupt after Ctrl-C with everything finished kept.
+    guaranteed loss and sigma_min of [h, 1]. scale: "smoke", "small", "medium" (all images, eight
+    channels, the accelerated second phase beside) or "full" (the paper's own). datasets: names of
+    `data.NAMES`, the paper's by default; a missing one is skipped and the command that fetches it
+    printed. seeds: of the trials. augmentation: "both", "no" or "yes" of Table 1 and Figure 3.
+    Returns [] where no data set was found. Raises ValueError for unknown names, KeyboardInterrupt
+    after Ctrl-C with everything finished kept.
     """
     for name, value, known in (
         ("what", what, WHAT),
@@ -66,9 +68,16 @@ def reproduce(
     trunks = table1_trunks(size, found, kinds, trials, batch_norm)
     cells = list(zip(trunks, sweep(trunks, root / "trunks", place), strict=True))
     if what == "table1":
-        table = table1(cells, size, [*notes, *_environments(cells)])
+        notes += _environments(cells)
+        table = table1(cells, size, notes)
         print("\n" + table.markdown())
-        return _said(table.write(root, f"table1-{scale}"))
+        written = table.write(root, f"table1-{scale}")
+        if size.curves:
+            beside = second_phases(cells, size, notes)
+            print("\n" + beside.markdown())
+            written += beside.write(root, f"second-phases-{scale}")
+            written += equal_time(cells, root, f"equal-time-{scale}")
+        return _said(written)
     draw: list[tuple[Callable[..., list[Path]], str]] = [
         (drawing.figure3, f"figure3-{scale}"),
         (drawing.guarantee_figure, f"guarantee-{scale}"),

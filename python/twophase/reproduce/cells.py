@@ -37,7 +37,8 @@ class Trunk:
     """A first phase by the paper's base algorithm, and branches {name: Trainer.branch's changes}.
 
     n, n_test: the first images of the data set, None for all. width: of PreActResNet18. spectrum:
-    follow sigma_min of [h, 1] from epoch to epoch.
+    follow sigma_min of [h, 1] from epoch to epoch. curves: loss and accuracy on the test images
+    after every epoch; nothing is chosen by them.
     """
 
     data_set: str
@@ -50,6 +51,7 @@ class Trunk:
     branches: Mapping[str, Mapping[str, Any]]
     batch_norm: str = "frozen"
     spectrum: bool = False
+    curves: bool = False
     setting: Mapping[str, Any] = field(
         default_factory=lambda: {
             name: getattr(PAPER_SETTING, name)
@@ -122,7 +124,7 @@ class Trunk:
             run_dir=folder,
             progress=False,
             callbacks=[watch],
-        ).branch(self.branches, train, resume=True)
+        ).branch(self.branches, train, test if self.curves else None, resume=True)
         watch.clear()
         if any(result.status == "interrupted" for result in results.values()):
             raise KeyboardInterrupt
@@ -177,16 +179,17 @@ def _outcome(result: tp.Result, test: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """A branch's result as plain data."""
     verdict = None if result.verdict is None else result.verdict.as_dict()
     kept = ("status", "claim", "method", "sigma_min_lower", "sigma_min", "rank", "margin")
+    columns = ("epoch", "phase", "train_loss", "seconds", "val_loss", "val_accuracy")
     return {
         "status": result.status,
         "test_error": test_error(result.model, *test) if result.status == "completed" else None,
         "final": result.final,
         "timings": result.timings,
         "history": [
-            {key: row[key] for key in ("epoch", "phase", "train_loss", "seconds")}
-            for row in result.history
+            {key: row[key] for key in columns if row[key] is not None} for row in result.history
         ],
         "verdict": verdict and {key: verdict[key] for key in kept},
+        "minimum": result.minimum and result.minimum.as_dict(),
         "curve": getattr(result.guarantee, "curve", []),
     }
 
@@ -210,7 +213,7 @@ class Watch:
             loss = record["train_loss"]
             print(f"\r  {part}: epoch {epoch} of {self.trunk.epochs}, loss {loss:.4f}  ", end="")
         last = epoch == self.trunk.epochs
-        if self.trunk.spectrum and part != "gd" and (epoch % self.every == 0 or last):
+        if self.trunk.spectrum and part not in ("gd", "agd") and (epoch % self.every == 0 or last):
             self.spectrum.setdefault(part, {})[str(epoch)] = smallest_singular_value(run)
             write_json(self.path, self.spectrum)
 

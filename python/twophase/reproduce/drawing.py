@@ -17,7 +17,7 @@ from ..figures import BASE as GREEN
 from ..figures import BOUND, GREY, MEASURED, STYLE, draw_bound, save
 from ..paper import PAPER_SETTING
 from .cells import SPECTRUM_ROWS
-from .experiments import BASE, THEOREM, TITLES, TWO_PHASE, Cells
+from .experiments import BASE, THEOREM, TITLES, TWO_PHASE, Cells, groups
 
 COLOURS = {BASE: (GREEN, "--"), TWO_PHASE: (MEASURED, "-")}
 
@@ -69,11 +69,11 @@ def figure2(folder: Path) -> list[Path]:
 
 def figure3(cells: Cells, folder: Path, stem: str) -> list[Path]:
     """Training loss of base and two-phase training by epoch: mean over trials, range, tau."""
-    groups = _groups(cells)
+    kinds = groups(cells)
     rows: list[dict[str, Any]] = []
     with mpl.rc_context(STYLE):
-        figure, panels = _panels(len(groups))
-        for axes, ((data_set, augmented), parts) in zip(panels, groups.items(), strict=True):
+        figure, panels = _panels(len(kinds))
+        for axes, ((data_set, augmented), parts) in zip(panels, kinds.items(), strict=True):
             title = TITLES[data_set] + (", augmented" if augmented else "")
             for name, (colour, dashes) in COLOURS.items():
                 runs = [cell["branches"][name]["history"] for _, cell in parts]
@@ -159,15 +159,8 @@ def spectrum_figure(cells: Cells, folder: Path, stem: str) -> list[Path]:
         return [*save(figure, folder / stem), _table(folder / f"{stem}.csv", rows)]
 
 
-def _groups(cells: Cells) -> dict[tuple[str, bool], list[tuple[Any, Any]]]:
-    groups: dict[tuple[str, bool], list[tuple[Any, Any]]] = {}
-    for trunk, cell in cells:
-        groups.setdefault((trunk.data_set, trunk.augmentation), []).append((trunk, cell))
-    return groups
-
-
 def _first_seeds(cells: Cells) -> list[tuple[Any, Any]]:
-    return [parts[0] for (_, augmented), parts in _groups(cells).items() if not augmented]
+    return [parts[0] for (_, augmented), parts in groups(cells).items() if not augmented]
 
 
 def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:

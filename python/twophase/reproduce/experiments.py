@@ -20,7 +20,7 @@ TITLES = {
     "cifar100": "CIFAR-100",
     "svhn": "SVHN",
 }
-BASE, TWO_PHASE, THEOREM = "base", "two-phase", "gd"
+BASE, TWO_PHASE, THEOREM, ACCELERATED = "base", "two-phase", "gd", "agd"
 THEOREM_ROWS = 5000  # up to here the bound's comparators are cheap: an eigendecomposition of n x n
 THEOREM_STEPS = 50  # full gradient steps an epoch
 
@@ -34,7 +34,8 @@ def table1_trunks(
     seeds: Sequence[int],
     batch_norm: str,
 ) -> list[Trunk]:
-    """Base and two-phase from one first phase; without augmentation also Theorem 1's own "gd"."""
+    """Base and two-phase from one first phase; without augmentation also Theorem 1's own "gd"
+    where it is cheap; "agd" where the scale has it."""
     trunks, trunk = [], _sized(scale, batch_norm)
     for data_set in data_sets:
         for augmented in augmentation:
@@ -45,6 +46,8 @@ def table1_trunks(
             small = scale.n is not None and scale.n <= THEOREM_ROWS
             if small and not augmented and batch_norm == "frozen":
                 branches[THEOREM] = {"second_phase": "gd", "gd": {"steps": THEOREM_STEPS}}
+            if scale.agd and not augmented:
+                branches[ACCELERATED] = {"second_phase": "agd", "agd": dict(scale.agd)}
             trunks += [
                 trunk(
                     data_set=data_set,
@@ -53,6 +56,7 @@ def table1_trunks(
                     epochs=scale.epochs_augmented if augmented else scale.epochs,
                     branches=branches,
                     spectrum=seed == 1 and not augmented,
+                    curves=scale.curves,
                 )
                 for seed in seeds
             ]
@@ -61,11 +65,8 @@ def table1_trunks(
 
 def table1(cells: Cells, scale: Scale, notes: Sequence[str]) -> ResultTable:
     """Test errors of base and two-phase training, paired by seed, beside the paper's Table 1."""
-    rows: dict[tuple[str, bool], list[tuple[Trunk, Mapping[str, Any]]]] = {}
-    for trunk, cell in cells:
-        rows.setdefault((trunk.data_set, trunk.augmentation), []).append((trunk, cell))
     comparisons = []
-    for (data_set, augmented), parts in rows.items():
+    for (data_set, augmented), parts in groups(cells).items():
         printed = PAPER_TABLE_1.get((data_set, augmented))
         comparisons.append(
             Comparison(
@@ -156,6 +157,14 @@ def expressivity(outcomes: Sequence[Mapping[str, Any]]) -> str:
     if len(verdicts) < len(outcomes):
         words.append(f"not verified in {len(outcomes) - len(verdicts)}")
     return "; ".join(words)
+
+
+def groups(cells: Cells) -> dict[tuple[str, bool], list[tuple[Trunk, Mapping[str, Any]]]]:
+    """The cells by (data set, augmentation), in their order."""
+    found: dict[tuple[str, bool], list[tuple[Trunk, Mapping[str, Any]]]] = {}
+    for trunk, cell in cells:
+        found.setdefault((trunk.data_set, trunk.augmentation), []).append((trunk, cell))
+    return found
 
 
 def _sized(scale: Scale, batch_norm: str) -> Callable[..., Trunk]:

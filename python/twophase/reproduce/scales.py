@@ -1,6 +1,8 @@
 """How much of the paper's setting is run: `full` is section 7's, the others are smaller."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..paper import PAPER_SETTING
 
@@ -13,7 +15,8 @@ class Scale:
 
     n, n_test: training and test images, the first ones of the data set. width: channels of
     PreActResNet18. epochs, epochs_augmented: T without and with augmentation. trials, trials_grid:
-    seeds 1, 2, ... of Tables 1 and 2.
+    seeds 1, 2, ... of Tables 1 and 2. agd: settings of the accelerated second phase, beside Table
+    1's two branches; {} for none. curves: whether the test images are looked at after every epoch.
     """
 
     name: str
@@ -24,6 +27,8 @@ class Scale:
     epochs_augmented: int
     trials: int
     trials_grid: int
+    agd: Mapping[str, Any] = field(default_factory=dict)
+    curves: bool = False
 
     def note(self) -> str:
         """What differs from the paper, in words."""
@@ -41,8 +46,9 @@ class Scale:
 
 
 SCALES = {
-    "smoke": Scale("smoke", 96, 128, 2, 5, 5, 2, 1),
+    "smoke": Scale("smoke", 96, 128, 2, 5, 5, 2, 1, agd={"steps": 2}, curves=True),
     "small": Scale("small", 500, 2000, 4, 40, 60, 5, 3),
+    "medium": Scale("medium", None, None, 8, 10, 10, 3, 1, agd={"steps": 2}, curves=True),
     "full": Scale(
         "full",
         None,

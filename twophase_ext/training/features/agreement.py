@@ -4,7 +4,7 @@ The premise "fixed features" of Theorem 1, and what a cache of features rests on
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -126,12 +126,17 @@ def agreement(
 
 @torch.no_grad()
 def cache_disagreement(
-    features: Features, network: Network, batch_size: int, at_most: int | None = None
+    features: Features,
+    network: Network,
+    batch_size: int,
+    at_most: int | None = None,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> str | None:
     """Evidence where the user's own model, on regrouped inputs, gives other h than the cache, or
     other outputs than the last layer's.
 
-    The model is in evaluation mode. at_most: look at so many samples (all).
+    The model is in evaluation mode. at_most: look at so many samples (all). advance: called with
+    the number of samples that are done.
     """
     done = 0
     with _other_last_layer(network), untouched(network.model):
@@ -145,6 +150,7 @@ def cache_disagreement(
             if found := found or _compiled_apart(network, block):
                 return found
             done += len(x)
+            advance(len(x))
             if at_most is not None and done >= at_most:
                 break
     return None

@@ -270,6 +270,12 @@ class Features:
         return None if self.mode == "backbone" else self.stored
 
     @property
+    def targets(self) -> Tensor:
+        """Those of all rows, on the device."""
+        known = self.stored
+        return self.samples.targets.to(self.samples.device) if known is None else known.targets
+
+    @property
     def bytes(self) -> int:
         """Memory, or disk, held by the cache."""
         return 0 if self.stored is None else self.stored.rows.nbytes

@@ -126,8 +126,8 @@ class AcceleratedPhase(MetricPhase):
         small = n if isinstance(side, SampleSide) else p
         factored = 0 if self.damping is None else n * p * small + small**3 // 3
         each = 8 * n * k * small if isinstance(side, SampleSide) else 4 * k * (n + p) * p
-        if isinstance(side, SketchSide):
-            factored, each = 4 * n * p * side.rank, 6 * n * p * k
+        if isinstance(side, SketchSide):  # there a pass is what costs, not its products
+            return min(3, steps)
         return max(1, min(12, (factored + steps * each) // (12 * n * p * k)))
 
     def _estimates(self, side: Side, most: int) -> Iterator[Estimate]:

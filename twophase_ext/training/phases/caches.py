@@ -53,7 +53,17 @@ def compare(run: Run, features: Features) -> str | None:
     context, config = run.context, run.context.config
     with run.timed("features"):
         if features.mode != "none":
-            return cache_disagreement(features, context.network, config.batch_size)
+            stage = "features beside the model"
+            context.progress.begin(stage, context.train.n)
+            try:
+                return cache_disagreement(
+                    features,
+                    context.network,
+                    config.batch_size,
+                    advance=lambda count: context.progress.advance(stage, count),
+                )
+            finally:
+                context.progress.end(stage)
         if not config.fixed_statistics or context.train.random:
             return None  # nothing is claimed of these
         return agreement(

@@ -26,7 +26,7 @@ from ..settings import Exact
 from ..steps.least_squares import least_squares
 from ..steps.metric import SHARE
 from ..steps.quasi_newton import QuasiNewton
-from .metric import MetricPhase
+from .metric import MetricPhase, trace_form
 
 # of the metric of L-BFGS, in mean eigenvalues: what is reached first generalises best; divided by
 # LESS after so many iterations, as what is left then lies along small eigenvalues
@@ -58,13 +58,9 @@ class ExactPhase(MetricPhase):
         """An epoch is one."""
         return 1
 
-    def smoothness(self) -> float:
-        """Not used but for what cannot be computed with: L_H in one pass."""
-        self.damping, kept = DAMPING, self.damping
-        try:
-            return super().smoothness()
-        finally:
-            self.damping = kept
+    def smoothness(self, norms: Tensor) -> float:
+        """Not used but for what cannot be computed with."""
+        return trace_form(norms, self.features.targets, self.context.loss)
 
     def fill_caches(self) -> None:
         """As of MetricPhase; then L_floor, from the equal inputs."""

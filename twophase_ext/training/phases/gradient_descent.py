@@ -4,6 +4,7 @@ import math
 import warnings
 
 import torch
+from torch import Tensor
 
 from ...model.losses import CROSS_ENTROPY, SQUARED_ERROR
 from ...theory.guarantee import Guarantee, smoothness
@@ -27,7 +28,7 @@ class GradientDescentPhase(TheoremPhase):
         """Steps in an epoch."""
         return self.settings.steps
 
-    def smoothness(self) -> float:
+    def smoothness(self, norms: Tensor) -> float:
         """L_H in the form asked for, l2 included."""
         form, l2 = self.settings.smoothness, self.settings.l2
         return smoothness(self.blocks, loss=self.context.loss, form=form, ones=self.ones, l2=l2)

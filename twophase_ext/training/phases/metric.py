@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...core.hashing import tensors_hash
 from ...linalg.bounds import SLACK, UNIT_ROUNDOFF, gamma
-from ...theory.guarantee import smoothness
+from ...model.losses import ConvexLoss
 from ..faults import Stopped
 from ..steps.metric import Problem, Side, slopes
 from ..steps.sides import made
@@ -32,6 +32,16 @@ class Look(NamedTuple):
     correct: int
 
 
+def trace_form(norms: Tensor, targets: Tensor, loss: ConvexLoss) -> float:
+    """(L_ell / n) sum_i r_i ||[h_i, 1]||^2 of Theorem 1; ValueError where it is not finite."""
+    scale = loss.row_scale(targets)
+    rows = norms if scale is None else norms * scale.to(norms)
+    found = loss.smoothness * float(rows.square().sum()) / len(norms) * SLACK
+    if not found < math.inf:
+        raise ValueError("blocks: expected finite features, got NaN, infinity or too large ones")
+    return found
+
+
 class MetricPhase(WatchedPhase):
     """Steps in coordinates of a `Side` of M; the layer's weights follow at an epoch's end."""
 
@@ -47,10 +57,15 @@ class MetricPhase(WatchedPhase):
         name, p = context.config.second_phase, network.width + 1
         self.rank = planned(n, p, network.outputs, context.device, name)
 
-    def smoothness(self) -> float:
-        """L_H without l2; where the metric is factored, which makes no use of it, in one pass."""
-        form = "tight" if self.damping is None else "paper"
-        return smoothness(self.blocks, loss=self.context.loss, form=form, ones=self.ones)
+    def smoothness(self, norms: Tensor) -> float:
+        """L_H without l2; where the metric is factored, which makes no use of it, from the norms.
+
+        ValueError for features that are not finite.
+        """
+        loss = self.context.loss
+        if self.damping is None:
+            return super().smoothness(norms)
+        return trace_form(norms, self.features.targets, loss)
 
     def fill_caches(self) -> None:
         """As of TheoremPhase; then the metric, in every process."""

@@ -69,7 +69,7 @@ class TheoremPhase(LastLayer):
             return
         with self.run.timed("smoothness"):
             norms = row_norms(self.features)
-            largest = self._usable_smoothness()
+            largest = self._usable_smoothness(norms)
             known.start = [p.detach().clone() for p in self.parameters()]
             known.norms, known.smoothness = norms, largest
 
@@ -105,11 +105,11 @@ class TheoremPhase(LastLayer):
         )
         warnings.warn(f"nothing is claimed: {self.state.second.unfixed}", stacklevel=2)
 
-    def _usable_smoothness(self) -> float:
+    def _usable_smoothness(self, norms: Tensor) -> float:
         """L_H, where steps of 1 / L_H can be made; Stopped otherwise."""
         dtype = self.context.network.last.module.weight.dtype
         try:
-            largest = self.smoothness()
+            largest = self.smoothness(norms)
         except (ValueError, OverflowError) as error:  # features that are not finite
             raise Stopped(f"L_H cannot be computed at tau: {first_line(error)}") from error
         if not 1 / torch.finfo(dtype).max <= largest < math.inf:
@@ -119,8 +119,8 @@ class TheoremPhase(LastLayer):
             )
         return largest
 
-    def smoothness(self) -> float:
-        """L_H, that of the loss as a function of the last layer's weights."""
+    def smoothness(self, norms: Tensor) -> float:
+        """L_H, that of the loss as a function of the last layer's weights; norms: `row_norms`."""
         return smoothness(self.blocks, loss=self.context.loss, form="tight", ones=self.ones)
 
     def fixed_bias(self) -> Tensor | None:

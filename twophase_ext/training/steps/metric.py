@@ -211,7 +211,7 @@ class Side:
     @cached_property
     def y(self) -> Tensor:
         """The targets of all samples."""
-        return torch.cat([y for _, y in self.features.in_order(BATCH)])
+        return self.features.targets
 
     def zeros(self) -> Tensor:
         """The coordinates of w^tau."""
