@@ -19,7 +19,7 @@ class Rows:
     """Features as the metric reads them."""
 
     def __init__(self, h, y):
-        self.h, self.y, self.n = h, y, len(h)
+        self.h, self.y, self.targets, self.n = h, y, y, len(h)
 
     def in_order(self, size):
         return zip(self.h.split(size), self.y.split(size), strict=True)

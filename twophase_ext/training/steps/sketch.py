@@ -20,7 +20,7 @@ from .metric import Problem, Slope, factored, room, solved
 from .sides import FeatureSide
 
 EACH, MOST, LEAST = 32, 1024, 8  # directions for an output; in all; fewer are no sketch
-PROBES, PASSES, MARGIN = 8, 4, 1.5  # of the power iteration for ||A - B B^T||; mu beside it
+PROBES, PASSES, MARGIN = 8, 3, 1.5  # of the power iteration for ||A - B B^T||; mu beside it
 
 
 def planned(n: int, p: int, k: int, device: torch.device, name: str) -> int:
@@ -52,38 +52,45 @@ class SketchSide(FeatureSide):
     """
 
     def __init__(self, problem: Problem, rank: int, seed: int) -> None:
-        """The sketch is made in two passes, its remainder measured in PASSES."""
+        """The sketch is made in two passes, its remainder measured in PASSES, the first with it."""
         super(FeatureSide, self).__init__(problem)
         self.rank, device = rank, self.moving.device
         draws = torch.Generator().manual_seed(stream_seed(seed, "sketch"))
-        q = torch.randn(self.p, rank, generator=draws, dtype=torch.float64, device="cpu")
-        q = torch.linalg.qr(self.curved(q.to(device))).Q
-        y = self.curved(q)
+        q = torch.randn(self.p, rank + PROBES, generator=draws, dtype=torch.float64, device="cpu")
+        q, probes = q.to(device).split((rank, PROBES), 1)
+        # what spans the range need not be exact, where squares are in float32's range
+        size = self.trace / self.n
+        first = q.float() if 1e-20 < size < 1e20 else q
+        q = torch.linalg.qr(self.curved(first).double()).Q
+        probes = torch.linalg.qr(probes - q @ (q.T @ probes)).Q
+        y, image = self.curved(torch.cat([q, probes], 1)).split((rank, PROBES), 1)
         shift = 8 * gamma(self.n + self.p + 8) * self.trace / self.n
-        y.add_(q, alpha=shift)
+        y = y.add(q, alpha=shift)
         inner = q.T @ y
         lower = factored((inner + inner.T) / 2)
         self.sketch = torch.linalg.solve_triangular(lower, y.T, upper=False).T.contiguous()
         self.small = self.sketch.T @ self.sketch
         self.norm = float(self.sketch.norm()) * SLACK
-        self.remainder = self._remainder(draws)
+        self.remainder = self._remainder(probes, image)
         self.refactor(problem.damping or 0.0)
 
     def curved(self, x: Tensor) -> Tensor:
-        """M^T M x / n, x [p, b]: one pass."""
+        """M^T M x / n, x [p, b], in the precision of x: one pass."""
         total = torch.zeros_like(x)
         for _, m, _ in self.rows():
+            m = m.to(x.dtype)
             total.addmm_(m.T, m @ x)
         return total.div_(self.n)
 
-    def _remainder(self, draws: torch.Generator) -> float:
-        """||A - B B^T||, from below, by a few steps of block power iteration."""
-        x = torch.randn(self.p, PROBES, generator=draws, dtype=torch.float64, device="cpu")
-        x, size = x.to(self.moving.device), 0.0
-        for _ in range(PASSES):
-            x = torch.linalg.qr(x).Q
-            x = self.curved(x) - self.sketch @ (self.sketch.T @ x)
-            size = float(torch.linalg.matrix_norm(x, 2))
+    def _remainder(self, x: Tensor, image: Tensor) -> float:
+        """||A - B B^T||, from below, by a few steps of block power iteration from x, A x known."""
+        size = 0.0
+        for k in range(PASSES):
+            if k:
+                x = torch.linalg.qr(x).Q
+                image = self.curved(x)
+            x = image - self.sketch @ (self.sketch.T @ x)
+            size = max(size, float(torch.linalg.matrix_norm(x, 2)))
         return size
 
     def refactor(self, damping: float) -> None:
