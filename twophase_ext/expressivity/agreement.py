@@ -98,11 +98,11 @@ def require_free_wide_layer(problem: Problem, stage: Stage | None = None) -> Non
     """Raise Disagrees where h is not activation(z W^T + b) at other W and b, or z is another one.
 
     The claim "some weights of the wide layer" is about weights that the model does not hold: the
-    float64 copy gets two draws of them, each for its part of the samples where not all are run; at
+    float64 copy gets two draws of them, each for a quarter of the samples where not all are run; at
     its own weights the user's own model is asked.
     """
-    wide, step = problem.analytic_linear, 1 if problem.compared == problem.data.n else len(SCALES)
-    order = _order(problem)
+    wide, order = problem.analytic_linear, _order(problem)
+    step = 1 if problem.compared == problem.data.n else 2 * len(SCALES)
     for k, scale in enumerate(SCALES):
         with drawn(list(wide.parameters()), scale):
             expected = Reference(problem, wide)

@@ -239,7 +239,7 @@ def _thin(problem: Problem, stage: Stage, wide: nn.Linear, found: list[Branch], 
             enough = pilot.margin > SPARE if apart else resolved >= ENOUGH * possible
             if enough and pilot.proved:
                 problem.load({n: value.to(problem.dtype) for n, value in changes.items()})
-                problem.damped = problem.thin = True
+                problem.damped, problem.thin = True, max(4, (1 << 14) // numbers)
                 rest = f", residual branches times {factor:g} (beside an identity: 0)"
                 return (
                     f"channels of {numbers} numbers a layer{rest if found else ''} ({resolved} "

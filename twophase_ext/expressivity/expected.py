@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,13 @@ class Reference:
             self.weight = wide.weight.detach()
             own = wide.bias
             self.bias = self.weight.new_zeros(len(self.weight)) if own is None else own.detach()
-            self.norm, self.sizes = norm_upper(self.weight), frobenius_upper(self.weight)
+            self.sizes = frobenius_upper(self.weight)
             self.shift = frobenius_upper(self.bias)
+
+    @cached_property
+    def norm(self) -> float:
+        """A bound of ||W||_2."""
+        return norm_upper(self.weight)
 
     def __call__(self, index: Tensor) -> Expected:
         """Of the rows `index`."""

@@ -31,11 +31,10 @@ from .one_sided import OneSided, one_sided
 from .running.features import Known, bounded_features
 
 CHUNK = 8192  # samples
-THIN = 4  # batches at a time, where few channels are computed
 ONE_SIDED = "exact softplus, GELU, SiLU or Mish"
 # Of a pass of the model over all samples; beyond it over a random part of them, FEW at least where
 # four times as much allows it.
-OPERATIONS, FEW = 1e11, 400
+OPERATIONS, FEW = 1e11, 256
 
 
 @dataclass
@@ -45,9 +44,9 @@ class Problem:
     data: the inputs of all samples. inputs: batches [b, ...] of the n distinct ones, exact, as the
     model is fed; M has n rows, those of these inputs that count. ones: whether M has the column 1.
     changes: entries of the state dict (the model's dtype) that differ from the user's model.
-    damped: whether `choose_backbone` (backbone.py) has put another backbone in; thin: one of few
-    channels (thinning.py), unless all_channels is set. version: of the certificate file, for whose
-    witness is made.
+    damped: whether `choose_backbone` (backbone.py) has put another backbone in; thin: where it has
+    few channels (thinning.py), the batches computed at a time, else 0; all_channels: such a one is
+    not tried. version: of the certificate file, for whose witness is made.
     """
 
     network: Network
@@ -55,7 +54,7 @@ class Problem:
     ones: bool
     changes: dict[str, Tensor] = field(default_factory=dict)
     damped: bool = False
-    thin: bool = False
+    thin: int = 0
     all_channels: bool = False
     version: int = VERSION
     bounded: BoundedFeatures | None = None  # of all samples, as `features` found them last
@@ -349,7 +348,7 @@ class Problem:
 
     def _chunks(self, count: int | None, *, whole: bool) -> Iterator[list[Tensor]]:
         """The first `count` distinct inputs as they are: CHUNK of them at a time, or all."""
-        batches, times = self._fed(count), THIN if self.thin else 1
+        batches, times = self._fed(count), max(self.thin, 1)
         chunk: list[Tensor] = []
         for k in range(0, len(batches), times):
             some = batches[k : k + times]

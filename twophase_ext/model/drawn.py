@@ -18,8 +18,9 @@ def drawn(parameters: list[nn.Parameter], scale: float, *, keep: bool = False) -
     generator = torch.Generator("cpu").manual_seed(1)
     for p, value in zip(parameters, own, strict=True):
         size = value.abs().mean() if bool(value.any()) else value.new_tensor(1.0)
-        drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu")
-        p.data.copy_((value if keep else 0) + scale * size * drawn.to(p.device))
+        drawn = torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu")
+        noise = drawn.to(p).mul_(scale * size)
+        p.data.copy_(noise.add_(value) if keep else noise)
     try:
         yield
     finally:

@@ -35,13 +35,14 @@ class Scale:
         paper = PAPER_SETTING
         if self == SCALES["full"]:
             return "Scale full: the setting of the paper's section 7."
-        train, test = (f"{m:,}" if m else "all" for m in (self.n, self.n_test))
+        train = f"the first {self.n:,} training images (paper: all)" if self.n else "all images"
+        test = f" and {self.n_test:,} test images (all)" if self.n_test else ""
         return (
-            f"Scale {self.name}: the first {train} training images (paper: all) and {test} test "
-            f"images (all), PreActResNet18 of {self.width} channels ({PAPER_WIDTH}), "
-            f"T = {self.epochs} epochs ({paper.epochs}), {self.epochs_augmented} with augmentation "
-            f"({paper.epochs_augmented}), {self.trials} trials ({paper.trials}), "
-            f"{self.trials_grid} in Table 2 ({paper.trials_grid}). All else as in the paper."
+            f"Scale {self.name}: {train}{test}, PreActResNet18 of {self.width} channels "
+            f"({PAPER_WIDTH}), T = {self.epochs} epochs ({paper.epochs}), "
+            f"{self.epochs_augmented} with augmentation ({paper.epochs_augmented}), "
+            f"{self.trials} trials ({paper.trials}), {self.trials_grid} in Table 2 "
+            f"({paper.trials_grid}). All else as in the paper."
         )
 
 
