@@ -13,6 +13,7 @@ import twophase_ext as tp
 from helpers import Given, bits, quiet, same_bits, toy_data, toy_mlp
 from lying_models import NO_CLAIM, RANK_ONE, Net
 from twophase_ext.expressivity import agreement
+from twophase_ext.expressivity import problem as problem_module
 from twophase_ext.model.network import Network
 
 WAYS = [
@@ -341,3 +342,29 @@ def test_no_batch_has_all_features_of_many_samples(monkeypatch):
         assert tp.verify_expressivity(model, x, method="separation").status == "proved"
         assert max(sizes) == largest
         sizes.clear()
+
+
+def test_large_models_run_on_a_part_of_the_samples(monkeypatch):
+    """All come once in the user's own model; the float64 copy has a quarter for each draw."""
+    x = toy_data(300)[0]
+    model = toy_mlp()
+    tp.nn.widen(model, x)
+    seen, passes = [], agreement._passes
+
+    def watched(problem, own, dtype, stage, **rest):
+        for index, found in passes(problem, own, dtype, stage, **rest):
+            seen.append((dtype, set(index.tolist())))
+            yield index, found
+
+    monkeypatch.setattr(agreement, "_passes", watched)
+    monkeypatch.setattr(problem_module.Problem, "compared", 40)
+    for method, parts in (("separation", [10, 10, 40]), ("certificate", [20, 40])):
+        w = "witness" if method == "certificate" else "current"
+        verdict = tp.verify_expressivity(model, x, w=w, method=method)
+        assert verdict.status == "proved"
+        assert [len(rows) for _, rows in seen] == parts
+        assert [dtype for dtype, _ in seen] == [torch.float64] * (len(parts) - 1) + [torch.float32]
+        assert not seen[0][1] & seen[1][1] or method == "certificate"
+        assert set.union(*(rows for _, rows in seen)) == seen[-1][1]
+        assert verdict.stages[-1]["samples"] == sum(parts)
+        seen.clear()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from helpers import quiet, same_bits, toy_data
+from twophase_ext.model import probing
 from twophase_ext.model.probing import copy_model
 
 
@@ -97,3 +98,26 @@ def test_tied_and_held_and_odd_tensors():
     assert twin[1].weight is twin[0].weight is not model[0].weight
     assert twin.itself[0] is twin and torch.equal(twin.inference, torch.ones(3))
     assert torch.equal(twin.sparse.to_dense(), torch.eye(3))
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bool,
+        torch.uint8,
+        torch.int16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.complex128,
+    ],
+)
+def test_same_bits_tells_zeros_and_nans_apart(dtype):
+    a = torch.tensor([0.0, 1.0, 0.0]).to(dtype)[1:]  # a view with an offset
+    assert probing.same_bits(a, a.clone()) and not probing.same_bits(a, torch.ones_like(a))
+    assert not probing.same_bits(a, torch.zeros_like(a, dtype=torch.int64))
+    if dtype.is_floating_point:
+        assert not probing.same_bits(a, torch.where(a == 0, -a, a))  # -0.0
+        nan = torch.full_like(a, float("nan"))
+        assert probing.same_bits(nan, nan.clone())
+    assert probing.same_bits(a[:0], a[:0].clone())

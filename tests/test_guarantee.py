@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 import twophase_ext as tp
+from twophase_ext.linalg.bounds import SLACK
 from twophase_ext.model.losses import CROSS_ENTROPY, SQUARED_ERROR, resolve_loss, squared_error
 from twophase_ext.theory import comparators as family
 from twophase_ext.theory.comparators import comparators, last_layer_objective
 from twophase_ext.theory.guarantee import Guarantee, guarantee, smoothness
+from twophase_ext.training.phases.metric import trace_form
 
 STEPS = [0, 1, 2, 3, 5, 8, 15, 30, 60, 120, 250, 500]
 
@@ -113,9 +115,13 @@ def test_smoothness_is_an_upper_bound_and_close(loss, ones):
         tight = smoothness(problem.blocks, loss=loss, ones=ones)
         assert true * (1 - 1e-13) <= tight <= 1.011 * true
         paper = smoothness(problem.blocks, loss=loss, form="paper", ones=ones, l2=0.5)
-        trace = loss.smoothness / problem.n * float(m.square().sum()) + 0.5
-        assert trace <= paper <= trace * (1 + 1e-9)
+        own = loss.smoothness / problem.n * float(m.square().sum())
+        assert own + 0.5 <= paper <= (own + 0.5) * (1 + 1e-9)
         assert tight <= paper
+        norms = m.square().sum(1).sqrt()
+        assert own <= trace_form(norms, problem.y, loss) <= own * SLACK**2
+    with pytest.raises(ValueError, match="finite"):
+        trace_form(norms * float("inf"), problem.y, loss)
 
 
 def test_smoothness_of_features_of_any_sign():

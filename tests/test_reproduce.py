@@ -73,6 +73,30 @@ def test_table1_holds_what_the_runs_reached(finished):
     assert not list(finished.glob("trunks/*/*/checkpoint*"))  # finished: no longer needed
 
 
+@pytest.mark.slow
+def test_second_phases_stand_beside_each_other(finished):
+    runs = read(finished)
+    branches, _ = next(cell for name, cell in runs.items() if "-plain-" in name)
+    table = ResultTable.from_json((finished / "second-phases-smoke.json").read_text())
+    plain = {row["branch"]: row for row in table.rows if row["augmentation"] == "no"}
+    assert set(plain) == {"base", "two-phase", "gd", "agd"}
+    assert [r["branch"] for r in table.rows if r["augmentation"] == "yes"] == ["base", "two-phase"]
+    for name, row in plain.items():
+        own = branches[name]
+        assert row["test_error"].values == (own["test_error"],)
+        assert row["loss"].values == (own["minimum"]["loss"],)
+        assert float(row["gap"]) >= own["minimum"]["loss"] - own["minimum"]["floor"]["upper"]
+        assert (row["second"].values[0] > 0) == (name != "base")
+    assert plain["agd"]["loss"].mean < plain["two-phase"]["loss"].mean
+    drawn = list(csv.DictReader((finished / "equal-time-smoke.csv").read_text().splitlines()))
+    agd = [r for r in drawn if r["run"] == "agd"]
+    assert len(agd) == SCALES["smoke"].epochs and float(agd[-1]["test_error"]) == pytest.approx(
+        branches["agd"]["test_error"]
+    )
+    seconds = [float(r["seconds"]) for r in agd]
+    assert seconds == sorted(seconds) and (finished / "equal-time-smoke.svg").stat().st_size > 1000
+
+
 def test_the_test_error_is_that_of_the_trained_network():
     images, labels = data.load("digits", "test")
     model = torch.nn.Sequential(

@@ -41,11 +41,11 @@ def _set(options: dict[int, int]) -> None:
 
 
 @contextmanager
-def pages_kept() -> Iterator[bool]:
+def pages_kept() -> Iterator[None]:
     """Within, freed memory stays with the process; at the end of the last use it is given back.
 
     Nested and from several threads. Nothing changes on other systems, and where the environment
-    sets malloc up (GLIBC_TUNABLES, MALLOC_...): then it gives False.
+    sets malloc up (GLIBC_TUNABLES, MALLOC_...).
     """
     global _users
     with _lock:
@@ -53,7 +53,7 @@ def pages_kept() -> Iterator[bool]:
         if _users == 1:
             _set(_KEPT)
     try:
-        yield _glibc() is not None
+        yield
     finally:
         with _lock:
             _users -= 1

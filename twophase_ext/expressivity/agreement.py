@@ -62,7 +62,8 @@ def require_agreement(
     its own precision. Both keep every parameter and buffer to the bit. Features that are not finite
     are left to the methods.
     """
-    _require_copy(problem, expected, stage)
+    part = None if problem.compared == problem.data.n else _order(problem)[::2]
+    _require_copy(problem, expected, stage, part)
     _require_own(problem, expected, stage)
 
 
@@ -162,6 +163,8 @@ def _require_equal(passes: Iterator[tuple[Tensor, _Seen]], again: Tensor, tolera
 def _sizes(problem: Problem) -> list[int]:
     """Of the batches of each pass: few samples come in several batches, and in one."""
     n = problem.data.n
+    if problem.compared < n:
+        return [BATCH]
     small = [BATCH] if n > BATCH else [-(-3 * n // 8)]
     numbers, features = problem.inputs[0][0].numel(), problem.data.each * problem.columns
     return small + ([n] if n * numbers <= WHOLE and n * features <= FEATURES else [])

@@ -98,7 +98,7 @@ class Attempt:
             constants={"backbone": chosen},
         )
         if separation.proved:
-            with self._compared(3 if problem.compared == problem.data.n else 1.5) as stage:
+            with self._compared(3) as stage:
                 require_free_wide_layer(problem, stage)
             return found.but(status="proved", witness=dict(problem.changes))
         names = problem.data.names
@@ -115,9 +115,14 @@ class Attempt:
         )
 
     @contextmanager
-    def _compared(self, passes: float) -> Iterator[Stage]:
-        """The stage in which the model itself is run beside what was bounded."""
-        what, count = "passes of the model itself", int(passes * self.problem.compared)
+    def _compared(self, passes: int) -> Iterator[Stage]:
+        """The stage in which the model itself is run beside what was bounded.
+
+        passes: over all samples; where some are run, the copy in float64 has half as many.
+        """
+        compared = self.problem.compared
+        some = passes if compared == self.problem.data.n else 1.5
+        what, count = "passes of the model itself", int(some * compared)
         with pages_kept(), self.stages.stage(what, count, "samples") as stage:
             yield stage
 

@@ -34,7 +34,7 @@ CHUNK = 8192  # samples
 ONE_SIDED = "exact softplus, GELU, SiLU or Mish"
 # Of a pass of the model over all samples; beyond it over a random part of them, FEW at least where
 # four times as much allows it.
-OPERATIONS, FEW = 1e11, 256
+OPERATIONS, FEW = 4e10, 256
 
 
 @dataclass

@@ -39,7 +39,7 @@ class Loop:
         """Train to the end, or so far: "completed", "interrupted", "diverged" or "stopped"."""
         run, state, context = self.run, self.state, self.context
         epochs = context.config.epochs if epochs is None else epochs
-        pages: bool | None = None
+        kept = False
         with context.progress, Interrupt(context.ranks) as interrupt, ExitStack() as stack:
             call(run, "on_fit_start")
             context.progress.begin("epochs", epochs, state.epoch)
@@ -48,8 +48,9 @@ class Loop:
                 started = time.perf_counter()
                 try:
                     if phase is self.second:
-                        if pages is None:  # rows of h are large, and made again and again
-                            pages = stack.enter_context(pages_kept())
+                        if not kept:  # rows of h are large, and made again and again
+                            stack.enter_context(pages_kept())
+                            kept = True
                         enter_second_phase(run, self.second)
                         started = time.perf_counter()
                     if not phase.train_epoch(interrupt):

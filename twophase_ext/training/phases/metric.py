@@ -13,7 +13,7 @@ from ...model.losses import ConvexLoss
 from ..faults import Stopped
 from ..steps.metric import Problem, Side, slopes
 from ..steps.sides import made
-from ..steps.sketch import SketchSide, planned
+from ..steps.sketch import PASSES, SketchSide, planned
 from .watched import WatchedPhase
 
 
@@ -96,7 +96,14 @@ class MetricPhase(WatchedPhase):
         rank = known.sketch["rank"] if known.sketch else 0 if begun else self.rank
         if problem.damping is None or not rank:
             return None
-        side = SketchSide(problem, rank, context.config.seed)
+        stage, progress = "sketch of the metric", context.progress
+        progress.begin(stage, (PASSES + 1) * problem.features.n)
+        try:
+            side = SketchSide(
+                problem, rank, context.config.seed, lambda rows: progress.advance(stage, rows)
+            )
+        finally:
+            progress.end(stage)
         now = tensors_hash({"B": side.sketch, "mu": torch.tensor(side.remainder, device="cpu")})
         if known.sketch and known.sketch["hash"] != now:
             known.unfixed = "the metric's sketch is another one than that of the checkpoint"

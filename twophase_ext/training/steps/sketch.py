@@ -9,6 +9,7 @@ step: what is missing, if ever, enters the bound (`excess`; docs/theory.md has t
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -51,9 +52,19 @@ class SketchSide(FeatureSide):
     power iteration; l2 / L_ell included.
     """
 
-    def __init__(self, problem: Problem, rank: int, seed: int) -> None:
-        """The sketch is made in two passes, its remainder measured in PASSES, the first with it."""
+    def __init__(
+        self,
+        problem: Problem,
+        rank: int,
+        seed: int,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        """The sketch is made in two passes, its remainder measured in PASSES, the first with it.
+
+        advance: called with the number of rows done, of PASSES + 1 times n.
+        """
         super(FeatureSide, self).__init__(problem)
+        self._advance = advance
         self.rank, device = rank, self.moving.device
         draws = torch.Generator().manual_seed(stream_seed(seed, "sketch"))
         q = torch.randn(self.p, rank + PROBES, generator=draws, dtype=torch.float64, device="cpu")
@@ -80,6 +91,7 @@ class SketchSide(FeatureSide):
         for _, m, _ in self.rows():
             m = m.to(x.dtype)
             total.addmm_(m.T, m @ x)
+            self._advance(len(m))
         return total.div_(self.n)
 
     def _remainder(self, x: Tensor, image: Tensor) -> float:
