@@ -296,6 +296,7 @@ def test_a_trunk_is_named_by_its_settings():
         "branches": {},
         "batch_norm": "batch",
         "spectrum": True,
+        "curves": True,
         "setting": {**trunk.setting, "lr": 0.02},
     }
     assert set(changes) == {field.name for field in dataclasses.fields(trunk)}
