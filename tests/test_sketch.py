@@ -11,7 +11,7 @@ from twophase_ext.theory.accelerated import Point
 from twophase_ext.training.phases import metric as phase
 from twophase_ext.training.steps import metric
 from twophase_ext.training.steps.accelerated import Iterate, weight_of
-from twophase_ext.training.steps.sketch import SketchSide, planned
+from twophase_ext.training.steps.sketch import PASSES, SketchSide, planned
 
 SMALL = 100 << 20  # bytes: the panels of a factorization alone take more
 
@@ -49,13 +49,26 @@ def test_the_sketch_is_near_and_its_remainder_known():
     problem = Problem(4, "cross_entropy", n=90, m=120)
     m, shift = problem.rows(), 1e-9
     for rank in (8, 20, 40):
-        side = SketchSide(problem.posed(0.01), rank, 0)
+        done = []
+        side = SketchSide(problem.posed(0.01), rank, 0, done.append)
+        assert sum(done) == (PASSES + 1) * 90
         left = torch.linalg.eigvalsh(m.T @ m / 90 - side.sketch @ side.sketch.T)
         assert -shift <= left[0]
         assert 0.7 * float(left[-1]) <= side.remainder <= float(left[-1]) * (1 + 1e-9) + shift
         assert side.damping >= 1.05 * float(left[-1])
     spectrum = torch.linalg.eigvalsh(m.T @ m / 90)
     assert float(left[-1]) <= 3 * float(spectrum[-41])  # little more than the best of rank 40
+
+
+def test_features_whose_squares_leave_float32_have_their_sketch():
+    problem, size = Problem(4, "cross_entropy", n=90, m=60, bias="none"), 1e25
+    problem.h = problem.h * size
+    m = problem.rows() / size
+    side = SketchSide(problem.posed(0.01), 20, 0)
+    sketch = side.sketch / size
+    left = torch.linalg.eigvalsh(m.T @ m / 90 - sketch @ sketch.T)
+    spectrum = torch.linalg.eigvalsh(m.T @ m / 90)
+    assert float(left[-1]) <= 3 * float(spectrum[-21]) < 0.1 * float(spectrum[-1])
 
 
 @pytest.mark.parametrize("l2", [0.0, 0.05])

@@ -82,8 +82,8 @@ def reproduce(
 
     Args:
         what: table1, table2, figure2 or figure3.
-        scale: full is the paper's setting; small takes under half an hour on two cores, medium
-            (all images, eight channels) half an hour for each seed and data set.
+        scale: full is the paper's setting; small takes under half an hour on two cores;
+            medium has all images and eight channels.
         datasets: data sets, by default the paper's; missing ones are skipped.
         seeds: seeds of the trials.
         augmentation: rows of Table 1 and panels of Figure 3 with and without augmentation.

@@ -329,8 +329,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.layout is not torch.strided or b.layout is not torch.strided:
         return a.layout is b.layout and same_bits(a.to_dense(), b.to_dense())
     if in_plain_memory(a) and in_plain_memory(b):
-        bits = {2: torch.int16, 4: torch.int32}.get(a.itemsize, torch.int64)
-        bits = torch.uint8 if a.itemsize == 1 else bits
+        words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+        bits = words.get(a.itemsize, torch.int64)
         one, other = (t.detach().contiguous().view(-1).view(bits) for t in (a, b))
         return torch.equal(one, other)
     return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())

@@ -122,12 +122,12 @@ class AcceleratedPhase(MetricPhase):
 
     def _affordable(self, side: Side, steps: int) -> int:
         """Comparators whose evaluation, two passes each, costs less than the phase did."""
+        if isinstance(side, SketchSide):  # passes: two a comparator, two a step, four before
+            return min(3, steps)
         n, p, k = side.n, side.p, side.k
         small = n if isinstance(side, SampleSide) else p
         factored = 0 if self.damping is None else n * p * small + small**3 // 3
         each = 8 * n * k * small if isinstance(side, SampleSide) else 4 * k * (n + p) * p
-        if isinstance(side, SketchSide):  # there a pass is what costs, not its products
-            return min(3, steps)
         return max(1, min(12, (factored + steps * each) // (12 * n * p * k)))
 
     def _estimates(self, side: Side, most: int) -> Iterator[Estimate]:

@@ -20,6 +20,7 @@ from ..data.samples import BATCH
 from .metric import Problem, Slope, factored, room, solved
 from .sides import FeatureSide
 
+LARGE = 1e30  # of the trace: beyond it squares may overflow in float32
 EACH, MOST, LEAST = 32, 1024, 8  # directions for an output; in all; fewer are no sketch
 PROBES, PASSES, MARGIN = 8, 3, 1.5  # of the power iteration for ||A - B B^T||; mu beside it
 
@@ -69,9 +70,8 @@ class SketchSide(FeatureSide):
         draws = torch.Generator().manual_seed(stream_seed(seed, "sketch"))
         q = torch.randn(self.p, rank + PROBES, generator=draws, dtype=torch.float64, device="cpu")
         q, probes = q.to(device).split((rank, PROBES), 1)
-        # what spans the range need not be exact, where squares are in float32's range
-        size = self.trace / self.n
-        first = q.float() if 1e-20 < size < 1e20 else q
+        # what spans the range need not be exact, as long as squares are in float32's range
+        first = q.float() if self.trace < LARGE else q
         q = torch.linalg.qr(self.curved(first).double()).Q
         probes = torch.linalg.qr(probes - q @ (q.T @ probes)).Q
         y, image = self.curved(torch.cat([q, probes], 1)).split((rank, PROBES), 1)
