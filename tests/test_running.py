@@ -1,6 +1,7 @@
 """Bounds through the operators of a model as it runs: against more digits, and what is refused."""
 
 import copy
+import gc
 import math
 import threading
 import time
@@ -363,3 +364,17 @@ def test_sequences_that_the_network_cannot_tell_apart_are_not_proved():
     for settings in ({}, {"w": "witness"}, {"method": "separation"}, {"method": "certificate"}):
         assert tp.verify_expressivity(Shorter(), x, **settings).status in ("undecided", "full rank")
     assert math.isfinite(float(tokens().double().sum()))
+
+
+def test_a_pass_is_gone_when_it_is_over():
+    """Without the garbage collector: what it holds is as large as the model's activations."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    batches = list(torch.randn(40, 3).double().split(8))
+    bounded_features(model, model[2], batches, n=40)
+    gc.collect()
+    gc.disable()
+    try:
+        bounded_features(model, model[2], batches, n=40)
+        assert not [o for o in gc.get_objects() if type(o) is Running]
+    finally:
+        gc.enable()

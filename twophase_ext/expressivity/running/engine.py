@@ -74,7 +74,7 @@ class Running(TorchDispatchMode):
             p.untyped_storage()._cdata: name for name, p in reversed([*model.named_parameters()])
         }
         self.fresh: set[int] = set()  # constants that were made under the eyes of this mode
-        self.trace = Trace(self._seen)
+        self.trace = Trace()
         self.tape, self._index, self._skipped = Tape(), -1, skipped or {}
         self._lenient, self._lift, self.pruned = skipped is None, lift, pruned
         self._thin, self.untouched = thin and available(), Untouched()
@@ -194,7 +194,7 @@ class Running(TorchDispatchMode):
         tensors = [a for a in given if isinstance(a, Tensor)]
         if any(t.layout is not torch.strided for t in tensors):
             refuse("no rule for tensors that are not dense")
-        self.trace.add(name, given)
+        self.trace.add(name, given, self._seen)
         if torch.Tag.nondeterministic_seeded in func.tags and name not in MOVES:
             refuse("it draws random numbers")
         self._index += 1

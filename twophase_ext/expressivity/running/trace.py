@@ -9,24 +9,26 @@ from torch import Tensor
 
 
 class Trace:
-    """A digest of operators, plain arguments, geometry, and constants that nobody saw being made.
+    """A digest of operators, plain arguments, geometry, and constants that nobody saw being made."""
 
-    seen: whether a tensor's numbers are the model's own, or were made or noted in the pass.
-    """
-
-    def __init__(self, seen: Callable[[Tensor], bool]) -> None:
+    def __init__(self) -> None:
         """Of nothing yet."""
-        self._digest, self._seen = hashlib.sha256(), seen
+        self._digest = hashlib.sha256()
 
-    def add(self, name: str, given: Iterable[Any]) -> None:
-        """An operator and all that it was given."""
+    def add(self, name: str, given: Iterable[Any], seen: Callable[[Tensor], bool]) -> None:
+        """An operator and all that it was given.
+
+        seen: whether a tensor's numbers are the model's own, or were made or noted in the pass.
+        Nothing of it is kept: a pass that its trace held would live on until the garbage collector
+        comes, with all of its numbers.
+        """
         found = [name]
         for value in given:
             if not isinstance(value, Tensor):
                 found.append(repr(value))
                 continue
             found.append(f"{value.dtype} {list(value.shape)}")
-            if value.numel() and not self._seen(value):
+            if value.numel() and not seen(value):
                 found.append(self.numbers(value))
         self._digest.update("\0".join(found).encode())
 
