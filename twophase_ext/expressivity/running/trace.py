@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Trace:
-    """A digest of operators, plain arguments, geometry, and constants that nobody saw being made."""
+    """A digest of operators, plain arguments, geometry, and constants nobody saw being made."""
 
     def __init__(self) -> None:
         """Of nothing yet."""
