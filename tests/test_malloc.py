@@ -1,7 +1,10 @@
 """Pages that are kept: fewer faults of large temporaries, and all of it given back."""
 
 import resource
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +27,7 @@ def used_up() -> int:
     return faults() - before
 
 
-@pytest.mark.skipif(malloc._glibc() is None, reason="not glibc's malloc, or it is set up")
-def test_temporaries_are_paid_for_once_and_given_back():
+def temporaries_are_paid_for_once() -> None:
     used_up()
     outside = used_up()
     with pages_kept():
@@ -37,8 +39,7 @@ def test_temporaries_are_paid_for_once_and_given_back():
     assert used_up() > outside / 20  # they are made anew, once at least
 
 
-@pytest.mark.skipif(malloc._glibc() is None, reason="not glibc's malloc, or it is set up")
-def test_memory_is_given_back():
+def memory_is_given_back() -> None:
     def resident() -> int:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
@@ -49,6 +50,17 @@ def test_memory_is_given_back():
         del parts
         assert resident() > before + 3 * 4 * LARGE
     assert resident() < before + 4 * LARGE
+
+
+@pytest.mark.skipif(malloc._glibc() is None, reason="not glibc's malloc, or it is set up")
+@pytest.mark.parametrize("what", [temporaries_are_paid_for_once, memory_is_given_back])
+def test_pages_are_kept_and_given_back(what):
+    """In a process of its own: the heap of one that ran other tests has room already."""
+    command = f"import test_malloc; test_malloc.{what.__name__}()"
+    found = subprocess.run(
+        [sys.executable, "-c", command], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
 
 
 def test_an_error_and_several_threads_leave_no_user(monkeypatch):
