@@ -127,6 +127,24 @@ def _quantize_fx(model: nn.Module, x: Tensor, _: Path) -> Any:
     return convert_fx(prepared)(x)
 
 
+class _Holder(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def _nncf(model: nn.Module, x: Tensor, _: Path) -> Any:
+    """In a module around it: NNCF puts its hooks among the model's children, where an
+    nn.Sequential calls them.
+    """
+    import nncf
+
+    return nncf.quantize(_Holder(model), nncf.Dataset([x]), subset_size=1)(x)
+
+
 def _fused(model: nn.Module, x: Tensor, _: Path) -> Any:
     from torch.fx.experimental.optimization import fuse
 
@@ -165,6 +183,7 @@ CONSUMERS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Path], Any]]] = {
     "ExecuTorch, portable kernels": ("executorch", _executorch),
     "ExecuTorch, XNNPACK": ("executorch", _xnnpack),
     "AOTInductor": ("torch", _aot_inductor),
+    "NNCF, int8": ("nncf", _nncf),
     "captum DeepLift": ("captum", _deep_lift),
     "shap DeepExplainer": ("shap", _shap),
 }

@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -40,20 +41,33 @@ def temporaries_are_paid_for_once() -> None:
 
 
 def memory_is_given_back() -> None:
-    def resident() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-
-    before = resident()
+    before = malloc._resident()
     with pages_kept():
         parts = [torch.ones(LARGE) for _ in range(4)]
         del parts
-        assert resident() > before + 3 * 4 * LARGE
-    assert resident() < before + 4 * LARGE
+        assert malloc._resident() > before + 3 * 4 * LARGE
+    assert malloc._resident() < before + 4 * LARGE
+
+
+def a_heap_in_pieces_does_not_grow() -> None:
+    """Small results that stay, each behind a large temporary that glibc does not use again."""
+    malloc._ROOM, malloc._PERIOD = 4 * 4 * LARGE, 0.01
+    before, largest, kept = malloc._resident(), 0, []
+    with pages_kept():
+        for _ in range(25):
+            large = torch.ones(LARGE)
+            kept.append([torch.ones(5000) for _ in range(3)])
+            del large
+            time.sleep(0.03)
+            largest = max(largest, malloc._resident() - before)
+    assert largest < 8 * 4 * LARGE, largest
 
 
 @pytest.mark.skipif(malloc._glibc() is None, reason="not glibc's malloc, or it is set up")
-@pytest.mark.parametrize("what", [temporaries_are_paid_for_once, memory_is_given_back])
+@pytest.mark.parametrize(
+    "what",
+    [temporaries_are_paid_for_once, memory_is_given_back, a_heap_in_pieces_does_not_grow],
+)
 def test_pages_are_kept_and_given_back(what):
     """In a process of its own: the heap of one that ran other tests has room already."""
     command = f"import test_malloc; test_malloc.{what.__name__}()"

@@ -51,16 +51,24 @@ def screens(monkeypatch):
 
 
 def missed(screen, z, found, end) -> int:
-    """Pairs i != j < end that count as off, with a cut just below what they are."""
+    """Pairs i != j < end that count as off, with a cut just below what they are.
+
+    By the products of blocks, and by those within a block.
+    """
     count = 0
     q = screen.q * screen.scale
     rows = q.float()
+    length = screen.q.norm(dim=1)
+    within = (screen.q @ (screen.q / length[:, None]).T) * length * screen.scale**2
     for j in range(end):
         panel, none = packed_columns(rows[j : j + 1]), torch.full((PANEL,), torch.inf)
         for i in range(0, end, 3):
             screen.cut = math.nextafter(float(exact(z, found, i, j)), -math.inf)
             screen.cut = math.nextafter(screen.cut, -math.inf)
-            none[0] = threshold = screen._thresholds(slice(j, j + 1), end)[0]
+            own = screen._thresholds(slice(j, j + 1), end, screen.own_error)[0]
+            count += bool(within[i, j] <= own)
+            threshold = screen._narrowed(screen._thresholds(slice(j, j + 1), end, screen.error))[0]
+            none[0] = threshold
             if not screen.narrow:
                 count += bool(q[i] @ q[j] <= threshold)
                 continue

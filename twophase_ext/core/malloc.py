@@ -2,11 +2,14 @@
 
 glibc maps every large block anew and gives it back as it is freed: each temporary of an operator
 is then paid for once more, page by page, in the kernel (mallopt(3); on virtual machines as much as
-the arithmetic). While pages are kept, large blocks come from the heap like small ones.
+the arithmetic). While pages are kept, large blocks come from the heap like small ones. There a
+freed one may stay too short for the next of the same size by its alignment (glibc's bug 14581), and
+the heap grows block by block: a thread sees it grow, and gives back what is free.
 """
 
 import ctypes
 import os
+import resource
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,8 +21,10 @@ _KEPT = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
 # As glibc's own thresholds come to be in a process that frees large blocks; by default they move,
 # and after mallopt they do not.
 _AFTER = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
+_ROOM, _PERIOD = 2 << 30, 0.05  # bytes that a process may grow by unseen; seconds between looks
 _lock = threading.Lock()
 _users = 0
+_ended = threading.Event()
 
 
 @cache
@@ -40,17 +45,41 @@ def _set(options: dict[int, int]) -> None:
             library.mallopt(option, value)
 
 
+def _trim() -> None:
+    if (library := _glibc()) is not None:
+        library.malloc_trim(0)
+
+
+def _resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def _watch(ended: threading.Event) -> None:
+    """Give back what is free whenever the process has grown by _ROOM since."""
+    level = _resident()
+    while not ended.wait(_PERIOD):
+        now = _resident()
+        level = min(level, now)
+        if now > level + _ROOM:
+            _trim()
+            level = _resident()
+
+
 @contextmanager
 def pages_kept() -> Iterator[None]:
-    """Within, freed memory stays with the process; at the end of the last use it is given back.
+    """Within, freed memory stays with the process, some 2 GiB of it; after the last use it goes.
 
     Nested and from several threads. Nothing changes on other systems, and where the environment
     sets malloc up (GLIBC_TUNABLES, MALLOC_...).
     """
-    global _users
+    global _users, _ended
     with _lock:
         _users += 1
-        if _users == 1:
+        if _users == 1 and _glibc() is not None:
+            _ended = threading.Event()
+            threading.Thread(target=_watch, args=(_ended,), daemon=True).start()
             _set(_KEPT)
     try:
         yield
@@ -58,6 +87,6 @@ def pages_kept() -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
+                _ended.set()
                 _set(_AFTER)
-                if (library := _glibc()) is not None:
-                    library.malloc_trim(0)
+                _trim()

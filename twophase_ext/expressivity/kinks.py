@@ -100,6 +100,7 @@ def local_kinks(
         for some in some_of(~(lengths - reach > CERTAIN * uncertainty), start):
             reach[some] = torch.maximum(reach[some], (q[:start] @ directions[some].T).amax(0))
         along = own @ directions.T  # sample, neuron
+        products = along * length
         along.masked_fill_(torch.ones_like(along, dtype=torch.bool).tril(), -torch.inf)
         gaps[start:end] = lengths - torch.maximum(reach, along.amax(0))
         # The first sample has no earlier one: half its size, as for a sample at the centre.
@@ -112,7 +113,7 @@ def local_kinks(
         # The kink through the exact weights: only the bias's own rounding moves it.
         b = (height - (w * z[start:end]).sum(1)).to(dtype).double()
         weight[start:end], bias[start:end] = w, b
-        screen.add(start, end, (normals, unrounded), 1 / (length * on), w, b)
+        screen.add(start, products, (normals, unrounded), 1 / (length * on), w, b)
         advance(end - start)
         if kept is not None and not screen.given_up:
             kept.save(end, partial(screen.state, end), last=end == n)

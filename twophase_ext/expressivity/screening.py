@@ -13,8 +13,9 @@ Proof. |z_i - mu - x_i| <= u |x_i|, |R x_i - q_i| <= gamma_d ||R||_F |x_i|, Cauc
 
 p comes from q rounded to float32, scaled by a power of two to |q| <= 1: two conversions and a sum
 of r products, so E = gamma_(r+2) with v in the place of u, whatever their order, fused or not, and
-(4 r + 8) 2^-126 for numbers that vanish. For a neuron j and all samples of a block the theorem
-becomes one threshold of p: what is not at most that is near, and looked at in float64.
+(4 r + 8) 2^-126 for numbers that vanish. Within a block p is fl(fl(q_i . fl(q_j / |q_j|)) |q_j|) in
+float64, E = gamma_(r+4). For a neuron j and all samples of a block the theorem becomes one
+threshold of p: what is not at most that is near; an earlier sample there is looked at in float64.
 """
 
 import math
@@ -86,6 +87,7 @@ class Screen:
         self.narrow = q.device.type in NARROW
         unit = 2.0**-24 if self.narrow else UNIT_ROUNDOFF
         self.error = (r + 2) * unit / (1 - (r + 2) * unit) * SLACK
+        self.own_error = gamma(r + 4)  # of products within a block
         # of q, to sizes of at most 1
         self.scale = 2.0 ** -math.frexp(max(largest[-1], 1 / EXTREME))[1]
         self.tiny = (4 * r + 8) * 2.0**-126
@@ -136,7 +138,7 @@ class Screen:
         if start == 0:
             self.largest = -nothing
             return -nothing, nothing
-        threshold = self._thresholds(slice(start), end)
+        threshold = self._narrowed(self._thresholds(slice(start), end, self.error))
         if self.narrow:
             most = MANY - self.count
             self.largest, where, pairs = screen_products(rows, self.panels, threshold, most)
@@ -152,15 +154,19 @@ class Screen:
     def add(
         self,
         start: int,
-        end: int,
+        products: Tensor,
         made_of: tuple[Tensor, Tensor],
         s: Tensor,
         weight: Tensor,
         bias: Tensor,
     ) -> None:
-        """The block's neurons: (n_j [., r], fl(R^T n_j)), s_j, w_j [., d], b_j of the theorem."""
+        """The block's neurons: (n_j [m, r], fl(R^T n_j)), s_j, w_j [m, d], b_j of the theorem.
+
+        products [m, m]: p of the block's samples (rows) and neurons, from float64.
+        """
         normals, unrounded = made_of
-        own, (m, d), r = slice(start, end), weight.shape, normals.shape[1]
+        (m, d), r, end = weight.shape, normals.shape[1], start + len(weight)
+        own = slice(start, end)
         normal, size = lengths(normals), lengths(weight)
         change = lengths(weight - unrounded)
         change += gamma(r + 2) * (self.map_size * normal + size)
@@ -169,10 +175,17 @@ class Screen:
         self.c_error[own] = gamma(d + 2) * (size * self.mean_size + bias.abs())
         self.c_error[own] += VANISHED * (1 + normal)
         self.per_length[own] = gamma(d + 2) * self.map_size * normal + change + UNIT_ROUNDOFF * size
-        every = torch.arange(m, device=weight.device)
-        self._look(own, every + start, weight, bias)
-        if not self.given_up and start > 0:
-            open_ = ~(self.largest <= self._thresholds(own, end))
+        if self.given_up:
+            return
+        near = ~(products * self.scale**2 <= self._thresholds(own, end, self.own_error))
+        near.fill_diagonal_(False)
+        open_ = near.triu().any(0)
+        near[:, open_] = False
+        self._keep(near.nonzero() + start)
+        for some in some_of(open_, m):
+            self._look(own, some + start, weight[some], bias[some])
+        if start > 0:
+            open_ = ~(self.largest <= self._narrowed(self._thresholds(own, end, self.error)))
             for some in some_of(open_, start):
                 self._look(slice(0, start), some + start, weight[some], bias[some])
 
@@ -189,20 +202,23 @@ class Screen:
         if self.count > MANY:
             self.given_up, self.pairs = True, []
 
-    def _thresholds(self, neurons: slice, end: int) -> Tensor:
+    def _thresholds(self, neurons: slice, end: int, error: float) -> Tensor:
         """For each of the neurons the scaled product up to which it is off at samples before `end`.
 
-        In the products' dtype, rounded down; NaN, which nothing is below, where all is extreme.
+        error: E of the products. NaN, which nothing is below, where all is extreme.
         """
         s, c, sizes = self.s[neurons], self.c[neurons], self.sizes[neurons]
-        lost = s * (self.error + 8 * UNIT_ROUNDOFF) * self.sizes[end - 1] * sizes
+        lost = s * (error + 8 * UNIT_ROUNDOFF) * self.sizes[end - 1] * sizes
         lost = lost + self.per_length[neurons] * self.centred[end - 1] + self.c_error[neurons]
         rounding = 8 * UNIT_ROUNDOFF * (abs(self.cut) + c.abs() + lost)
         room = self.cut - c - (lost * SLACK + rounding * SLACK)
         product = self.scale**2 / s * room
-        product = product - (16 * UNIT_ROUNDOFF * product.abs() + self.tiny) * SLACK
-        product = product.float() if self.narrow else product
-        return torch.nextafter(product, product.new_tensor(-math.inf))
+        return product - (16 * UNIT_ROUNDOFF * product.abs() + self.tiny) * SLACK
+
+    def _narrowed(self, thresholds: Tensor) -> Tensor:
+        """In the dtype of the products of blocks, rounded down."""
+        thresholds = thresholds.float() if self.narrow else thresholds
+        return torch.nextafter(thresholds, thresholds.new_tensor(-math.inf))
 
     def near(self) -> Near | None:
         """What was found; None where it was given up."""

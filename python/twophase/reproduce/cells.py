@@ -122,7 +122,7 @@ class Trunk:
             seed=self.seed,
             augment=transform,
             run_dir=folder,
-            progress=False,
+            progress=self.n is None,  # all images: minutes to hours
             callbacks=[watch],
         ).branch(self.branches, train, test if self.curves else None, resume=True)
         watch.clear()
@@ -195,12 +195,12 @@ def _outcome(result: tp.Result, test: tuple[Tensor, Tensor]) -> dict[str, Any]:
 
 
 class Watch:
-    """A line on a terminal while a trunk is trained, and sigma_min of [h, 1] where it is asked."""
+    """A line on a terminal while a small trunk is trained, and sigma_min of [h, 1] where asked."""
 
     def __init__(self, trunk: Trunk, folder: Path) -> None:
         """Continues the spectrum that an earlier, killed run left in `folder`."""
         self.trunk, self.path = trunk, folder / "spectrum.json"
-        self.shows = sys.stdout.isatty()
+        self.shows = trunk.n is not None and sys.stdout.isatty()
         self.every = max(1, trunk.epochs // 20)
         self.spectrum: dict[str, dict[str, float]] = {}
         if self.path.exists():
