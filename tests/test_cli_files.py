@@ -9,6 +9,7 @@ import torch
 import twophase.cli
 import twophase_ext as tp
 from twophase.files import read_inputs, read_targets
+from twophase.runs import load_run
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(50, 7)).astype(np.float32)
@@ -30,6 +31,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "x.csv").write_text("\n".join(",".join(row) for row in rows))
     labels = np.unique(WORDS, return_inverse=True)[1]
     np.savez(tmp_path / "both.npz", x=X, y=labels)
+    (tmp_path / "hole.csv").write_text("a,b\n1,2\n3,\n5,6\n")
     np.save(tmp_path / "x.npy", X)
     np.save(tmp_path / "y.npy", labels)
     np.save(tmp_path / "numbers.npy", X[:, 0] * 0.3)
@@ -59,6 +61,10 @@ def test_a_run_on_a_table_its_recheck_and_its_losses(here, capsys):
     assert run(*TRAIN, *arguments) == 0, capsys.readouterr().err
     config = json.loads((here / "run" / "config.json").read_text())
     assert (config["n"], config["outputs"]) == (50, 3)
+    result = load_run("run")
+    assert result.classes == ("aster", "iris", "rose")
+    right = result.predict(X, labels=True) == WORDS
+    assert right.mean() == pytest.approx(result.final["train_accuracy"])
     final = json.loads((here / "run" / "result.json").read_text())["final"]
     assert final["val_loss"] == pytest.approx(final["train_loss"], rel=1e-6)
     assert run("verify", "--recheck", "run/verdict.json") == 0, capsys.readouterr().out
@@ -74,6 +80,10 @@ def test_a_run_on_a_table_its_recheck_and_its_losses(here, capsys):
     [
         (["--x", "x.csv"], "x.csv, kind, a, b, c, d, e, f, g; got None"),
         (["--x", "x.csv", "--y", "a"], "expected numbers in column kind"),
+        (
+            ["--x", "hole.csv", "--y", "a"],
+            "in column b of hole.csv, in row 2 below the header it is",
+        ),
         (["--x", "no.npy", "--y", "y.npy"], "x: there is no file no.npy"),
         (["--x", "x.npy", "--y", "x.txt"], "y: expected a file"),
         (["--y", "y.npy"], "x: expected a file beside y.npy, got none"),
@@ -85,6 +95,18 @@ def test_a_run_on_a_table_its_recheck_and_its_losses(here, capsys):
 def test_what_does_not_go_together_is_said(here, capsys, arguments, message):
     assert run(*TRAIN, "--run_dir", "run", *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_run_dir_false_writes_nothing(here):
+    before = set(here.iterdir())
+    assert run(*TRAIN, "--x", "x.npy", "--y", "y.npy", "--run_dir", "False") == 0
+    assert set(here.iterdir()) == before
+
+
+def test_columns_of_very_different_sizes_are_named(here):
+    (here / "wine.csv").write_text("hue,proline,kind\n1.0,1680,0\n1.1,280,1\n0.9,500,0\n")
+    with pytest.warns(UserWarning, match="column proline varies by .*, column hue by 0.08"):
+        read_inputs("wine.csv", "kind")
 
 
 def test_near_misses_of_values_are_named(here, capsys):

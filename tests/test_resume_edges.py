@@ -8,6 +8,7 @@ import torch
 from helpers import bits, quiet, same_bits, toy_data, toy_mlp
 from interrupts import End, Killed
 from twophase_ext.training.persistence import checkpoint
+from twophase_ext.training.phases import accelerated
 
 OPTIMIZERS = {
     "adam": lambda ps: torch.optim.Adam(ps, lr=1e-2),
@@ -117,3 +118,21 @@ def test_ctrl_c_returns_without_a_pass_over_the_data(tmp_path):
     result = quiet(toy_mlp(), tmp_path / "run", callbacks=[stop]).fit(toy_data())
     assert result.status == "interrupted" and result.final == {}
     assert "interrupted after 2 epochs" in str(result)
+
+
+def test_ctrl_c_while_the_bound_is_made_keeps_the_run(tmp_path, monkeypatch):
+    data, settings = toy_data(40), {"epochs": 4, "tau": 2, "second_phase": "agd"}
+    whole, again = toy_mlp(), toy_mlp(seed=4)
+    expected = quiet(whole, tmp_path / "whole", **settings).fit(data)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerated, "accelerated_guarantee", stop)
+        result = quiet(toy_mlp(), tmp_path / "cut", **settings).fit(data)
+    assert result.status == "interrupted" and not result.guarantee.curve
+    assert (tmp_path / "cut" / "result.json").exists()
+    result = quiet(again, tmp_path / "cut", **settings).fit(data, resume=True)
+    assert result.status == "completed" and same_bits(bits(whole), bits(again))
+    assert result.guarantee.curve == expected.guarantee.curve

@@ -1,6 +1,7 @@
 """Inputs and targets from files of the user's: .npy, .npz and .csv."""
 
 import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from twophase_ext.core.arrays import as_tensor
 from twophase_ext.model.labels import Classes, as_targets
 
 SUFFIXES = (".npy", ".npz", ".csv")
+UNEVEN = 100.0  # times the deviation of another column: a network would see but the larger one
 
 
 def read_inputs(x: str, y: str | None = None) -> Tensor:
@@ -22,19 +24,19 @@ def read_inputs(x: str, y: str | None = None) -> Tensor:
     """
     parts = _read(x, "x")
     if Path(x).suffix == ".csv":
-        numbers = []
-        for name, column in parts.items():
-            if name == y:
-                continue
+        numbers = {name: column for name, column in parts.items() if name != y}
+        for name, column in numbers.items():
             if column.dtype.kind != "f":
+                row, entry = next((k, e) for k, e in enumerate(column, 1) if not _is_number(e))
+                what = f"got {str(entry)!r}" if entry else "it is empty"
                 raise ValueError(
-                    f"x: expected numbers in column {name} of {x}, got {str(column[0])!r}; --y "
-                    f"{name} where it is the target"
+                    f"x: expected numbers in column {name} of {x}, in row {row} below the header "
+                    f"{what}; --y {name} where it is the target"
                 )
-            numbers.append(column)
         if not numbers:
             raise ValueError(f"x: {x} has no column of inputs")
-        return torch.from_numpy(np.stack(numbers, 1)).float()
+        _warn_of_sizes(numbers)
+        return torch.from_numpy(np.stack(list(numbers.values()), 1)).float()
     return as_tensor(parts["x"] if "x" in parts else next(iter(parts.values())), name="x")
 
 
@@ -56,7 +58,7 @@ def read_targets(
         values = next(iter(parts.values()))
     else:
         raise ValueError(
-            f"y: expected a file ({', '.join(SUFFIXES)}) or a part of {x}, "
+            f"y: expected a file ({', '.join(SUFFIXES)}) or a column or array of {x}, "
             f"{', '.join(parts) or 'which has none'}; got {y!r}"
         )
     if values.dtype.kind == "U":
@@ -65,6 +67,20 @@ def read_targets(
     if found.is_floating_point() and bool((found == found.round()).all()):
         found = found.long()
     return (found.float() if found.is_floating_point() else found.long()), None
+
+
+def _warn_of_sizes(columns: dict[str, Any]) -> None:
+    """Columns of very different deviations: what trains on them sees the largest alone."""
+    spread = {name: float(column.std()) for name, column in columns.items()}
+    spread = {name: size for name, size in spread.items() if size > 0}
+    if spread and max(spread.values()) > UNEVEN * min(spread.values()):
+        most, least = max(spread, key=spread.__getitem__), min(spread, key=spread.__getitem__)
+        warnings.warn(
+            f"x: column {most} varies by {spread[most]:.3g}, column {least} by "
+            f"{spread[least]:.3g}: subtract each column's mean and divide by its standard "
+            "deviation, or the network may learn from the largest alone",
+            stacklevel=4,
+        )
 
 
 def _read(path: str, name: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import twophase_ext as tp
 from twophase_ext.core.files import write_atomically
 from twophase_ext.model.groups import groups_of
+from twophase_ext.model.labels import Classes, decode
 from twophase_ext.training.distributed.ranks import joined
 
 from . import data
@@ -21,7 +22,7 @@ from .assembly import DataName, build_model, first, outputs_for
 from .figures import run_figure
 from .files import SUFFIXES, read_inputs, read_targets
 from .report import write_report
-from .verification import OPTIONS, draw_culprits
+from .verification import OPTIONS, draw_culprits, problem_of
 
 PAPER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5}  # section 7.2
 
@@ -143,11 +144,12 @@ def train(
             .npz). Whole numbers and words are labels.
         x_test: inputs that are measured after every epoch.
         y_test: their targets.
-        model: mlp, small, preactresnet18, or package.module:callable of your own.
+        model: mlp, small, preactresnet18, or package.module:callable of your own; in Python
+            twophase.runs.load_run(FOLDER) has it, trained.
         n: train on the first n samples only.
         width: channels (or units) of the built-in models' hidden layers.
         ratio: the wide last hidden layer has ceil(ratio * n) units; 0 adds none.
-        loss: squared_error trains on one-hot targets.
+        loss: squared_error trains on numbers, on one-hot targets where they are labels.
         lr: learning rate of SGD, 0.01 by default.
         momentum: momentum of SGD, 0.9 by default.
         weight_decay: weight decay of SGD, 1e-5 by default.
@@ -169,7 +171,9 @@ def train(
     if optimizer is not None and given:
         name = next(iter(given))
         raise ValueError(f"{name}: of SGD alone; give the optimizer its own, --optimizer.{name}")
-    (images, labels), test, classes = _data(data_name, x, y, x_test, y_test)
+    if str(settings.get("run_dir")).lower() == "false":  # a folder's name, by its type
+        settings["run_dir"] = False
+    (images, labels), test, classes, names = _data(data_name, x, y, x_test, y_test)
     images, labels = first(n, images, labels)
     wide = tp.nn.wide_units(len(images), ratio) if ratio > 0 else 0
     network = build_model(model, images, classes, width=width, wide=wide, seed=seed)
@@ -177,9 +181,9 @@ def train(
         own = "cuda" if ranks.size == 1 else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = own if torch.cuda.is_available() else "cpu"
     network.to(device)
-    labels = _targets(labels, loss, classes)
+    targets = _targets(labels, loss, classes, names)
     if test is not None:
-        test = test[0], _targets(test[1], loss, classes)
+        test = test[0], _targets(test[1], loss, classes, names)
     trainer = tp.Trainer(
         network,
         loss=loss,
@@ -191,7 +195,7 @@ def train(
         logger=logger,
         **settings,
     )
-    result = trainer.fit((images, labels), test, resume=resume or None)
+    result = trainer.fit((images, targets), test, resume=resume or None)
     if ranks.rank:  # rank 0 writes for all
         return _exit_code(result.status)
     if result.status == "interrupted" and result.run_dir is not None:
@@ -211,13 +215,13 @@ def train(
 
 def _data(
     data_name: str, x: str | None, y: str | None, x_test: str | None, y_test: str | None
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None, int]:
-    """Training data, test data or None, and the number of outputs for them."""
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None, int, Classes | None]:
+    """Training data, test data or None, the number of outputs, names of labels that are words."""
     if x is None:
         if other := [name for name in (y, x_test, y_test) if name is not None]:
             raise ValueError(f"x: expected a file beside {other[0]}, got none")
         images, labels = data.load(data_name, "train")
-        return (images, labels), data.load(data_name, "test"), int(labels.max()) + 1
+        return (images, labels), data.load(data_name, "test"), int(labels.max()) + 1, None
     targets, names = read_targets(y, x)
     test = None
     if x_test is not None:
@@ -226,11 +230,22 @@ def _data(
         test = read_inputs(x_test, other), read_targets(other, x_test, names)[0]
     elif y_test is not None:
         raise ValueError(f"x_test: expected a file beside y_test = {y_test}, got none")
-    return (read_inputs(x, y), targets), test, outputs_for(targets)
+    return (read_inputs(x, y), targets), test, outputs_for(targets), names
 
 
-def _targets(y: Tensor, loss: str, classes: int) -> Tensor:
-    """As the loss takes them."""
+def load_run(folder: str | Path) -> tp.Result:
+    """The Result of a run of `twophase train`, its model included: `predict` and `score` work.
+
+    The model is built as the command built it, from the folder's options and the data that they
+    name. Raises FileNotFoundError where options or data are gone, ValueError where the model is a
+    callable of yours (`tp.load_run(folder, model)` takes it), and as `tp.load_run`.
+    """
+    network, _ = problem_of({"run": str(folder)}, trusted="")
+    return tp.load_run(folder, network)
+
+
+def _targets(y: Tensor, loss: str, classes: int, names: Classes | None) -> Any:
+    """As the loss takes them; words where they were, for the run to keep."""
     if y.is_floating_point():
         if loss == "cross_entropy":
             raise ValueError(
@@ -238,7 +253,9 @@ def _targets(y: Tensor, loss: str, classes: int) -> Tensor:
                 "--loss squared_error trains on numbers"
             )
         return y.reshape(len(y), -1)
-    return nn.functional.one_hot(y, classes).float() if loss == "squared_error" else y
+    if loss == "squared_error":
+        return nn.functional.one_hot(y, classes).float()
+    return y if names is None else decode(y, names)
 
 
 def _draw(result: tp.Result) -> None:

@@ -79,7 +79,7 @@ def verify(
     if recheck is not None:
         return _recheck(recheck, source, folder)
     try:
-        network, inputs = _problem(source, model)
+        network, inputs = problem_of(source, model)
         verdict = tp.verify_expressivity(
             network,
             inputs,
@@ -113,7 +113,7 @@ def _recheck(path: str, given: dict[str, Any], folder: str | None) -> int:
     verdict = tp.Verdict.load(path)
     source = verdict.source or _own_source(Path(path).parent, given)
     try:
-        network, inputs = _problem(source, given["model"])
+        network, inputs = problem_of(source, given["model"])
     except FAILURES as error:
         print(f"does not hold: its model and data cannot be made: {_said(error)}")
         return 1
@@ -146,7 +146,7 @@ def draw_culprits(verdict: tp.Verdict, inputs: Tensor, path: Path) -> bool:
     return True
 
 
-def _problem(source: dict[str, Any], trusted: str) -> tuple[nn.Module, Tensor]:
+def problem_of(source: dict[str, Any], trusted: str) -> tuple[nn.Module, Tensor]:
     """Model and inputs of a certificate's `source`, or of a run folder.
 
     trusted: the model that the command line names. ValueError where the file names a callable, that

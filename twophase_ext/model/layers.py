@@ -394,7 +394,7 @@ def _not_affine(
                 "nn.Flatten and nn.Linear in its place, or, if it is a 1 x 1 convolution, call "
                 f"tp.nn.widen(model, n, example_input=x); {listing}"
             )
-    return (
-        "last_layer: the model's output is not the output of one affine layer (is there a softmax "
-        f"after it, a scaling or a sum of heads? the loss expects logits); {listing}"
-    )
+    asked = "is there a softmax after it, a scaling or a sum of heads? the loss expects logits"
+    cure = "end the model with an nn.Linear" if listing.endswith("none") else asked
+    what = "the model's output is not the output of one affine layer"
+    return f"last_layer: {what} ({cure}); {listing}"

@@ -76,13 +76,19 @@ class Loop:
             run.save()
         return "stopped"
 
-    def conclude(self, status: str) -> tuple[dict[str, float | None], Any]:
-        """(what is measured at the end, the guarantee) of a run that `execute` left with status."""
+    def conclude(self, status: str) -> tuple[str, dict[str, float | None], Any]:
+        """(status, what is measured at the end, the guarantee) of a run that `execute` left.
+
+        "interrupted" after Ctrl-C: all epochs are saved, and a resumed run only ends.
+        """
         whole = status == "completed" or self.run.stop is not None  # no epoch was cut short
-        with pages_kept():
-            final = self.run.measure_all() if whole else {}
-            ended = "completed" if whole and self.state.hidden_hash else status
-            return final, self.second.guarantee(ended)
+        try:
+            with pages_kept():
+                final = self.run.measure_all() if whole else {}
+                ended = "completed" if whole and self.state.hidden_hash else status
+                return status, final, self.second.guarantee(ended)
+        except KeyboardInterrupt:
+            return self._interrupted(), {}, self.second.guarantee("interrupted")
 
     def _interrupted(self) -> str:
         self.run.save()

@@ -163,7 +163,10 @@ class Trainer:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         if optimizer is not None and not callable(optimizer):
-            raise TypeError("optimizer: expected a callable parameters -> Optimizer")
+            raise TypeError(
+                "optimizer: expected a callable parameters -> Optimizer, as in "
+                f"lambda p: torch.optim.Adam(p, 1e-3), got {optimizer!r:.60}"
+            )
         if scheduler is not None and not callable(scheduler):
             raise TypeError("scheduler: expected a callable optimizer -> LRScheduler")
         self.loss, self.metrics = resolve_loss(loss), resolve_metrics(metrics)
@@ -258,7 +261,7 @@ class Trainer:
             context.folder.hold()
         try:
             status = loop.execute(epochs)
-            final, found = loop.conclude(status)
+            status, final, found = loop.conclude(status)
         finally:
             call(loop.run, "on_fit_end")
             for module, mode in modes.items():

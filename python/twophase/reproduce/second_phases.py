@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from twophase_ext.core.files import write_csv
 from twophase_ext.linalg.bounds import bound_text
@@ -83,55 +84,64 @@ def equal_time(cells: Cells, folder: Path, stem: str) -> list[Path]:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 2.8 * len(kinds)), layout="constrained")
         panels = figure.subplots(len(kinds), 2, squeeze=False)
-        for (left, right), ((data_set, augmented), parts) in zip(
-            panels, kinds.items(), strict=True
-        ):
+        for pair, ((data_set, augmented), parts) in zip(panels, kinds.items(), strict=True):
             title = TITLES[data_set] + (", augmented" if augmented else "")
             for i, (trunk, cell) in enumerate(parts):
-                for name, (colour, dashes) in COLOURS.items():
-                    if name not in cell["branches"]:
-                        continue
-                    points = _curve(cell["branches"][name], cell["branches"])
-                    label = None if i else name
-                    times = [point["seconds"] for point in points]
-                    for axes, key in ((left, "test_error"), (right, "train_loss")):
-                        values = [point[key] for point in points]
-                        axes.plot(times, values, dashes, color=colour, lw=1, label=label)
-                    rows += [
-                        {
-                            "data_set": data_set,
-                            "augmentation": augmented,
-                            "seed": trunk.seed,
-                            "run": name,
-                            **point,
-                        }
-                        for point in points
-                    ]
-                tau = max(point["seconds"] for point in points if point["phase"] == 1)
-                for axes in (left, right):
-                    axes.axvline(tau, color=GREY, lw=0.6, ls=":")
-                    place = (tau, 0.93)
-                    if not i:
-                        axes.annotate(" tau", place, xycoords=("data", "axes fraction"), fontsize=8)
-            floors = [
-                run["minimum"]["floor"]["lower"]
-                for _, cell in parts
-                for run in cell["branches"].values()
-                if run["minimum"] and run["minimum"]["floor"]
-            ]
-            left.set(title=title, xlabel="seconds", ylabel="test error, %", yscale="log")
-            right.set(xlabel="seconds", ylabel="training loss", yscale="log")
-            right.set_ylim(bottom=right.get_ylim()[0] / 2)  # room for what is said below
-            if floors:
-                said = f"floor {max(floors):g}: no weights of any network are below"
-                right.annotate(said, (0.02, 0.03), xycoords="axes fraction", fontsize=7)
-                if max(floors) > 0:
-                    right.axhline(max(floors), color="black", lw=0.8)
+                runs = cell["branches"]
+                curves = {name: _curve(runs[name], runs) for name in COLOURS if name in runs}
+                _draw(pair, curves, named=not i)
+                kind = {"data_set": data_set, "augmentation": augmented, "seed": trunk.seed}
+                rows += [
+                    {**kind, "run": name, **point}
+                    for name, points in curves.items()
+                    for point in points
+                ]
+            _finish(pair, title, _floor([cell for _, cell in parts]))
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         path = folder / f"{stem}.csv"
         write_csv(path, list(rows[0]), rows)
         return [*save(figure, folder / stem), path]
+
+
+def _draw(pair: Any, curves: Mapping[str, list[dict[str, Any]]], *, named: bool) -> None:
+    """One seed: what the branches share until tau, and each of them from there on."""
+    first = next(iter(curves.values()))
+    tau = min(max(p["seconds"] for p in points if p["phase"] == 1) for points in curves.values())
+    lines = {"first phase": [point for point in first if point["seconds"] <= tau]}
+    lines |= {name: [p for p in points if p["seconds"] >= tau] for name, points in curves.items()}
+    for axes, key in zip(pair, ("test_error", "train_loss"), strict=True):
+        for name, points in lines.items():
+            colour, dashes = COLOURS.get(name, (GREY, "-"))
+            x, y = [point["seconds"] for point in points], [point[key] for point in points]
+            axes.plot(x, y, dashes, color=colour, lw=1, label=name if named else None)
+        axes.axvline(tau, color=GREY, lw=0.6, ls=":")
+        if named:
+            axes.annotate(" tau", (tau, 0.93), xycoords=("data", "axes fraction"), fontsize=8)
+
+
+def _finish(pair: Any, title: str, floor: float | None) -> None:
+    """Titles, scales and the floor of the loss."""
+    left, right = pair
+    left.set(title=title, xlabel="seconds", ylabel="test error, %", yscale="log")
+    for set_formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        set_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    right.set(xlabel="seconds", ylabel="training loss", yscale="log")
+    right.set_ylim(bottom=right.get_ylim()[0] / 2)  # room for what is said below
+    if floor is not None:
+        said = f"floor {floor:g}: no weights of any network are below"
+        right.annotate(said, (0.02, 0.03), xycoords="axes fraction", fontsize=7)
+        if floor > 0:
+            right.axhline(floor, color="black", lw=0.8)
+
+
+def _floor(cells: Sequence[Mapping[str, Any]]) -> float | None:
+    """The floor of the training loss, where a run knows it."""
+    runs = [run for cell in cells for run in cell["branches"].values()]
+    known = [
+        run["minimum"]["floor"]["lower"] for run in runs if (run["minimum"] or {}).get("floor")
+    ]
+    return max(known, default=None)
 
 
 def _seconds(run: Mapping[str, Any], branches: Mapping[str, Any]) -> tuple[float, float]:

@@ -36,7 +36,10 @@ _EXITS = {
 }
 _ELSEWHERE = Judgement("unknown", "takes a tensor that was made out of torch's sight")
 _NUMBERS = Judgement("unknown", "numbers leave torch here; what Python does with them is not seen")
-_OF_INPUTS = "of the inputs alone, constant in the weights, but it may make different inputs equal"
+_OF_INPUTS = (
+    "of the inputs alone, constant in the weights: no objection, as long as it keeps different "
+    "inputs apart, which tp.check_assumptions and the verdict see on your data"
+)
 
 
 @dataclass
