@@ -168,7 +168,7 @@ def test_last_layer_errors_reach_the_user():
             quiet(toy_mlp(), last_layer=last).fit(toy_data())
     with pytest.raises(ValueError, match="is there a softmax after it"):
         quiet(nn.Sequential(*toy_mlp(), nn.Softmax(1))).fit(toy_data())
-    with pytest.raises(ValueError, match="end the model with an nn.Linear"):
+    with pytest.raises(ValueError, match=r"end the model with an nn\.Linear"):
         quiet(nn.Sequential(nn.LayerNorm(toy_mlp()[0].in_features))).fit(toy_data())
     with pytest.raises(TypeError, match=r"lambda p: torch.optim.Adam\(p, 1e-3\), got 'Adam'"):
         quiet(toy_mlp(), optimizer="Adam")
