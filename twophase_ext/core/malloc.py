@@ -21,6 +21,7 @@ _KEPT = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
 # As glibc's own thresholds come to be in a process that frees large blocks; by default they move,
 # and after mallopt they do not.
 _AFTER = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
+_SIZES = "/proc/self/statm"
 _ROOM, _PERIOD = 2 << 30, 0.05  # bytes that a process may grow by unseen; seconds between looks
 _lock = threading.Lock()
 _users = 0
@@ -32,7 +33,7 @@ def _glibc() -> ctypes.CDLL | None:
     """The library; None where it is another one, or somebody has set it up."""
     told = "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     told = told or any(name.startswith("MALLOC_") for name in os.environ)
-    if told or not sys.platform.startswith("linux"):
+    if told or not sys.platform.startswith("linux") or not os.path.exists(_SIZES):
         return None
     library = ctypes.CDLL(None)
     return library if hasattr(library, "gnu_get_libc_version") else None
@@ -52,7 +53,7 @@ def _trim() -> None:
 
 def _resident() -> int:
     """Bytes of this process in memory."""
-    with open("/proc/self/statm", encoding="ascii") as file:
+    with open(_SIZES, encoding="ascii") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
