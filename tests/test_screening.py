@@ -151,9 +151,10 @@ def test_near_duplicates_get_a_second_look(gap):
 
 
 def test_a_neuron_that_is_on_too_early_is_found():
-    """Equal samples: the second's neuron is on at the first, in one block and across blocks."""
-    for twin in (5, 390):
+    """Equal samples: the second's neuron is on at the first; small ones in the first block."""
+    for twin, size in ((5, 1.0), (390, 1.0), (5, 0.05)):
         z = samples(400, 6)
+        z[7] *= size
         z[twin] = z[7]
         errors, found = swept(z)
         places = [int((found.order == k).nonzero()) for k in (7, twin)]
