@@ -18,8 +18,8 @@ STABLE_TORCH_LIBRARY(twophase, m) {
       " int[] dilation, bool ceil_mode, float beta) -> Tensor");
   // keys: the 64-bit Philox key of each tensor, as a signed integer.
   m.def("perturb_(Tensor(a!)[] tensors, int[] keys, float[] stds) -> ()");
-  // nu: 0 leaves a tensor and its buffer alone. is_first_step: 1 where the buffer holds nothing
-  // yet. buffers is empty where momentum is 0.
+  // nu: 0 leaves a tensor and its buffer alone; empty: all 1. is_first_step: 1 where the buffer
+  // holds nothing yet; empty: all 0. buffers is empty where momentum is 0.
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, int[] nu, int[] "
       "is_first_step,"

@@ -24,7 +24,7 @@ struct SgdTarget {
 // parameter, spans of bytes apart, none masked. Fills the targets; false where it is not so, which
 // sgd_op then looks into. A small network's step is mostly such questions.
 inline bool plain_targets(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-                          const std::vector<Tensor>& buffers, const std::vector<int64_t>& nu,
+                          const std::vector<Tensor>& buffers,
                           const std::vector<int64_t>& is_first_step,
                           std::vector<SgdTarget>& targets) {
   std::vector<std::pair<uintptr_t, uintptr_t>> spans;
@@ -35,7 +35,7 @@ inline bool plain_targets(const std::vector<Tensor>& params, const std::vector<T
     const auto device = params[0].device();
     const ScalarType type = params[i].scalar_type();
     const bool wide = type == ScalarType::Double;
-    if (nu[i] != 1 || !(wide || type == ScalarType::Float)) return false;
+    if (!(wide || type == ScalarType::Float)) return false;
     const int64_t n = params[i].numel(), bytes = n * (wide ? 8 : 4);
     const auto plain = [&](const Tensor& t) {
       const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
@@ -49,7 +49,7 @@ inline bool plain_targets(const std::vector<Tensor>& params, const std::vector<T
     targets.push_back({wide ? Dtype::kFloat64 : Dtype::kFloat32, params[i].mutable_data_ptr(),
                        grads[i].const_data_ptr(),
                        buffers.empty() ? nullptr : buffers[i].mutable_data_ptr(), n,
-                       is_first_step[i] != 0});
+                       !is_first_step.empty() && is_first_step[i] != 0});
   }
   std::sort(spans.begin(), spans.end());
   for (size_t i = 1; i < spans.size(); ++i)
@@ -64,15 +64,19 @@ void sgd_op(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<T
   const bool with_buffers = momentum != 0;
   require_count(grads.size(), "grads", params.size());
   require_count(buffers.size(), "buffers", with_buffers ? params.size() : 0);
-  require_count(nu.size(), "nu", params.size());
-  require_count(is_first_step.size(), "is_first_step", params.size());
+  if (!nu.empty()) require_count(nu.size(), "nu", params.size());
+  if (!is_first_step.empty())
+    require_count(is_first_step.size(), "is_first_step", params.size());
   const SgdRule rule{lr, momentum, dampening, weight_decay, nesterov, maximize};
   std::vector<SgdTarget> targets;
-  if (plain_targets(params, grads, buffers, nu, is_first_step, targets)) {
+  const bool masks = std::any_of(nu.begin(), nu.end(), [](int64_t mask) { return mask != 1; });
+  if (!masks && plain_targets(params, grads, buffers, is_first_step, targets)) {
     if (!targets.empty()) Backend::sgd(params[0], targets, rule);
     return;
   }
   targets.clear();
+  nu.resize(params.size(), 1);
+  is_first_step.resize(params.size(), 0);
   for (size_t i = 0; i < params.size(); ++i) {
     const Name name("params", i);
     full_precision_dtype(params[i], name);

@@ -1,6 +1,7 @@
 """sgd_ and optim.SGD: torch.optim.SGD bit for bit, the mask, state dicts, what is refused."""
 
 import copy
+import importlib
 import itertools
 
 import pytest
@@ -214,7 +215,30 @@ def test_the_operators_own_mask():
     assert torch.equal(b, torch.ones(3))
 
 
+def test_empty_masks_stand_for_none():
+    given = [torch.arange(1.0, 4.0), torch.ones(2, 2).t()]
+    results = []
+    for masks in (([], []), ([1, 1], [0, 0])):
+        p = [t.clone() for t in given]
+        g, b = [t + 1 for t in given], [t * 2 for t in given]
+        for layout in (lambda t: t, lambda t: t[::2]):  # plain, and what the operator looks into
+            lists = [[layout(t) for t in tensors] for tensors in (p, g, b)]
+            torch.ops.twophase.sgd_(*lists, *masks, 0.1, 0.9, 0.0, 0.1, False, False)
+        results.append([*p, *b])
+    assert_equal(*results)
+
+
 # ---- the optimizer
+
+
+def test_ordinary_parameters_are_not_asked_for_shards(monkeypatch):
+    importlib.import_module("torch.distributed.tensor")  # as any torch.optim.Optimizer does
+    monkeypatch.setattr(optim, "_shards", lambda lists: pytest.fail("asked each tensor"))
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = optim.SGD([p], **FULL)
+    for _ in range(2):
+        optimizer.step()
 
 
 def test_constructor_is_torchs():
@@ -361,8 +385,8 @@ def test_the_operator_checks_too():
     for arguments, message in (
         (([x], [], [x], [1], [1]), "grads: expected 1 entries"),
         (([x], [x], [], [1], [1]), "buffers: expected 1 entries"),
-        (([x], [x], [x], [], [1]), "nu: expected 1 entries"),
-        (([x], [x], [x], [1], []), "is_first_step: expected 1 entries"),
+        (([x], [x], [x], [1, 1], [1]), "nu: expected 1 entries"),
+        (([x], [x], [x], [1], [1, 1]), "is_first_step: expected 1 entries"),
         (([x], [x], [x], [3], [1]), r"nu\[0\]: expected 0 or 1, got 3"),
         (([x], [x.double()], [x], [1], [1]), r"grads\[0\]: expected the dtype"),
         (([x], [x[:2]], [x], [1], [1]), r"grads\[0\]: expected the shape"),

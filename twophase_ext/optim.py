@@ -81,16 +81,17 @@ class SGD(torch.optim.SGD):
             else:
                 standing.append((lists, nu))
             self._extend(lists, group["params"])
-        owners = {scalars: lists[0] for scalars, lists in moving.items()}
-        if in_use():
-            moving = {scalars: _shards(lists) for scalars, lists in moving.items()}
-            standing = [(_shards(lists), nu) for lists, nu in standing]
+        every = [*standing, *((lists, 1) for lists in moving.values())]
+        shards = _shards if any(_unusual(lists) for lists, _ in every) else _as_they_are
         if standing or len(moving) > 1:  # one call checks its tensors before it changes any
-            for lists, nu in [*standing, *((lists, 1) for lists in moving.values())]:
-                check_sgd(*lists, [nu] * len(lists[0]))
+            for lists, nu in every:
+                check_sgd(*shards(lists), [nu] * len(lists[0]))
         for scalars, lists in moving.items():
-            buffers = apply_sgd(*lists, scalars)
-            for p, old, new in zip(owners[scalars], lists[2], buffers, strict=False):
+            own = shards(lists)
+            buffers = apply_sgd(*own, scalars)
+            if buffers is own[2]:  # none is new
+                continue
+            for p, old, new in zip(lists[0], lists[2], buffers, strict=False):
                 if old is None:
                     new = from_local(new, p) if is_sharded(p) else new
                     self.state[p]["momentum_buffer"] = new
@@ -99,12 +100,23 @@ class SGD(torch.optim.SGD):
     def _extend(self, lists: _Lists, params: list[Tensor]) -> None:
         """Append those of `params` that have gradients, these, and momentum buffers or None."""
         moved, grads, buffers = lists
+        state_of, nothing = self.state.get, {}  # type: ignore[var-annotated]
         for p in params:
             if (grad := p.grad) is not None:
                 moved.append(p)
                 grads.append(grad)
-                state = self.state.get(p)
-                buffers.append(state.get("momentum_buffer") if state else None)
+                buffers.append(state_of(p, nothing).get("momentum_buffer"))
+
+
+def _unusual(lists: _Lists) -> bool:
+    """Whether there may be DTensors: to ask each tensor costs more than a small network's step."""
+    params, grads, buffers = lists
+    kinds = {*map(type, params), *map(type, grads), *map(type, buffers)}
+    return in_use() and not kinds <= {Tensor, torch.nn.Parameter, type(None)}
+
+
+def _as_they_are(lists: _Lists) -> _Lists:
+    return lists
 
 
 def _shards(lists: _Lists) -> _Lists:

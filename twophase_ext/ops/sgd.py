@@ -1,6 +1,7 @@
 """One step of SGD on many tensors in one pass over memory."""
 
 from collections.abc import MutableSequence, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def apply_sgd(
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor | None],
     scalars: tuple[float, float, float, float, bool, bool],
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """The step, in one call for each device; returns the buffers, if any.
 
     scalars: lr, momentum, dampening, weight_decay, nesterov, maximize. momentum_buffers: None where
@@ -119,23 +120,29 @@ def apply_sgd(
     """
     if not params:
         return []
-    if len({p.device for p in params}) > 1:
-        return _device_by_device(params, grads, momentum_buffers, scalars)
-    is_first_step = [int(b is None) for b in momentum_buffers]
-    buffers = [
-        torch.empty_like(p) if b is None else b
-        for p, b in (zip(params, momentum_buffers, strict=True) if scalars[1] else ())
-    ]
-    nu = [1] * len(params)
+    # Empty lists stand for "none is masked" and "no tensor's first step": they cost nothing.
+    is_first_step: list[int] = []
+    buffers: Sequence[Tensor] = []
+    if scalars[1]:
+        is_first_step = [int(b is None) for b in momentum_buffers]
+        if any(is_first_step):
+            buffers = [
+                torch.empty_like(p) if b is None else b
+                for p, b in zip(params, momentum_buffers, strict=True)
+            ]
+        else:
+            is_first_step, buffers = [], cast("Sequence[Tensor]", momentum_buffers)
     try:
         if is_compiling():
             with torch.no_grad():
-                _ops.sgd_(params, grads, buffers, nu, is_first_step, *scalars)
+                _ops.sgd_(params, grads, buffers, [], is_first_step, *scalars)
         else:
             with _below_autograd():
-                _step(params, grads, buffers, nu, is_first_step, *scalars)
+                _step(params, grads, buffers, [], is_first_step, *scalars)
     except (RuntimeError, TypeError, ValueError):
-        check_sgd(params, grads, momentum_buffers, nu)
+        check_sgd(params, grads, momentum_buffers, [1] * len(params))
+        if len({p.device for p in params}) > 1:
+            return _device_by_device(params, grads, momentum_buffers, scalars)
         raise
     torch.autograd.graph.increment_version([*params, *buffers])
     return buffers
@@ -146,9 +153,8 @@ def _device_by_device(
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor | None],
     scalars: tuple[float, float, float, float, bool, bool],
-) -> list[Tensor]:
-    """`apply_sgd` for each device; the lists are checked first."""
-    check_sgd(params, grads, momentum_buffers, [1] * len(params))
+) -> Sequence[Tensor]:
+    """`apply_sgd` for each device; the lists are checked already."""
     buffers: dict[int, Tensor] = {}
     for device in {p.device for p in params}:
         chosen = [i for i, p in enumerate(params) if p.device == device]

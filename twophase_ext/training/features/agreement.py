@@ -186,10 +186,10 @@ def _regrouped(network: Network, block: _Block, parts: Iterable[Tensor], held: i
     held: samples of which training holds the graph; gradients are on for as many.
     """
     for part in parts:
-        index = block.samples[part]
+        index, x = block.samples[part], block.x.index_select(0, part.to(block.x.device))
         try:
             with torch.set_grad_enabled(len(part) <= held):
-                now = _Block(index, block.x[part], *_run(network, block.x[part]), block.each)
+                now = _Block(index, x, *_run(network, x), block.each)
         except Exception as error:  # whatever the user's own forward pass raises
             return _does_not_run(index, error)
         rows = block.part(part)
