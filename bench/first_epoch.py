@@ -1,12 +1,15 @@
 """An epoch of the first phase: tp.Trainer beside loops that a user of PyTorch would write.
 
-    python bench/first_epoch.py [N WIDTH]
+    python bench/first_epoch.py [N WIDTH BATCH]
 
 N of MNIST's training images (TWOPHASE_DATA names their folder), PreActResNet18 of WIDTH channels,
-batches of 64, momentum SGD with weight decay. The loops hold the data in one tensor and step with
-torch's fused SGD: with torch.nn.Softplus(100) and with ReLU in place (another network, the cheapest
-activation there is), as they are and in channels_last. Each in a process of its own, in turns;
-seconds of the second epoch, median of three; MiB that the process grew by beyond the data.
+batches of BATCH (64), momentum SGD with weight decay. The loops hold the data in one tensor and
+step with torch's fused SGD: with torch.nn.Softplus(100) and with ReLU in place (another network,
+the cheapest activation there is), as they are and in channels_last. Each in a process of its own,
+in turns; seconds of the second epoch, median of three; MiB that the process grew by beyond the
+data. Part of these are pieces of freed memory that the C library keeps: with
+MALLOC_MMAP_THRESHOLD_=65536 in the environment it keeps none, everything is slower, and the MiB
+are what was in use.
 """
 
 import json
@@ -24,7 +27,7 @@ import twophase_ext as tp
 from twophase.data import as_float, load
 from twophase.models import PreActResNet18
 
-EPOCHS, BATCH, ROUNDS = 2, 64, 3
+EPOCHS, ROUNDS = 2, 3
 RULE = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5}
 LOOPS = {
     "torch.nn.Softplus": (lambda: nn.Softplus(100.0), False),
@@ -35,12 +38,12 @@ LOOPS = {
 OURS = "tp.Trainer"
 
 
-def loop(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[float]:
+def loop(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch: int) -> list[float]:
     """Seconds of each epoch."""
     optimizer, took = torch.optim.SGD(model.parameters(), fused=True, **RULE), []
     for _ in range(EPOCHS):
         began = time.perf_counter()
-        for i in torch.randperm(len(x)).split(BATCH):
+        for i in torch.randperm(len(x)).split(batch):
             loss = F.cross_entropy(model(x[i]), y[i])
             optimizer.zero_grad()
             loss.backward()
@@ -49,7 +52,7 @@ def loop(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[float]:
     return took
 
 
-def one(name: str, n: int, width: int) -> dict[str, float]:
+def one(name: str, n: int, width: int, batch: int) -> dict[str, float]:
     """Seconds of the last epoch and the growth of the process's peak, in MiB."""
     images, labels = load("mnist", "train", download=False)
     x, y = as_float(images[:n]), labels[:n].long()
@@ -61,7 +64,7 @@ def one(name: str, n: int, width: int) -> dict[str, float]:
             PreActResNet18(1, 10, **wide),
             optimizer=lambda parameters: tp.optim.SGD(parameters, **RULE),
             epochs=EPOCHS,
-            batch_size=BATCH,
+            batch_size=batch,
             second_phase="none",
             verify=False,
             run_dir=False,
@@ -73,7 +76,7 @@ def one(name: str, n: int, width: int) -> dict[str, float]:
         model = PreActResNet18(1, 10, activation=activation, **wide)
         if last:
             model, x = model.to(memory_format=torch.channels_last), channels_last(x)
-        took = loop(model, x, y)
+        took = loop(model, x, y, batch)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": took[-1], "MiB": (peak - before) / 1024}
 
@@ -85,20 +88,22 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     """See the module."""
-    n, width = (int(word) for word in (sys.argv[1:3] or ["6000", "16"]))
-    if len(sys.argv) > 3:
-        print(json.dumps(one(sys.argv[3], n, width)))
+    given = sys.argv[1:4]
+    n, width, batch = (int(word) for word in given + ["6000", "16", "64"][len(given) :])
+    if len(sys.argv) > 4:
+        print(json.dumps(one(sys.argv[4], n, width, batch)))
         return
     found: dict[str, list[dict[str, float]]] = {name: [] for name in (OURS, *LOOPS)}
     for _ in range(ROUNDS):
         for name, runs in found.items():
-            words = [sys.executable, __file__, str(n), str(width), name]
+            words = [sys.executable, __file__, str(n), str(width), str(batch), name]
             told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
             runs.append(json.loads(told))
     middle = {
         name: {k: median(r[k] for r in runs) for k in runs[0]} for name, runs in found.items()
     }
-    print(f"{n:,} images, width {width}, {torch.get_num_threads()} threads; over tp.Trainer's")
+    print(f"{n:,} images, width {width}, batch {batch}, {torch.get_num_threads()} threads")
+    print("x: over tp.Trainer's")
     for name, row in middle.items():
         times = {key: row[key] / middle[OURS][key] for key in row}
         print(

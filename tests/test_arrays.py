@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from twophase_ext.core.arrays import as_tensor
+from twophase_ext.core.arrays import as_tensor, require_finite
 
 SUPPORTED = [
     *("bool", "uint8", "int8", "int16", "int32", "int64"),
@@ -183,3 +183,19 @@ def test_tables_of_several_types_and_text_are_told_what_to_do(value, advice):
 def test_ragged_list_is_a_value_error():
     with pytest.raises(ValueError, match=r"^labels: expected a rectangular list"):
         as_tensor([[1, 2], [3]], name="labels")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.complex64])
+def test_only_what_is_not_finite_is_refused(dtype):
+    largest = torch.finfo(dtype).max
+    x = torch.full((4, 3), largest, dtype=dtype)  # their sum is not finite
+    require_finite(x, "x", "input")
+    require_finite(x.neg(), "x", "input")
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        y = torch.zeros(4, 3, dtype=dtype)
+        y[2, 1] = wrong
+        with pytest.raises(ValueError, match="x: NaN or infinity in the input of sample 2"):
+            require_finite(y, "x", "input")
+    y[0, 0] = float("inf")  # infinities that cancel
+    with pytest.raises(ValueError, match=r"of sample 0 \(2 such samples\)"):
+        require_finite(y, "x", "input")

@@ -63,6 +63,8 @@ def test_a_run_on_a_table_its_recheck_and_its_losses(here, capsys):
     assert (config["n"], config["outputs"]) == (50, 3)
     result = load_run("run")
     assert result.classes == ("aster", "iris", "rose")
+    with pytest.raises(FileNotFoundError, match=r"folder: .* holds no options\.yaml of"):
+        load_run(here)
     right = result.predict(X, labels=True) == WORDS
     assert right.mean() == pytest.approx(result.final["train_accuracy"])
     final = json.loads((here / "run" / "result.json").read_text())["final"]

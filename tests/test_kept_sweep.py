@@ -94,3 +94,11 @@ def test_a_long_stage_says_what_is_left(monkeypatch):
         stage.advance(2)
         stage.advance(6)  # all of it: nothing is left to say
     assert said[0].startswith("sweep: 25%, about 0 min left") and len(said) == 1
+
+
+def test_a_plan_is_said_once():
+    said = []
+    stages = progress.Stages(False, said.append)
+    for plan, when in (("1 GiB", "after the features: "), ("1 GiB", ""), ("2 GiB", "")):
+        stages.announce(plan, when)
+    assert said == ["after the features: 1 GiB", "2 GiB"]

@@ -31,6 +31,31 @@ def test_validation_is_of_the_network_not_of_rounded_features(cache):
     assert row["val_accuracy"] == pytest.approx(accuracy)
 
 
+@pytest.mark.parametrize(
+    ("settings", "largest"),
+    [
+        ({"batch_size": 16}, 64),
+        ({"batch_size": 100}, 100),
+        ({"batch_size": 300, "accumulate": 3}, 100),
+        ({"batch_size": 300}, 256),
+    ],
+)
+def test_evaluation_takes_no_more_at_once_than_a_step(settings, largest):
+    model, sizes = toy_mlp(), []
+    model.register_forward_pre_hook(
+        lambda model, args: None if model.training else sizes.append(len(args[0]))
+    )
+
+    class Forget:
+        def on_epoch_end(self, run, record):
+            sizes.clear()
+
+    settings = {"second_phase": "none", "epochs": 2, "verify": False, **settings}
+    result = quiet(model, callbacks=[Forget()], **settings).fit(toy_data(300))
+    assert max(sizes) == largest and sum(sizes[: -(-300 // largest)]) == 300
+    assert result.final["train_loss"] == pytest.approx(own(model, *toy_data(300))[0], rel=1e-6)
+
+
 @pytest.mark.parametrize("phase", ["base", "gd", "sgd"])
 def test_training_accuracy_in_the_second_phase_is_of_the_epoch_s_end(phase):
     """With so long a rate that the accuracy changes from step to step."""

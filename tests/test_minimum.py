@@ -153,7 +153,7 @@ SENTENCES = {
         "The training loss is 0.5; the global minimum over all weights of this network is 0.25 "
         "(proved), so this run is at most 0.251 above it.",
     ),
-    "interrupted": (Minimum(None, FLOOR, PROVED, 1e-7), "is not measured; the global minimum"),
+    "interrupted": (Minimum(None, FLOOR, PROVED, 1e-7), "measured at the end; the global minimum"),
     "impossible": (Minimum(0.2, FLOOR, PROVED, 1e-7), "does not give equal inputs equal outputs"),
     "rounding": (Minimum(0.25 - 1e-8, FLOOR, PROVED, 1e-7), "so this run is at most"),
 }

@@ -6,6 +6,7 @@ import pytest
 
 import twophase_ext as tp
 from helpers import toy_data, toy_mlp
+from interrupts import End
 from twophase_ext.training.control import progress
 
 
@@ -49,6 +50,15 @@ def test_a_stage_that_takes_long_is_told_within(clock, capsys):
         clock[0] += 60
         quiet.advance("epochs", 1, "loss 1")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_run_tells_of_its_interruption(capsys, tmp_path, kept):
+    folder = tmp_path / "run" if kept else False
+    trainer = tp.Trainer(toy_mlp(), epochs=3, tau=1, run_dir=folder, callbacks=[End(0)])
+    assert trainer.fit(toy_data()).status == "interrupted"
+    how = f"fit(..., resume='{folder}') goes on" if kept else "without a run folder it cannot go on"
+    assert f"epoch 1: interrupted; {how}\n" in capsys.readouterr().out
 
 
 def test_a_run_tells_of_its_first_epoch(capsys, monkeypatch):

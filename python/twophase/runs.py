@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import twophase_ext as tp
-from twophase_ext.core.files import write_atomically
+from twophase_ext.core.files import inside, write_atomically
 from twophase_ext.model.groups import groups_of
 from twophase_ext.model.labels import Classes, decode
 from twophase_ext.training.distributed.ranks import joined
@@ -83,8 +83,8 @@ def demo(
             "each distinct input), by\naccelerated gradient steps with a guarantee.\n"
         )
     result = trainer.fit((x, labels), test)
+    print(f"\n{result}" if progress else result.lead)
     if progress:
-        print(f"\n{result}")
         _draw(result)
     _report(result, progress)
     if progress:
@@ -160,7 +160,7 @@ def train(
         resume: continue the run in run_dir; auto begins it where there is none yet.
         logger: log each epoch there too, beside metrics.csv; wandb is offline unless WANDB_MODE
             says otherwise.
-        progress: print what happens.
+        progress: print what happens; otherwise the result's sentence alone.
         callbacks: passed to the Trainer (not on the command line).
         **settings: the Trainer's other arguments.
     """
@@ -204,8 +204,8 @@ def train(
         print(f"interrupted; it goes on with: {again}", file=sys.stderr)
     if result.verdict is not None and result.run_dir is not None:
         draw_culprits(result.verdict, images, result.run_dir / "culprits.png")
+    print(f"\n{result}" if progress else result.lead)
     if progress:
-        print(f"\n{result}")
         _draw(result)
     _report(result, progress)
     if progress:
@@ -240,6 +240,11 @@ def load_run(folder: str | Path) -> tp.Result:
     name. Raises FileNotFoundError where options or data are gone, ValueError where the model is a
     callable of yours (`tp.load_run(folder, model)` takes it), and as `tp.load_run`.
     """
+    if not inside(Path(folder), OPTIONS).exists():
+        raise FileNotFoundError(
+            f"folder: {folder} holds no {OPTIONS} of twophase train; tp.load_run(folder, model) "
+            "takes runs made in Python"
+        )
     network, _ = problem_of({"run": str(folder)}, trusted="")
     return tp.load_run(folder, network)
 

@@ -81,6 +81,7 @@ def pages_kept() -> Iterator[None]:
         if _users == 1 and _glibc() is not None:
             _ended = threading.Event()
             threading.Thread(target=_watch, args=(_ended,), daemon=True).start()
+            _trim()  # what lies in pieces stays with the process otherwise, beside what comes now
             _set(_KEPT)
     try:
         yield

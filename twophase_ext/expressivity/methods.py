@@ -140,7 +140,7 @@ class Attempt:
             device = problem.inputs[0].device
             plan = require_memory("certificate", problem.n, problem.columns, device, self.folder)
             if plan:
-                self.stages.say(f"after the features: {plan}")
+                self.stages.announce(str(plan), "after the features: ")
         try:
             if self.w == "witness":
                 if constraint := problem.constraint(witness=True):

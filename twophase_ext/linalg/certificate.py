@@ -74,7 +74,7 @@ def certify_gram(
     stages = Stages(progress, say) if stages is None else stages
     run = GramRun(source, sizes, folder, key, resume, scale_rows, shift, stages, result)
     try:
-        run.stages.say(str(sizes))
+        run.stages.announce(str(sizes))
         run.certify(shift, passes)
     finally:
         run.close()

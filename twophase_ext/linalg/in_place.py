@@ -202,7 +202,7 @@ def certify_in_place(
     stages = Stages(False, None) if stages is None else stages
     run = _InPlace(source, sizes, scale_rows, shift, stages, result, potrf or potrf_in_place)
     try:
-        stages.say(str(sizes))
+        stages.announce(str(sizes))
         run.certify(shift, None)
     finally:
         run.close()

@@ -59,6 +59,13 @@ class Stages:
         self.done: list[dict[str, Any]] = []
         self._bar = progress
         self.say = say if say is not None else lambda text: None
+        self._announced: set[str] = set()
+
+    def announce(self, plan: str, when: str = "") -> None:
+        """Say what a computation will take, unless that was said before."""
+        if plan not in self._announced:
+            self._announced.add(plan)
+            self.say(f"{when}{plan}")
 
     @contextmanager
     def stage(self, name: str, total: float, unit: str = "operations") -> Iterator[Stage]:

@@ -92,9 +92,10 @@ class Loop:
 
     def _interrupted(self) -> str:
         self.run.save()
+        again = "without a run folder it cannot go on"
         if (folder := self.context.folder) is not None:
-            again = f"fit(..., resume={str(folder.path)!r})"
-            self.context.progress.say(f"epoch {self.state.epoch}: interrupted; {again} goes on")
+            again = f"fit(..., resume={str(folder.path)!r}) goes on"
+        self.context.progress.say(f"epoch {self.state.epoch}: interrupted; {again}")
         return "interrupted"
 
     def _asked_to_stop(self) -> bool:

@@ -28,8 +28,11 @@ def measure(
     source: Samples | Features,
     ranks: Ranks | None = None,
     metrics: Metrics | None = None,
+    batch_size: int = BATCH,
 ) -> Measured:
     """In evaluation mode.
+
+    batch_size: rows that pass through the network at once.
 
     Each rank passes its own part of Samples through the network: every sample counts once.
     """
@@ -41,7 +44,7 @@ def measure(
     if isinstance(source, Features):
         batches = source.outputs(network, BATCH)
     else:
-        own = source.batches(max(1, BATCH // source.each), ranks.shard(source.n))
+        own = source.batches(max(1, batch_size // source.each), ranks.shard(source.n))
         batches = ((model(x), y) for x, y in source.visit(own))
     rows = source.n if isinstance(source, Features) else source.rows
     for outputs, y in batches:

@@ -45,8 +45,9 @@ class Minimum:
     def __str__(self) -> str:
         """The sentence."""
         floor, gap = self.floor, self.gap
-        measured = "not measured" if self.loss is None else f"{self.loss:.6g}"
-        start = f"The training loss is {measured}"
+        start = "No training loss was measured at the end"
+        if self.loss is not None:
+            start = f"The training loss is {self.loss:.6g}"
         if floor is None:
             text = f"{start}; the samples change from visit to visit: no global minimum is known"
         elif gap is None and self.loss is not None:

@@ -183,8 +183,9 @@ class Result:
                 shown = ", ".join([shown, *own_metrics(self.final, name)])
                 lines.append(f"  final {name}: loss {loss:.5f}{shown}")
         if self.hidden_hash:
+            known = "in phase 2: bit-identical" if self.final else "at tau, compared at the end:"
             lines.append(
-                f"  hidden layers in phase 2: bit-identical (SHA-256 {self.hidden_hash[:12]}), "
+                f"  hidden layers {known} (SHA-256 {self.hidden_hash[:12]}), "
                 f"features cached: {self.feature_cache}"
             )
             if self.model is not None and not self.model.training:

@@ -14,7 +14,7 @@ from ..core.seeds import stream_seed
 from ..model.losses import correct
 from . import saved
 from .context import Context
-from .data.samples import Samples
+from .data.samples import BATCH, Samples
 from .features.cache import Features
 from .measure import Measured, measure
 from .state import RunState, phase, unfixed
@@ -72,7 +72,9 @@ class Run:
         context = self.context
         with self.timed("evaluation"):
             own = (context.network, samples.objective, features or samples)
-            return measure(*own, context.ranks, context.metrics)
+            # As much at once as a step of training: the memory that it took is enough.
+            step = -(-context.config.batch_size // context.config.accumulate) * samples.each
+            return measure(*own, context.ranks, context.metrics, min(BATCH, max(64, step)))
 
     def measure_all(self) -> dict[str, float | None]:
         """Losses, accuracies and metrics of the network as it stands, over the whole sets."""
