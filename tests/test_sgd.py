@@ -241,6 +241,18 @@ def test_ordinary_parameters_are_not_asked_for_shards(monkeypatch):
         optimizer.step()
 
 
+def test_parameters_on_several_devices():
+    """Of the devices that every machine has; the operator takes one at a time."""
+    own, other = (torch.nn.Parameter(torch.ones(3, device=d)) for d in ("cpu", "meta"))
+    for order in ([own, other], [other, own]):
+        for p in order:
+            p.grad = torch.ones_like(p)
+        optimizer, before = optim.SGD(order, lr=0.5, momentum=0.9), own.detach().clone()
+        optimizer.step()
+        assert torch.equal(own, before - 0.5)
+        assert {str(optimizer.state[p]["momentum_buffer"].device) for p in order} == {"cpu", "meta"}
+
+
 def test_constructor_is_torchs():
     p = [torch.nn.Parameter(torch.ones(2))]
     ours, theirs = optim.SGD(p), torch.optim.SGD(p)

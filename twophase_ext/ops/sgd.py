@@ -134,6 +134,8 @@ def apply_sgd(
             is_first_step, buffers = [], cast("Sequence[Tensor]", momentum_buffers)
     try:
         if is_compiling():
+            if _on_several_devices(params):
+                return _device_by_device(params, grads, momentum_buffers, scalars)
             with torch.no_grad():
                 _ops.sgd_(params, grads, buffers, [], is_first_step, *scalars)
         else:
@@ -141,11 +143,15 @@ def apply_sgd(
                 _step(params, grads, buffers, [], is_first_step, *scalars)
     except (RuntimeError, TypeError, ValueError):
         check_sgd(params, grads, momentum_buffers, [1] * len(params))
-        if len({p.device for p in params}) > 1:
+        if _on_several_devices(params):
             return _device_by_device(params, grads, momentum_buffers, scalars)
         raise
     torch.autograd.graph.increment_version([*params, *buffers])
     return buffers
+
+
+def _on_several_devices(tensors: Sequence[Tensor]) -> bool:
+    return len({t.device for t in tensors}) > 1
 
 
 def _device_by_device(
@@ -182,4 +188,5 @@ def _(
     nesterov: bool,
     maximize: bool,
 ) -> None:
-    return None
+    if _on_several_devices([*params, *grads, *buffers]):  # as the kernels; meta tensors come here
+        raise ValueError("params: expected tensors of one device")
