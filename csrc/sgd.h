@@ -65,8 +65,7 @@ void sgd_op(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<T
   require_count(grads.size(), "grads", params.size());
   require_count(buffers.size(), "buffers", with_buffers ? params.size() : 0);
   if (!nu.empty()) require_count(nu.size(), "nu", params.size());
-  if (!is_first_step.empty())
-    require_count(is_first_step.size(), "is_first_step", params.size());
+  if (!is_first_step.empty()) require_count(is_first_step.size(), "is_first_step", params.size());
   const SgdRule rule{lr, momentum, dampening, weight_decay, nesterov, maximize};
   std::vector<SgdTarget> targets;
   const bool masks = std::any_of(nu.begin(), nu.end(), [](int64_t mask) { return mask != 1; });
