@@ -183,7 +183,7 @@ class Result:
                 shown = ", ".join([shown, *own_metrics(self.final, name)])
                 lines.append(f"  final {name}: loss {loss:.5f}{shown}")
         if self.hidden_hash:
-            known = "in phase 2: bit-identical" if self.final else "at tau, to be compared at the end"
+            known = "in phase 2: bit-identical" if self.final else "of tau, not compared again"
             lines.append(
                 f"  hidden layers {known} (SHA-256 {self.hidden_hash[:12]}), "
                 f"features cached: {self.feature_cache}"
