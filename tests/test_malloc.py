@@ -49,6 +49,16 @@ def memory_is_given_back() -> None:
     assert malloc._resident() < before + 4 * LARGE
 
 
+def what_lay_in_pieces_is_given_back_before() -> None:
+    parts = [(torch.ones(20_000), torch.ones(50)) for _ in range(2500)]  # 200 MB of the heap
+    kept = [small for _, small in parts]
+    del parts
+    before = malloc._resident()
+    with pages_kept():
+        assert malloc._resident() < before - 100e6
+    assert len(kept) == 2500
+
+
 def a_heap_in_pieces_does_not_grow() -> None:
     """Small results that stay, each behind a large temporary that glibc does not use again."""
     malloc._ROOM, malloc._PERIOD = 4 * 4 * LARGE, 0.01
@@ -66,7 +76,12 @@ def a_heap_in_pieces_does_not_grow() -> None:
 @pytest.mark.skipif(malloc._glibc() is None, reason="not glibc's malloc, or it is set up")
 @pytest.mark.parametrize(
     "what",
-    [temporaries_are_paid_for_once, memory_is_given_back, a_heap_in_pieces_does_not_grow],
+    [
+        temporaries_are_paid_for_once,
+        memory_is_given_back,
+        what_lay_in_pieces_is_given_back_before,
+        a_heap_in_pieces_does_not_grow,
+    ],
 )
 def test_pages_are_kept_and_given_back(what):
     """In a process of its own: the heap of one that ran other tests has room already."""
